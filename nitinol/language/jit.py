@@ -1,0 +1,410 @@
+"""`@jit`: a Python function as a kernel, and the specialisation of a kernel on the arguments of a call.
+
+As in Triton a kernel is compiled once for every combination of argument types, constexpr values, integers equal to 1
+(they become constants) and integers and addresses divisible by 16.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+from nitinol.language import core
+from nitinol.language.types import DTYPES, DType, PointerType, Type
+
+# Launch options of Triton that say how to schedule on a GPU; accepted and ignored unless a parameter has the name.
+OPTIONS = frozenset("num_warps num_stages num_ctas maxnreg enable_fp_fusion launch_cooperative_grid debug".split())
+
+Dtypes = {
+    "bool": "int1", "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64", "uint8": "uint8",
+    "uint16": "uint16", "uint32": "uint32", "uint64": "uint64", "float16": "fp16", "bfloat16": "bf16",
+    "float32": "fp32", "float64": "fp64",
+}  # fmt: skip
+_array_tags: dict[Any, str] = {}  # a library's dtype object -> the type's name here
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a kernel declares about one parameter."""
+
+    name: str
+    is_constexpr: bool
+    specialise_value: bool
+    specialise_divisibility: bool
+    dtype: DType | None
+    default: Any
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a kernel is compiled for. `tags` has one text per parameter, and with the kernel is the cache key:
+
+    "*fp32:16" (a pointer, address divisible by 16), "int32:1" (an integer of which nothing is known) or "=..." (a
+    value known at compile time, found in `constants`).
+    """
+
+    names: tuple[str, ...]
+    tags: tuple[str, ...]
+    constants: dict[str, Any] = field(compare=False)
+
+    @property
+    def parameters(self) -> list[tuple[str, Type, int]]:
+        """Name, type and known divisor of each run-time parameter."""
+        found: list[tuple[str, Type, int]] = []
+        for name, tag in zip(self.names, self.tags):
+            if tag[0] != "=":
+                kind, divisor = tag.split(":")
+                type = PointerType(DTYPES[kind[1:]]) if kind[0] == "*" else DTYPES[kind]
+                found.append((name, type, int(divisor)))
+        return found
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}{tag}" if tag[0] == "=" else f"{name}: {tag}" for name, tag in zip(self.names, self.tags))
+
+
+class JITFunction:
+    """A kernel: `kernel[grid](*arguments)` compiles and runs it, calls from other kernels are inlined."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        do_not_specialize: Sequence[str | int] = (),
+        do_not_specialize_on_alignment: Sequence[str | int] = (),
+    ) -> None:
+        self.fn = function
+        self.__name__ = function.__name__
+        self.__qualname__ = function.__qualname__
+        self.__module__ = function.__module__
+        self.__doc__ = function.__doc__
+        self.file = function.__code__.co_filename
+        self._unspecialised = frozenset(do_not_specialize)
+        self._unaligned = frozenset(do_not_specialize_on_alignment)
+
+    def __repr__(self) -> str:
+        return f"<jit function {self.__module__}.{self.__qualname__}>"
+
+    # ---------------------------------------------------------------------------------------------- running
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        """The launcher for a grid: a tuple of one to three extents, or a function of the arguments giving one."""
+
+        def launcher(*arguments: Any, **keywords: Any) -> Any:
+            from nitinol.runtime.launch import launch
+
+            return launch(self, grid, arguments, keywords)
+
+        return launcher
+
+    def run(self, *arguments: Any, grid: Any, warmup: bool = False, **keywords: Any) -> Any:
+        """`kernel[grid](...)` spelt as a method."""
+        return self.warmup(*arguments, grid=grid, **keywords) if warmup else self[grid](*arguments, **keywords)
+
+    def warmup(self, *arguments: Any, grid: Any = (1,), **keywords: Any) -> Any:
+        """Compiles for these arguments without running; a dtype stands for an aligned array of it.
+
+        Returns the compiled kernel: `.asm["ir"]`, `.asm["llvm"]`, `.asm["asm"]` are what was made.
+        """
+        from nitinol.runtime.launch import warmup
+
+        given = self.bind(arguments, keywords)
+        for parameter in self.parameters:
+            value = core.unwrap(given.get(parameter.name))
+            if isinstance(value, DType) and not parameter.is_constexpr:
+                given[parameter.name] = _Placeholder(value)
+        return warmup(self, given)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if core._state.builder is None:
+            raise RuntimeError(f"{self.__name__} is a kernel: launch it as {self.__name__}[grid](...)")
+        return core.builder().call(self, arguments, keywords)
+
+    # ------------------------------------------------------------------------------------------- parameters
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        found = []
+        for index, p in enumerate(inspect.signature(self.fn).parameters.values()):
+            if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+                if p.kind == p.VAR_KEYWORD:
+                    raise TypeError(f"{self.__name__}: a kernel cannot take **{p.name}")
+                found.append(Parameter("*" + p.name, False, True, True, None, ()))
+                continue
+            note = p.annotation
+            is_constexpr = note is core.constexpr or (isinstance(note, str) and "constexpr" in note)
+            dtype = note if isinstance(note, DType) else None
+            names = {p.name, index}
+            default = core.unwrap(p.default) if p.default is not p.empty else p.empty
+            specialise = not names & self._unspecialised
+            aligned = specialise and not names & self._unaligned
+            found.append(Parameter(p.name, is_constexpr, specialise, aligned, dtype, default))
+        return tuple(found)
+
+    @property
+    def arg_names(self) -> list[str]:
+        """The parameters' names, in order."""
+        return [p.name for p in self.parameters]
+
+    def bind(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by parameter name, defaults filled in, launch options dropped; TypeError as Python's for calls."""
+        parameters = self.parameters
+        if len(arguments) > len(parameters) and not (parameters and parameters[-1].name[0] == "*"):
+            raise TypeError(f"{self.__name__} takes {len(parameters)} arguments, found {len(arguments)}")
+        bound: dict[str, Any] = {}
+        for index, p in enumerate(parameters):
+            if p.name[0] == "*":
+                bound[p.name] = tuple(arguments[index:])
+            elif index < len(arguments):
+                if p.name in keywords:
+                    raise TypeError(f"{self.__name__} got the argument {p.name!r} twice")
+                bound[p.name] = arguments[index]
+            elif p.name in keywords:
+                bound[p.name] = keywords[p.name]
+            elif p.default is not inspect.Parameter.empty:
+                bound[p.name] = p.default
+            else:
+                raise TypeError(f"{self.__name__} needs an argument for {p.name!r}")
+        for name in keywords:
+            if name not in bound and name not in OPTIONS:
+                raise TypeError(f"{self.__name__} has no parameter {name!r}; it has {', '.join(self.arg_names)}")
+        return bound
+
+    # ----------------------------------------------------------------------------------------------- source
+
+    @cached_property
+    def _source_lines(self) -> tuple[list[str], int]:
+        try:
+            return inspect.getsourcelines(self.fn)
+        except (OSError, TypeError) as error:
+            raise ValueError(f"the source of {self.__name__} cannot be read: define kernels in a file") from error
+
+    @cached_property
+    def source(self) -> str:
+        """The source text, without the indentation of the place where it stands."""
+        return textwrap.dedent("".join(self._source_lines[0]))
+
+    @cached_property
+    def tree(self) -> ast.FunctionDef:
+        """The syntax tree of the definition; add `line_offset` and `column_offset` for places in the file."""
+        node = ast.parse(self.source).body[0]
+        if not isinstance(node, ast.FunctionDef):
+            raise ValueError(f"{self.__name__}: @jit takes a function defined with def")
+        return node
+
+    @property
+    def line_offset(self) -> int:
+        return self._source_lines[1] - 1
+
+    @cached_property
+    def column_offset(self) -> int:
+        first = self._source_lines[0][0]
+        return len(first) - len(first.lstrip())
+
+    def source_line(self, line: int) -> str:
+        """The text of a line of the file, "" if it is not part of this function."""
+        index = line - self._source_lines[1]
+        lines = self._source_lines[0]
+        return lines[index] if 0 <= index < len(lines) else ""
+
+    def lookup(self, name: str, absent: Any) -> Any:
+        """A free variable's value: of the enclosing functions, or global."""
+        code = self.fn.__code__
+        if name in code.co_freevars and self.fn.__closure__:
+            cell = self.fn.__closure__[code.co_freevars.index(name)]
+            try:
+                return cell.cell_contents
+            except ValueError:
+                return absent
+        return self.fn.__globals__.get(name, absent)
+
+    @cached_property
+    def cache_key(self) -> str:
+        """A hash of the source and of everything it refers to: other @jit functions, constexpr globals, functions."""
+        digest = hashlib.sha256()
+        _add_source(self, digest, set())
+        return digest.hexdigest()
+
+
+def _add_source(function: JITFunction, digest: Any, seen: set[Any]) -> None:
+    if function in seen:
+        return
+    seen.add(function)
+    digest.update(function.source.encode())
+    digest.update(repr([(p.name, p.is_constexpr, _tag_text(p.default)) for p in function.parameters]).encode())
+    absent = object()
+    for node in ast.walk(function.tree):
+        if isinstance(node, ast.Name):
+            value = function.lookup(node.id, absent)
+            name = node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = function.lookup(node.value.id, absent)
+            if not isinstance(owner, ModuleType) or owner.__name__.startswith("nitinol."):
+                continue
+            value, name = getattr(owner, node.attr, absent), node.attr
+        else:
+            continue
+        value = getattr(value, "jit_function", value)
+        if isinstance(value, JITFunction):
+            _add_source(value, digest, seen)
+        elif inspect.isfunction(value) and not value.__module__.startswith("nitinol."):
+            digest.update(value.__code__.co_code + repr(value.__code__.co_consts).encode())
+        elif isinstance(value, (core.constexpr, int, float, str, bool, tuple)):
+            digest.update(f"{name}={_tag_text(core.unwrap(value))}".encode())
+
+
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Makes a Python function a kernel. Options: `do_not_specialize` and `do_not_specialize_on_alignment` (names or
+    indices of parameters); Triton's `version`, `debug`, `noinline`, `repr`, `launch_metadata` are ignored."""
+    if function is None:
+        return lambda f: jit(f, **options)
+    if isinstance(function, JITFunction):
+        return function
+    kept = {k: v for k, v in options.items() if k.startswith("do_not_specialize") and v is not None}
+    return JITFunction(function, **kept)
+
+
+# -------------------------------------------------------------------------------------------------- specialisation
+
+
+class _Placeholder:
+    """Stands for an aligned array of a dtype in `warmup`."""
+
+    def __init__(self, dtype: DType) -> None:
+        self.__nitinol_pointer__ = (0, dtype)
+
+
+def specialise(kernel: JITFunction, arguments: Mapping[str, Any] | Sequence[Any]) -> tuple[Signature, list[Any]]:
+    """What to compile the kernel for, and the values of the run-time parameters in order.
+
+    `arguments` are values by name (all parameters, as `bind` gives) or in order. An array becomes its address in
+    bytes: NumPy arrays, torch tensors on the CPU, and objects whose `__nitinol_pointer__` is (address, DType).
+    """
+    parameters = kernel.parameters
+    if isinstance(arguments, Mapping):
+        arguments = [arguments[p.name] for p in parameters]
+    elif len(arguments) != len(parameters):
+        raise TypeError(f"{kernel.__name__} takes {len(parameters)} arguments, found {len(arguments)}")
+    tags: list[str] = []
+    constants: dict[str, Any] = {}
+    values: list[Any] = []
+    for parameter, value in zip(parameters, arguments):
+        value = core.unwrap(value)
+        if parameter.is_constexpr:
+            tags.append(_constant_tag(kernel, parameter.name, value))
+            constants[parameter.name] = value
+            continue
+        tag, value = _describe(kernel, parameter, value)
+        tags.append(tag)
+        if tag[0] == "=":
+            constants[parameter.name] = value
+        else:
+            values.append(value)
+    return Signature(tuple([p.name for p in parameters]), tuple(tags), constants), values
+
+
+def _describe(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[str, Any]:
+    """The tag of a run-time argument and the value to pass."""
+    kind = type(value)
+    if kind is int or kind is bool:
+        if parameter.dtype is not None:
+            name = parameter.dtype.name
+            if parameter.dtype.is_float:
+                return f"{name}:1", float(value)
+        elif kind is bool:
+            return "int1:1", value
+        elif value == 1 and parameter.specialise_value:
+            return "=1", 1
+        elif -(2**31) <= value < 2**31:
+            name = "int32"
+        elif -(2**63) <= value < 2**63:
+            name = "int64"
+        elif 0 <= value < 2**64:
+            name = "uint64"
+        else:
+            raise ValueError(f"{kernel.__name__}: {parameter.name}={value} does not fit into 64 bits")
+        return (f"{name}:16" if value % 16 == 0 and parameter.specialise_divisibility else f"{name}:1"), value
+    if kind is float:
+        return ("fp32:1" if parameter.dtype is None else f"{parameter.dtype.name}:1"), value
+    address, name = _pointer(kernel, parameter, value)
+    if name is None:
+        return _describe(kernel, parameter, address) if address is not value else _known(kernel, parameter, value)
+    return (f"*{name}:16" if address % 16 == 0 and parameter.specialise_divisibility else f"*{name}:1"), address
+
+
+def _pointer(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[Any, str | None]:
+    """Address and element type of an array; (another value, None) of a number in disguise, else (value, None)."""
+    pointer = getattr(value, "__nitinol_pointer__", None)
+    if pointer is not None:
+        address, dtype = pointer() if callable(pointer) else pointer
+        return address, dtype.name
+    if hasattr(value, "__array_interface__") and hasattr(value, "ctypes"):  # NumPy, without importing it
+        name = _array_tags.get(value.dtype)
+        if name is None:
+            name = Dtypes.get(value.dtype.name) if value.dtype.isnative else None
+            if name is None:
+                raise TypeError(f"{kernel.__name__}: {parameter.name} has dtype {value.dtype}, which kernels do not know")
+            _array_tags[value.dtype] = name
+        return value.__array_interface__["data"][0], name
+    if hasattr(value, "data_ptr"):  # torch
+        if value.device.type != "cpu":
+            raise TypeError(f"{kernel.__name__}: {parameter.name} is on {value.device}, expected a tensor on the CPU")
+        name = _array_tags.get(value.dtype)
+        if name is None:
+            name = Dtypes.get(str(value.dtype).removeprefix("torch."))
+            if name is None:
+                raise TypeError(f"{kernel.__name__}: {parameter.name} has dtype {value.dtype}, which kernels do not know")
+            _array_tags[value.dtype] = name
+        return value.data_ptr(), name
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):  # a NumPy scalar
+        return value.item(), None
+    if isinstance(value, (int, float)):  # a subclass, such as an enumeration
+        return (int(value) if isinstance(value, int) else float(value)), None
+    return value, None
+
+
+def _known(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[str, Any]:
+    """None, strings, dtypes, functions and tuples of known values are constants wherever they stand."""
+    if value is None or isinstance(value, (str, DType, PointerType, JITFunction, tuple)):
+        return _constant_tag(kernel, parameter.name, value), value
+    raise TypeError(
+        f"{kernel.__name__}: {parameter.name} is of type {type(value).__name__}, expected an array, a number, or a "
+        "constexpr parameter"
+    )
+
+
+def _constant_tag(kernel: JITFunction, name: str, value: Any) -> str:
+    kind = type(value)
+    if kind is int or kind is bool or value is None or kind is float or kind is str:
+        return f"={value!r}"
+    text = _tag_text(value)
+    if text is None:
+        raise TypeError(
+            f"{kernel.__name__}: the constexpr {name} is of type {kind.__name__}, expected a number, text, dtype, "
+            "function or a tuple of these"
+        )
+    return "=" + text
+
+
+def _tag_text(value: Any) -> str | None:
+    """A text that tells one known value from another, types included; None for unknown kinds of value."""
+    value = core.unwrap(value)
+    if isinstance(value, JITFunction):
+        return f"{value.__qualname__}#{value.cache_key[:16]}"
+    if isinstance(value, (tuple, list)):
+        parts = [_tag_text(v) for v in value]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        code = getattr(value, "__code__", None)
+        digest = hashlib.sha256(code.co_code).hexdigest()[:16] if code else ""
+        return f"{value.__module__}.{value.__qualname__}#{digest}"
+    if value is None or isinstance(value, (int, float, str, bool, DType, PointerType)):
+        return f"{type(value).__name__} {value!r}" if isinstance(value, (DType, PointerType)) else repr(value)
+    if hasattr(value, "item"):
+        return repr(value.item())
+    return None
