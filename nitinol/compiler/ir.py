@@ -160,6 +160,7 @@ class Function:
 
 def create(
     kind: str,
+    /,  # an attribute may be called kind too
     operands: Sequence[Value],
     result_types: Sequence[Type],
     location: Location | None = None,
