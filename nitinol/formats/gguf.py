@@ -354,7 +354,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
 
     Raises FormatError when the content is not as it should be (any part of a split model missing included),
     and the usual OSError when the file itself cannot be opened. Formats that are known but not supported
-    raise only when the tensor's `data` is asked for.
+    raise only when the tensor's `data` is asked for. A file must not be cut short by others while it is open:
+    the operating system ends a program that reads a mapping beyond its file.
     """
     file = _open_part(Path(path), 0)
     if "split.count" in file.metadata and _split_key(file, "split.count") > 1:

@@ -65,11 +65,11 @@ def _typed(value: Any, key: str) -> tuple[int, bytes]:
     """The GGUF type of a Python or NumPy value, and its bytes."""
     if isinstance(value, str):
         return STRING, _string(value)
+    if isinstance(value, np.generic) and value.dtype in _TYPE_OF_DTYPE:  # first: np.float64 is a float, too
+        return _TYPE_OF_DTYPE[value.dtype], value.tobytes()
     if isinstance(value, (bool, int, float)):
         type = _number_type([value], scalar=True)
         return type, _number(type, value)
-    if isinstance(value, np.generic) and value.dtype in _TYPE_OF_DTYPE:
-        return _TYPE_OF_DTYPE[value.dtype], value.tobytes()
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _TYPE_OF_DTYPE:
         type, elements = _TYPE_OF_DTYPE[value.dtype], value.tobytes()
     elif isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):

@@ -193,7 +193,7 @@ def quantize(values: NDArray[Any], format: str) -> Bytes:
     flat = values.reshape(-1, layout.values)
     out = np.empty(len(flat) * layout.bytes, dtype=np.uint8)
     step = _STEP_VALUES // layout.values
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(flat), step):
             part = _encode(np.ascontiguousarray(flat[start : start + step], dtype=np.float32), layout)
             out[start * layout.bytes : start * layout.bytes + part.nbytes] = part.view(np.uint8).reshape(-1)
