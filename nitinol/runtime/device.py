@@ -1,0 +1,337 @@
+"""The device protocol: buffers, command lists, events and counters, the same for every driver.
+
+A driver (cpu.py; later Metal and CUDA) is one class with the methods of `Device`. Everything else in this file
+is shared: a `CommandList` is recorded once, encoded once by the driver, and submitted many times. Submissions to
+one device run in order, one after another; a device has one queue. Within a list, entries may overlap unless
+`barrier=True` says that everything recorded earlier must have finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import struct
+import time
+import weakref
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+# A blocking wait returns to Python this often, so that Ctrl-C is noticed.
+WAIT_SLICE_NS = 50_000_000
+
+
+class DeviceError(RuntimeError):
+    """Something was asked of a device that it cannot do; the message says what was found and what to do."""
+
+
+@dataclass
+class Counters:
+    """What a device has done since it was opened. Bytes count size classes, not requested sizes."""
+
+    submits: int = 0
+    waits: int = 0
+    dispatches: int = 0  # launches, copies and fills submitted
+    allocations: int = 0  # blocks taken from the operating system
+    pool_hits: int = 0  # allocations served from memory that the pool already had
+    bytes_in_use: int = 0
+    bytes_reserved: int = 0  # in use and pooled
+
+
+class Executable(Protocol):
+    """A compiled kernel. On the CPU: void kernel(args, scratch, grid, first, last), see cpu_executor.py."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+
+
+class Buffer:
+    """A range of device memory. `address` is in bytes; on the CPU it is an ordinary pointer."""
+
+    def __init__(self, device: Device, address: int, nbytes: int, *, read_only: bool = False,
+                 owner: Any = None, root: Buffer | None = None):
+        self.device = device
+        self.address = address
+        self.nbytes = nbytes
+        self.read_only = read_only
+        self._owner = owner  # what keeps the memory alive: a pool block, or the wrapped host object
+        self._root = root  # the buffer that this one is a view of
+        self._freed = False
+        self._lists: weakref.WeakSet[CommandList] | None = None  # the lists that use this memory
+
+    @property
+    def freed(self) -> bool:
+        return (self._root or self)._freed
+
+    def check(self, device: Device | None = None) -> None:
+        """Raise DeviceError if the memory was freed or belongs to a device other than `device`."""
+        if self.freed:
+            raise DeviceError(f"a buffer of {self.nbytes} bytes is used after it was freed; allocate a new one")
+        if device is not None and self.device is not device:
+            raise DeviceError(f"a buffer of device {self.device.name!r} is used on device {device.name!r}; "
+                              "copy it to that device first")
+
+    def view(self, offset: int, nbytes: int | None = None) -> Buffer:
+        """The bytes from `offset` on (`nbytes` of them, or all that follow) as a buffer on the same memory."""
+        self.check()
+        nbytes = self.nbytes - offset if nbytes is None else nbytes
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise DeviceError(f"a view of bytes {offset}..{offset + nbytes} does not fit a buffer of "
+                              f"{self.nbytes} bytes")
+        return Buffer(self.device, self.address + offset, nbytes, read_only=self.read_only,
+                      root=self._root or self)
+
+    def as_numpy(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None) -> np.ndarray:
+        """The memory as a C-contiguous array of `dtype`, without a copy; needs memory that the host can address.
+
+        The array keeps the buffer from being reclaimed, but not from an explicit `free`. It sees what the device
+        has written so far: wait for the event of the work that writes it first.
+        """
+        self.check()
+        dtype = np.dtype(dtype)
+        if shape is None:
+            if self.nbytes % dtype.itemsize:
+                raise DeviceError(f"a buffer of {self.nbytes} bytes is not a whole number of {dtype} items")
+            shape = (self.nbytes // dtype.itemsize,)
+        needed = math.prod(shape) * dtype.itemsize
+        if needed > self.nbytes or min(shape, default=0) < 0:
+            raise DeviceError(f"an array of shape {tuple(shape)} and type {dtype} needs {needed} bytes, but the "
+                              f"buffer has {self.nbytes}")
+        window = np.asarray(_Window(self, needed))
+        return window.view(dtype).reshape(shape)
+
+    def free(self) -> None:
+        """Give the memory back now instead of when the last reference goes. Lists that use it become unusable."""
+        if self._root is not None:
+            raise DeviceError("a view cannot be freed; free the buffer that it was made from")
+        if not self._freed:
+            self._freed = True
+            for commands in self._lists or ():
+                commands.invalid = f"a buffer of {self.nbytes} bytes in this command list was freed; record it again"
+            self.device.release(self)
+
+    def __del__(self) -> None:
+        if getattr(self, "_root", self) is None and not self._freed:
+            self._freed = True
+            self.device.release(self)
+
+    def __repr__(self) -> str:
+        state = ", freed" if self.freed else ", read only" if self.read_only else ""
+        return f"Buffer({self.device.name!r}, {self.nbytes} bytes at {self.address:#x}{state})"
+
+
+class _Window:
+    """Lets NumPy see a buffer's memory and keeps the buffer alive for as long as an array looks at it."""
+
+    def __init__(self, buffer: Buffer, nbytes: int):
+        self.buffer = buffer
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (nbytes,),
+                                    "data": (buffer.address, buffer.read_only)}
+
+
+def slot(value: float, kind: str) -> bytes:
+    """The 8 bytes of a kernel argument. kind: 'i' integers, 'f' float32 in the low 4 bytes, 'd' float64."""
+    if kind == "i":
+        return (int(value) & (2**64 - 1)).to_bytes(8, "little")
+    return struct.pack("<fxxxx" if kind == "f" else "<d", value)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over a grid. Arguments: a Buffer (its address), an int, or the 8 bytes of a slot."""
+
+    executable: Executable
+    grid: tuple[int, int, int]
+    arguments: tuple[Buffer | int | bytes, ...]
+    barrier: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes from one buffer to another of the same size, which must not overlap it."""
+
+    destination: Buffer
+    source: Buffer
+    barrier: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One byte value over a whole buffer."""
+
+    destination: Buffer
+    value: int
+    barrier: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class Timestamp:
+    """When an entry of a profiled list ran, in nanoseconds of the device's clock: first start to last end."""
+
+    label: str
+    start: int
+    end: int
+
+
+class CommandList:
+    """Launches and copies, recorded once and submitted many times.
+
+    `profile=True` makes each run note when every entry started and ended (`timestamps()`); off, it costs nothing.
+    """
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.entries: list[Launch | Copy | Fill] = []
+        self.encoded: Any = None  # the driver's form; made at the first submit, dropped when the list changes
+        self.invalid = ""  # why this list must not be submitted any more
+        self._profile = False
+
+    @property
+    def profile(self) -> bool:
+        return self._profile
+
+    @profile.setter
+    def profile(self, on: bool) -> None:
+        if on != self._profile:
+            self._profile, self.encoded = on, None
+
+    def launch(self, executable: Executable, grid: Sequence[int], arguments: Sequence[Buffer | int | bytes] = (),
+               *, barrier: bool = False, label: str = "") -> None:
+        """Record a kernel launch. grid: one to three extents; missing ones are 1."""
+        if not 1 <= len(grid) <= 3 or any(not 0 <= int(extent) < 2**31 for extent in grid):
+            raise DeviceError(f"grid {tuple(grid)} of kernel {executable.name!r} must have one to three extents, "
+                              "each from 0 to 2**31 - 1")
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, Buffer):
+                self._use(argument)
+            elif not isinstance(argument, int | np.integer) and not (
+                    isinstance(argument, bytes) and len(argument) == 8):
+                raise DeviceError(f"argument {position} of kernel {executable.name!r} is {argument!r}; expected a "
+                                  "Buffer, an int, or the 8 bytes of a slot")
+        x, y, z = (*(int(extent) for extent in grid), 1, 1)[:3]
+        self._add(Launch(executable, (x, y, z), tuple(arguments), barrier, label or executable.name))
+
+    def copy(self, destination: Buffer, source: Buffer, *, barrier: bool = False, label: str = "copy") -> None:
+        """Record a copy of all bytes of `source` to `destination`."""
+        self._use(source)
+        self._use(destination, writes=True)
+        if source.nbytes != destination.nbytes:
+            raise DeviceError(f"a copy from {source.nbytes} bytes to {destination.nbytes} bytes; take views of one "
+                              "size")
+        if abs(source.address - destination.address) < source.nbytes:
+            raise DeviceError(f"a copy of {source.nbytes} bytes overlaps itself; copy through a third buffer")
+        self._add(Copy(destination, source, barrier, label))
+
+    def fill(self, destination: Buffer, value: int = 0, *, barrier: bool = False, label: str = "fill") -> None:
+        """Record setting every byte of `destination` to `value` (0 to 255)."""
+        self._use(destination, writes=True)
+        if not 0 <= value <= 255:
+            raise DeviceError(f"a fill with {value}; expected a byte, 0 to 255")
+        self._add(Fill(destination, value, barrier, label))
+
+    def timestamps(self) -> list[Timestamp]:
+        """Start and end of every entry in the latest run of a profiled list, in the order of recording."""
+        if not self._profile or self.encoded is None:
+            raise DeviceError("a command list has timestamps after a run with profile=True; set it and run again")
+        return self.device.timestamps(self)
+
+    def _use(self, buffer: Buffer, writes: bool = False) -> None:
+        buffer.check(self.device)
+        if writes and buffer.read_only:
+            raise DeviceError(f"a copy or fill writes to {buffer!r}; allocate a buffer for it instead")
+        root = buffer._root or buffer
+        if root._lists is None:
+            root._lists = weakref.WeakSet()
+        root._lists.add(self)
+
+    def _add(self, entry: Launch | Copy | Fill) -> None:
+        self.entries.append(entry)
+        self.encoded = None
+
+
+class Event:
+    """The completion of one submission: poll `done`, block in `wait`, or `await` it."""
+
+    def __init__(self, device: Device, sequence: int, commands: CommandList):
+        self.device = device
+        self.sequence = sequence
+        self._commands: CommandList | None = commands  # its buffers live at least until it has run
+
+    @property
+    def done(self) -> bool:
+        if self._commands is not None and self.device.poll(self.sequence):
+            self._commands = None
+        return self._commands is None
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block, with the interpreter lock released, until the submission has run.
+
+        timeout: seconds. Raises TimeoutError when it passes (the work goes on), DeviceError when a kernel
+        reported an error or the device was closed. Ctrl-C surfaces within about 50 ms and leaves the device usable.
+        """
+        deadline = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
+        self.device.counters.waits += 1
+        while not self.done:
+            left = WAIT_SLICE_NS if deadline is None else min(WAIT_SLICE_NS, deadline - time.monotonic_ns())
+            if left <= 0:
+                raise TimeoutError(f"submission {self.sequence} on {self.device.name!r} is not done after {timeout} s")
+            self.device.wait_slice(self.sequence, left)
+        self.device.check_status()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if not self.done:  # a thread of the loop's pool waits, the loop goes on
+            yield from asyncio.get_running_loop().run_in_executor(None, self.wait).__await__()
+        else:
+            self.wait()
+
+
+class Device(Protocol):
+    """What a driver provides. `CpuDevice` in cpu.py is the reference."""
+
+    name: str
+    counters: Counters
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Uninitialised memory, 64-byte aligned. Raises DeviceError when not enough memory is available."""
+
+    def wrap(self, memory: Any) -> Buffer:
+        """Host memory (anything with the buffer protocol: an array, an mmap) as a buffer, without a copy."""
+
+    def release(self, buffer: Buffer) -> None:
+        """Called by Buffer when it is freed or collected."""
+
+    def command_list(self) -> CommandList:
+        """An empty command list."""
+
+    def submit(self, commands: CommandList) -> Event:
+        """Start a list, after everything submitted before; returns at once."""
+
+    def run(self, commands: CommandList) -> None:
+        """Submit and wait, by the quickest route."""
+
+    def poll(self, sequence: int) -> bool:
+        """Whether that submission has finished."""
+
+    def wait_slice(self, sequence: int, nanoseconds: int) -> None:
+        """Block until that submission has finished, at most so long."""
+
+    def synchronize(self) -> None:
+        """Wait for everything submitted so far."""
+
+    def check_status(self) -> None:
+        """Raise DeviceError if a kernel reported an error; the report is then cleared."""
+
+    def timestamps(self, commands: CommandList) -> list[Timestamp]:
+        """See CommandList.timestamps."""
+
+    def close(self) -> None:
+        """Stop; work in flight is abandoned between two chunks of a kernel."""
