@@ -13,7 +13,7 @@ from nitinol.language.core import tensor, unwrap
 from nitinol.language.jit import JITFunction
 from nitinol.language.types import Type
 
-Call = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
+Call = Callable[["Builder", Any, Sequence[Any], dict[str, Any]], Any]
 
 
 class Builder:
@@ -22,7 +22,7 @@ class Builder:
     `stack` holds (function, node) of the calls being inlined, outermost first.
     """
 
-    def __init__(self, function: JITFunction, call: Callable[[Builder, Any, Sequence[Any], dict[str, Any]], Any]) -> None:
+    def __init__(self, function: JITFunction, call: Call) -> None:
         self.block = Block()
         self.function = function
         self.node: ast.AST = function.tree
@@ -31,7 +31,13 @@ class Builder:
         self._located: tuple[ast.AST | None, Location] = (None, self.location_of(function, function.tree))
 
     def create(
-        self, kind: str, operands: Sequence[Value], results: Sequence[Type], regions: Sequence[Block] = (), **attributes: Any
+        self,
+        kind: str,
+        /,
+        operands: Sequence[Value],
+        results: Sequence[Type],
+        regions: Sequence[Block] = (),
+        **attributes: Any,
     ) -> Op:
         """A new operation at the end of the current block."""
         op = create(kind, operands, results, self.location, regions, **attributes)

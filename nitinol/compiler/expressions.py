@@ -36,7 +36,7 @@ UNARY: dict[type, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def _extremum(tile_function: Callable[[Any, Any], Any], python_function: Callable[..., Any]) -> Callable[..., Any]:
+def _extremum(tile_function: Callable[[Any, Any], Any], python_function: Any) -> Callable[..., Any]:
     def function(*values: Any) -> Any:
         if not any(isinstance(v, tensor) for v in values):
             return python_function(*values)
@@ -263,7 +263,7 @@ class Expressions:
     def eval_FormattedValue(self, node: ast.FormattedValue) -> str:
         value = self.evaluate(node.value)
         if node.conversion != -1:
-            value = {115: str, 114: repr, 97: ascii}[node.conversion](value)
+            value = str(value) if node.conversion == ord("s") else repr(value)
         specification = self.evaluate(node.format_spec) if node.format_spec is not None else ""
         return format(repr(value) if isinstance(value, tensor) else value, specification)
 
@@ -281,7 +281,7 @@ class Expressions:
         if isinstance(function, JITFunction):
             return self.builder.call(function, arguments, keywords)
         if function is core.constexpr:
-            return known(*arguments, "the value of constexpr")
+            return known(arguments[0], "the value of constexpr")
         if not callable(function):
             raise TypeError(f"{ast.unparse(node.func)} is not a function: found {function!r}")
         module = getattr(function, "__module__", None) or ""

@@ -37,7 +37,9 @@ def build_ir(kernel: JITFunction, signature: Signature) -> Function:
     try:
         frame = Frame(builder, kernel, local)
         if frame.run_body() is not None:
-            raise builder.error(f"the kernel {kernel.__name__} returns a value: results of a kernel go through tl.store")
+            raise builder.error(
+                f"the kernel {kernel.__name__} returns a value: results of a kernel go through tl.store"
+            )
     finally:
         core.set_builder(previous)
     location = builder.location_of(kernel, kernel.tree)
@@ -180,7 +182,9 @@ class Frame(Expressions):
             items = self.name(target.value)
             index = known(self.evaluate(target.slice), "the index of a tuple")
             if not isinstance(items, tuple):
-                raise self.builder.error(f"only elements of tuples and lists can be assigned, found {items!r}; use tl.where")
+                raise self.builder.error(
+                    f"only elements of tuples and lists can be assigned, found {items!r}; use tl.where"
+                )
             changed = list(items)
             changed[index] = value
             self.local[target.value.id] = tuple(changed)
@@ -198,7 +202,9 @@ class Frame(Expressions):
             pending.extend(reversed(node.body if condition else node.orelse))
             return
         if condition.shape:
-            raise ValueError(f"an `if` takes a scalar, found a tile of shape {condition.shape}; use tl.where or a reduction")
+            raise ValueError(
+                f"an `if` takes a scalar, found a tile of shape {condition.shape}; use tl.where or a reduction"
+            )
         condition = truth(condition)
         if contains(node, ast.Return):
             if self.loops:
@@ -245,7 +251,9 @@ class Frame(Expressions):
         for name in {**then, **otherwise}:
             if name not in then or name not in otherwise:
                 side = "true" if name in then else "false"
-                self.missing[name] = f"{name} has a value only if the condition at line {line} is {side}: assign it before"
+                self.missing[name] = (
+                    f"{name} has a value only if the condition at line {line} is {side}: assign it before"
+                )
                 continue
             a, b = then[name], otherwise[name]
             if a is b or same_constant(a, b):
@@ -281,7 +289,9 @@ class Frame(Expressions):
         iterable = self.evaluate(node.iter)
         self.builder.node = node.iter
         if isinstance(iterable, core.static_range):
-            start, end, step = (known(v, "a bound of static_range") for v in (iterable.start, iterable.end, iterable.step))
+            start, end, step = (
+                known(v, "a bound of static_range") for v in (iterable.start, iterable.end, iterable.step)
+            )
             iterable = tuple(range(start, end, step))
         if isinstance(iterable, (tuple, list, range)):
             for item in iterable:
@@ -391,8 +401,8 @@ class Frame(Expressions):
                 start, end = before[name], as_run_time(after.get(name))
                 if structure(start) != structure(end):
                     raise self.builder.error(
-                        f"the loop variable {name} is {describe_value(start)} before the loop and {describe_value(end)} "
-                        "after its body: keep one type, for example with .to() or by starting with it",
+                        f"the loop variable {name} is {describe_value(start)} before the loop and "
+                        f"{describe_value(end)} after its body: keep one type, with .to() or from the start",
                         last_assignment(node, name),
                     )
                 results += [v.handle for v in flatten(end)]
@@ -439,11 +449,15 @@ class Frame(Expressions):
                     op.operands = [replace.get(v, v) for v in op.operands]
         return kept
 
-    def after_loop(self, node: ast.For | ast.While, before: dict[str, Any], carried: list[str], results: list[Value]) -> None:
+    def after_loop(
+        self, node: ast.For | ast.While, before: dict[str, Any], carried: list[str], results: list[Value]
+    ) -> None:
         line = self.line(node)
         for name in self.local:
             if name not in before:
-                self.missing[name] = f"{name} is first assigned inside the loop at line {line}: assign it before the loop"
+                self.missing[name] = (
+                    f"{name} is first assigned inside the loop at line {line}: assign it before the loop"
+                )
         self.local = dict(before)
         values = iter(map(tensor, results))
         for name in carried:
@@ -525,7 +539,9 @@ def assigned_names(node: ast.AST) -> list[str]:
     for child in ast.walk(node):
         if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
             found[child.id] = None
-        elif isinstance(child, ast.Subscript) and isinstance(child.ctx, ast.Store) and isinstance(child.value, ast.Name):
+        elif (
+            isinstance(child, ast.Subscript) and isinstance(child.ctx, ast.Store) and isinstance(child.value, ast.Name)
+        ):
             found[child.value.id] = None
     return list(found)
 

@@ -1,7 +1,8 @@
 """The tile language, as `import nitinol.language as tl`: Triton's names and semantics (docs/tile-language.md)."""
 
-# ruff: noqa: A004, F401
+# ruff: noqa: F401
 from nitinol.language import math as math
+from nitinol.language.autotune import Config, autotune, heuristics
 from nitinol.language.core import block_type, constexpr, range, static_range, tensor
 from nitinol.language.jit import JITFunction, Signature, jit, specialise
 from nitinol.language.math import (
@@ -30,8 +31,8 @@ from nitinol.language.math import (
 )
 from nitinol.language.operations import (
     arange,
-    assume,
     associative_scan,
+    assume,
     atomic_add,
     atomic_and,
     atomic_cas,
@@ -70,19 +71,33 @@ from nitinol.language.operations import (
 )
 from nitinol.language.operations import broadcast_both as broadcast
 from nitinol.language.operations import cast_to as cast
+from nitinol.language.random import (
+    pair_uniform_to_normal,
+    philox,
+    rand,
+    rand4x,
+    randint,
+    randint4x,
+    randn,
+    randn4x,
+    uint_to_uniform_float,
+)
 from nitinol.language.standard import (
     argmax,
     argmin,
     cdiv,
     cumprod,
     cumsum,
+    flip,
     full_like,
     max,
     min,
+    next_power_of_2,
     ravel,
     reduce_or,
     sigmoid,
     softmax,
+    sort,
     sum,
     swizzle2d,
     xor_sum,

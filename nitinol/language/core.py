@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nitinol.language.types import (
     DType,
@@ -93,6 +93,28 @@ class tensor:
 
     __slots__ = ("handle",)
     __hash__ = object.__hash__
+    if TYPE_CHECKING:  # the operators are installed by semantic.py
+        Binary = Callable[["tensor", Any], "tensor"]
+        __add__: Binary
+        __radd__: Binary
+        __sub__: Binary
+        __rsub__: Binary
+        __mul__: Binary
+        __rmul__: Binary
+        __truediv__: Binary
+        __rtruediv__: Binary
+        __getitem__: Binary
+        __floordiv__: Binary
+        __mod__: Binary
+        __and__: Binary
+        __or__: Binary
+        __xor__: Binary
+        __lshift__: Binary
+        __rshift__: Binary
+        __lt__: Binary
+        __gt__: Binary
+        __neg__: Callable[[], tensor]
+        __invert__: Callable[[], tensor]
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -122,12 +144,14 @@ class tensor:
     __index__ = __int__ = __float__ = __iter__ = __len__ = __bool__  # type: ignore[assignment]
 
 
-def emit(kind: str, operands: Sequence[tensor], result: Type, **attributes: Any) -> tensor:
+def emit(kind: str, /, operands: Sequence[tensor], result: Type, **attributes: Any) -> tensor:
     """Appends an operation with one result."""
     return tensor(builder().create(kind, [o.handle for o in operands], [result], **attributes).results[0])
 
 
-def emit_many(kind: str, operands: Sequence[tensor], results: Sequence[Type], **attributes: Any) -> tuple[tensor, ...]:
+def emit_many(
+    kind: str, /, operands: Sequence[tensor], results: Sequence[Type], **attributes: Any
+) -> tuple[tensor, ...]:
     """Appends an operation with any number of results."""
     op = builder().create(kind, [o.handle for o in operands], list(results), **attributes)
     return tuple(tensor(r) for r in op.results)
@@ -197,7 +221,8 @@ class range:
         warp_specialize: Any = False,
         disable_licm: Any = False,
     ) -> None:
-        self.start, self.end = (0, arg1) if arg2 is None else (arg1, arg2)
+        self.start: Any = 0 if arg2 is None else arg1
+        self.end = arg1 if arg2 is None else arg2
         self.step = step
 
 

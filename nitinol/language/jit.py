@@ -41,6 +41,10 @@ class Parameter:
     dtype: DType | None
     default: Any
 
+    @property
+    def has_default(self) -> bool:
+        return self.default is not inspect.Parameter.empty
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -66,7 +70,9 @@ class Signature:
         return found
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}{tag}" if tag[0] == "=" else f"{name}: {tag}" for name, tag in zip(self.names, self.tags))
+        return ", ".join(
+            f"{name}{tag}" if tag[0] == "=" else f"{name}: {tag}" for name, tag in zip(self.names, self.tags)
+        )
 
 
 class JITFunction:
@@ -166,7 +172,7 @@ class JITFunction:
                 bound[p.name] = arguments[index]
             elif p.name in keywords:
                 bound[p.name] = keywords[p.name]
-            elif p.default is not inspect.Parameter.empty:
+            elif p.has_default:
                 bound[p.name] = p.default
             else:
                 raise TypeError(f"{self.__name__} needs an argument for {p.name!r}")
@@ -331,10 +337,10 @@ def _describe(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[st
         return (f"{name}:16" if value % 16 == 0 and parameter.specialise_divisibility else f"{name}:1"), value
     if kind is float:
         return ("fp32:1" if parameter.dtype is None else f"{parameter.dtype.name}:1"), value
-    address, name = _pointer(kernel, parameter, value)
-    if name is None:
+    address, element = _pointer(kernel, parameter, value)
+    if element is None:
         return _describe(kernel, parameter, address) if address is not value else _known(kernel, parameter, value)
-    return (f"*{name}:16" if address % 16 == 0 and parameter.specialise_divisibility else f"*{name}:1"), address
+    return (f"*{element}:16" if address % 16 == 0 and parameter.specialise_divisibility else f"*{element}:1"), address
 
 
 def _pointer(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[Any, str | None]:
@@ -348,7 +354,9 @@ def _pointer(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[Any
         if name is None:
             name = Dtypes.get(value.dtype.name) if value.dtype.isnative else None
             if name is None:
-                raise TypeError(f"{kernel.__name__}: {parameter.name} has dtype {value.dtype}, which kernels do not know")
+                raise TypeError(
+                    f"{kernel.__name__}: {parameter.name} has dtype {value.dtype}, which kernels do not know"
+                )
             _array_tags[value.dtype] = name
         return value.__array_interface__["data"][0], name
     if hasattr(value, "data_ptr"):  # torch
@@ -358,7 +366,9 @@ def _pointer(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[Any
         if name is None:
             name = Dtypes.get(str(value.dtype).removeprefix("torch."))
             if name is None:
-                raise TypeError(f"{kernel.__name__}: {parameter.name} has dtype {value.dtype}, which kernels do not know")
+                raise TypeError(
+                    f"{kernel.__name__}: {parameter.name} has dtype {value.dtype}, which kernels do not know"
+                )
             _array_tags[value.dtype] = name
         return value.data_ptr(), name
     if type(value).__module__ == "numpy" and hasattr(value, "item"):  # a NumPy scalar

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from nitinol.language.core import emit, known, member, tensor
-from nitinol.language.semantic import cast, mod, promote, to_tensor, truediv, unify
-from nitinol.language.semantic import broadcast as broadcast_pair
-from nitinol.language.types import DType, bfloat16, float16, float32
+from nitinol.language.semantic import bitcast, cast, mod, to_tensor, truediv, unify
+from nitinol.language.types import DType, bfloat16, float16, float32, int32, int64, uint32, uint64
 
 
 class PropagateNan:
@@ -110,9 +109,6 @@ div_rn = truediv
 
 def umulhi(x: Any, y: Any) -> tensor:
     """The high half of the product of two 32-bit or 64-bit integers, which are read as unsigned."""
-    from nitinol.language.semantic import bitcast
-    from nitinol.language.types import int32, int64, uint32, uint64
-
     x, y = unify(x, y, "umulhi")
     dtype = x.dtype
     if dtype not in (int32, int64, uint32, uint64):

@@ -22,7 +22,6 @@ from nitinol.language.semantic import (
     broadcast,
     broadcast_shapes,
     cast,
-    full as full_of,
     is_number,
     splat,
     to_tensor,
@@ -30,6 +29,9 @@ from nitinol.language.semantic import (
     unify,
 )
 from nitinol.language.semantic import broadcast_to as broadcast_to_shape
+from nitinol.language.semantic import (
+    full as full_of,
+)
 from nitinol.language.semantic import where as where_of
 from nitinol.language.types import (
     DType,
@@ -309,9 +311,7 @@ def reshape(input: Any, *shape: Any, can_reorder: bool = False) -> tensor:
     """The elements in row-major order under another shape."""
     x, target = tile(input, "reshape"), known_shape(_shape_arguments(shape), "reshape")
     if x.numel != with_size(target):
-        raise ValueError(
-            f"reshape: {x.shape} has {x.numel} elements, the shape {target} asks for {with_size(target)}"
-        )
+        raise ValueError(f"reshape: {x.shape} has {x.numel} elements, the shape {target} asks for {with_size(target)}")
     if not x.shape:
         return splat(x, target)
     if not target:
@@ -459,7 +459,9 @@ def dot(
     integers = (int8, uint8)
     same = a.dtype == b.dtype and a.dtype in floats
     if not same and not (a.dtype in integers and b.dtype in integers):
-        raise TypeError(f"dot takes two operands of one type (fp16, bf16, fp32, fp64, int8), found {a.dtype}, {b.dtype}")
+        raise TypeError(
+            f"dot takes two operands of one type (fp16, bf16, fp32, fp64, int8), found {a.dtype}, {b.dtype}"
+        )
     if len(a.shape) != len(b.shape) or len(a.shape) < 2:
         raise ValueError(f"dot takes two tiles of one rank, 2 or more, found shapes {a.shape} and {b.shape}")
     if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
@@ -513,7 +515,7 @@ def _combine_region(tiles: Sequence[tensor], combine_fn: Any, what: str) -> Any:
 
 @member
 def reduce(input: Any, axis: Any, combine_fn: Callable[..., Any], keep_dims: Any = False) -> Any:
-    """Combines the elements along an axis (all of them if None) with an associative function of two (groups of) scalars.
+    """Combines the elements along an axis (None: all) with an associative function of two scalars or groups of them.
 
     `input` is a tile or a tuple of tiles of one shape; the result is of the same form.
     """

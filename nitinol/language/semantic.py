@@ -361,10 +361,9 @@ def _install() -> None:
         setattr(tensor, f"__r{name}__", lambda x, y, f=function: f(y, x))
     for kind in SYMBOLS:
         setattr(tensor, f"__{kind}__", lambda x, y, k=kind: compare(k, x, y))
-    tensor.__neg__ = neg  # type: ignore[attr-defined]
-    tensor.__pos__ = lambda x: x  # type: ignore[attr-defined]
-    tensor.__invert__ = invert  # type: ignore[attr-defined]
-    tensor.__getitem__ = getitem  # type: ignore[attr-defined]
+    for name, unary in (("neg", neg), ("pos", lambda x: x), ("invert", invert)):
+        setattr(tensor, f"__{name}__", unary)
+    setattr(tensor, "__getitem__", getitem)  # noqa: B010
 
 
 _install()

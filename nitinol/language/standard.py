@@ -14,13 +14,19 @@ from nitinol.language.operations import (
     broadcast_to,
     expand_dims,
     full,
+    gather,
     reduce,
     reshape,
     where,
     zeros,
 )
-from nitinol.language.semantic import cast, is_number, to_tensor
-from nitinol.language.types import DType, bfloat16, float32, int32, uint32
+from nitinol.language.semantic import cast, compare, is_number, to_tensor
+from nitinol.language.types import DType, bfloat16, float32, int1, int32, uint32
+
+
+def eq(x: Any, y: Any) -> tensor:
+    """`x == y` as a function, for which type checkers know the result."""
+    return compare("eq", x, y)
 
 
 def cdiv(x: Any, div: Any) -> Any:
@@ -36,7 +42,7 @@ def next_power_of_2(n: int) -> int:
 @member
 def sigmoid(x: Any) -> tensor:
     """1 / (1 + exp(-x)), elementwise."""
-    return 1 / (1 + exp(-x))
+    return 1 / (exp(-x) + 1)
 
 
 @member
@@ -93,14 +99,12 @@ def _extreme(
         x, place = reshape(x, (x.numel,)), 0
     else:
         place = known_axis(axis, rank, "a reduction")
-    index = arange(0, x.shape[place])
-    others = tuple(i for i in range(len(x.shape)) if i != place)
-    index = broadcast_to(expand_dims(index, others) if others else index, x.shape)
+    index = _lanes(x, place)
 
     def pick(value1: Any, index1: Any, value2: Any, index2: Any) -> tuple[tensor, tensor]:
         first = better(value1, value2)
         if tie_break_left:
-            first = first | ((value1 == value2) & (index1 < index2))
+            first = first | (eq(value1, value2) & (index1 < index2))
         return where(first, value1, value2), where(first, index1, index2)
 
     value, where_found = reduce((x, index), place, pick, keep_dims=keep_dims and not flat)
@@ -162,6 +166,41 @@ def cumprod(input: Any, axis: Any = 0, reverse: Any = False) -> tensor:
 def ravel(x: Any, can_reorder: Any = False) -> tensor:
     """All elements in row-major order as one axis."""
     return reshape(x, (to_tensor(x).numel,))
+
+
+def _lanes(x: tensor, axis: int) -> tensor:
+    """The index along an axis, in the tile's shape."""
+    index = arange(0, x.shape[axis])
+    others = tuple(i for i in range(len(x.shape)) if i != axis)
+    return broadcast_to(expand_dims(index, others) if others else index, x.shape)
+
+
+@member
+def flip(x: Any, dim: Any = None) -> tensor:
+    """The elements in reverse order along an axis, by default the last."""
+    axis = known_axis(-1 if dim is None else dim, len(x.shape), "flip")
+    return gather(x, x.shape[axis] - 1 - _lanes(x, axis), axis)
+
+
+@member
+def sort(x: Any, dim: Any = None, descending: Any = False) -> tensor:
+    """The elements in order along an axis, by default the last (Batcher's bitonic network)."""
+    axis = known_axis(-1 if dim is None else dim, len(x.shape), "sort")
+    lane, extent = _lanes(x, axis), x.shape[axis]
+    down = bool(known(descending, "descending"))
+    size = 2
+    while size <= extent:
+        last = size == extent
+        rising = full(x.shape, not down, int1) if last else eq(lane & size, size if down else 0)
+        distance = size // 2
+        while distance:
+            other = gather(x, lane ^ distance, axis)
+            is_low = eq(lane & distance, 0)
+            low, high = where(is_low, x, other), where(is_low, other, x)
+            x = where(where(rising, low > high, low < high), other, x)
+            distance //= 2
+        size *= 2
+    return x
 
 
 def zeros_like(input: Any) -> tensor:
