@@ -468,3 +468,29 @@ def test_the_writer_streams(tmp_path):
     model = open_gguf(tmp_path / "a.gguf")
     x = model.tensors["x"].data.view("<f4").reshape(64, -1)
     assert np.array_equal(x[63], piece + 63) and np.array_equal(model.tensors["y"].data.view("<f4"), piece)
+
+
+# ---- tools/make_random_model.py --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "format"), [("llama", "Q4_K"), ("qwen2", "Q8_0"), ("qwen3", "F16")])
+def test_random_models(tmp_path, monkeypatch, arch, format):
+    import runpy
+    from pathlib import Path
+
+    tool = Path(__file__).parent.parent / "tools" / "make_random_model.py"
+    for name in ("a", "b"):
+        argv = [str(tool), "--arch", arch, "--format", format, "--layers", "1", "--seed", "5", str(tmp_path / name)]
+        monkeypatch.setattr("sys.argv", argv)
+        runpy.run_path(str(tool), run_name="__main__")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes(), "the same seed gives the same file"
+    model = open_gguf(tmp_path / "a")
+    tokens = model.metadata["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(set(tokens)) == model.metadata[f"{arch}.vocab_size"] == 2048
+    assert model.tensors["token_embd.weight"].shape == (2048, 256)
+    assert model.tensors["token_embd.weight"].format == {"Q4_K": "Q6_K"}.get(format, format)
+    for tensor in model.tensors.values():
+        if len(tensor.shape) == 2:
+            weights = dequantize(tensor.data, tensor.format, tensor.shape)
+            # 32768 values or more: the mean is within 4 standard errors and some slack for shared scales.
+            assert abs(weights.mean()) < 0.001 and abs(weights.std() - 0.02) < 0.001
