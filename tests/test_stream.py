@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -67,6 +68,19 @@ def test_stop_strings(text, stops, lengths):
     assert shown + stream.flush() == expected
     assert stream.stopped == stop
     assert stream.feed(b"more") == "" if stop else True
+
+
+def test_all_short_stop_strings():
+    # Random strings seldom repeat themselves in the way that a search can get wrong; short ones can all be tried.
+    strings = {n: ["".join(letters) for letters in itertools.product("ab", repeat=n)] for n in range(1, 9)}
+    short = strings[1] + strings[2] + strings[3]
+    cases = [([stop], text) for stop in short + strings[4] for text in strings[8]]
+    cases += [(list(pair), text) for pair in itertools.permutations(short, 2) for text in strings[5]]
+    cases += [([stop], stop[:n] + stop) for stop in strings[7] for n in range(1, 7)]
+    for stops, text in cases:
+        stream = TextStream(stops)
+        shown = "".join(stream.feed(letter.encode()) for letter in text) + stream.flush()
+        assert (shown, stream.stopped) == first_stop(text, stops), (stops, text)
 
 
 def test_invalid_bytes_when_they_are_certain():

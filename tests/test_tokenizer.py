@@ -367,6 +367,7 @@ def bpe_fields(**fields: object) -> dict[str, object]:
     (bpe_fields(eot_token_id=2**32 - 1), "eot_token_id is 4294967295"),
     (bpe_fields(add_bos_token=True), "add_bos_token is true, but the file has no bos_token_id"),
     (bpe_fields(add_eos_token="yes"), "add_eos_token is 'yes'"),
+    (gguf("llama", *SMALL[:2], add_space_prefix=np.ones(2)), "add_space_prefix is array"),
     (gguf("llama", *SMALL[:2]), "scores must be one number for each of the 265 tokens, but there are 0"),
     (gguf("llama", *SMALL[:2], scores=np.zeros(264)), "there are 264"),
     (gguf("llama", *SMALL[:2], scores=np.full(265, np.nan)), "not numbers"),
