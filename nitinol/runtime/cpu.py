@@ -109,8 +109,8 @@ class CpuDevice:
             raise DeviceError("work that was submitted before a fork does not run in the child; submit it again")
         return self._done.value >= sequence
 
-    def wait_slice(self, sequence: int, nanoseconds: int) -> None:
-        self._executor.wait(self._state, sequence, nanoseconds)
+    def wait_slice(self, sequence: int, nanoseconds: int, work: bool = True) -> None:
+        self._executor.wait(self._state, sequence, nanoseconds, work)
         if self.closed and not self.poll(sequence):
             raise DeviceError(f"device {self.name!r} was closed with work in flight; the results are incomplete")
 

@@ -445,12 +445,14 @@ def _help(module: ir.Module) -> None:
     done = f.test(f.get(state, DONE), ">=", sequence)
     f.finish(f.b.select(done, sequence, f.b.neg(sequence)))
 
-    # wait(state, sequence, nanoseconds)
-    f = Body(module, "wait", "state sequence nanoseconds")
-    state, sequence, nanoseconds = f.parameters
+    # wait(state, sequence, nanoseconds, work)
+    f = Body(module, "wait", "state sequence nanoseconds work")
+    state, sequence, nanoseconds, work = f.parameters
     deadline = f.b.add(f.call("now", result=I64), nanoseconds)
-    owns = f.b.zext(f.swap(state, WORKERS + OWNED, 0, 1), I64)
-    f.call("help", state, sequence, deadline, owns)
+    owns = f.variable(0)
+    with f.when(f.test(work, "!=", 0)):
+        f.b.store(f.b.zext(f.swap(state, WORKERS + OWNED, 0, 1), I64), owns)
+    f.call("help", state, sequence, deadline, f.read(owns))
     f.finish()
 
 
@@ -534,7 +536,7 @@ class Executor:
         self.worker = self._function("worker", 2, None)
         self.submit = self._function("submit", 2)
         self.run = self._function("run", 3)
-        self.wait = self._function("wait", 3, None)
+        self.wait = self._function("wait", 4, None)
         self.inside = self._function("inside", 3)
         self.copy = self._engine.get_function_address(PREFIX + "copy")
         self.fill = self._engine.get_function_address(PREFIX + "fill")

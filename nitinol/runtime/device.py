@@ -275,8 +275,9 @@ class Event:
     def wait(self, timeout: float | None = None) -> None:
         """Block, with the interpreter lock released, until the submission has run.
 
-        timeout: seconds. Raises TimeoutError when it passes (the work goes on), DeviceError when a kernel
-        reported an error or the device was closed. Ctrl-C surfaces within about 50 ms and leaves the device usable.
+        timeout: seconds; without one, this thread works along. Raises TimeoutError when it passes (the work goes
+        on), DeviceError when a kernel reported an error or the device was closed. Ctrl-C surfaces within about 50 ms,
+        or when the piece of a kernel that this thread has taken is finished, and leaves the device usable.
         """
         deadline = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
         self.device.counters.waits += 1
@@ -284,7 +285,7 @@ class Event:
             left = WAIT_SLICE_NS if deadline is None else min(WAIT_SLICE_NS, deadline - time.monotonic_ns())
             if left <= 0:
                 raise TimeoutError(f"submission {self.sequence} on {self.device.name!r} is not done after {timeout} s")
-            self.device.wait_slice(self.sequence, left)
+            self.device.wait_slice(self.sequence, left, work=deadline is None)
         self.device.check_status()
 
     def __await__(self) -> Generator[Any, None, None]:
@@ -321,8 +322,11 @@ class Device(Protocol):
     def poll(self, sequence: int) -> bool:
         """Whether that submission has finished."""
 
-    def wait_slice(self, sequence: int, nanoseconds: int) -> None:
-        """Block until that submission has finished, at most so long."""
+    def wait_slice(self, sequence: int, nanoseconds: int, work: bool) -> None:
+        """Block until that submission has finished, about so long at most.
+
+        work: the calling thread may run pieces of kernels meanwhile, each of which can take it past the time.
+        """
 
     def synchronize(self) -> None:
         """Wait for everything submitted so far."""
