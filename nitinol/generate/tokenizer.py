@@ -77,7 +77,7 @@ class Tokenizer:
 
         model = field("model")
         if not isinstance(model, str) or model not in ("gpt2", "llama"):
-            raise FormatError(f"tokenizer.ggml.model is {model!r:.60}, but only 'gpt2' (byte-level BPE) and 'llama' "
+            raise FormatError(f"tokenizer.ggml.model is {_brief(model)}, but only 'gpt2' (byte-level BPE) and 'llama' "
                               "(SentencePiece) are supported; convert the model with one of these tokenizers")
         self._byte_level = model == "gpt2"
         self.tokens: list[str] = _check_tokens(field("tokens"))
@@ -110,7 +110,7 @@ class Tokenizer:
 
         pre = field("pre")
         if self._byte_level and (not isinstance(pre, str) or pre not in _SPLITS):
-            warnings.warn(f"tokenizer.ggml.pre is {pre!r:.60}, which is not known here; words are split as 'default', "
+            warnings.warn(f"tokenizer.ggml.pre is {_brief(pre)}, which is not known here; words are split as 'default', "
                           "so that the text may come out slightly worse", stacklevel=3)
             pre = "default"
         self._add_bos = self._flag(field, "add_bos_token", "bos", not self._byte_level or pre in _WHOLE_WORDS)
@@ -133,14 +133,14 @@ class Tokenizer:
         if value is None:
             return default if default is not None and default < len(self.tokens) else None
         if not isinstance(value, (int, np.integer)) or not 0 <= value < len(self.tokens):
-            raise FormatError(f"tokenizer.ggml.{name}_token_id is {value!r:.60}, but the vocabulary has ids 0 to "
+            raise FormatError(f"tokenizer.ggml.{name}_token_id is {_brief(value)}, but the vocabulary has ids 0 to "
                               f"{len(self.tokens) - 1}; the file is damaged")
         return int(value)
 
     def _flag(self, field: Callable[[str], Any], name: str, end: str | None, default: bool) -> bool:
         value, has_id = field(name), end is None or getattr(self, f"{end}_id") is not None
         if value is not None and not isinstance(value, (bool, int, np.bool_, np.integer)):
-            raise FormatError(f"tokenizer.ggml.{name} is {value!r:.60}, but must be true or false; the file is damaged")
+            raise FormatError(f"tokenizer.ggml.{name} is {_brief(value)}, but must be true or false; the file is damaged")
         if value and not has_id:
             raise FormatError(f"tokenizer.ggml.{name} is true, but the file has no {end}_token_id; the file is "
                               "damaged or was converted wrongly")
@@ -268,11 +268,10 @@ def _sentencepiece_encoder(tokens: list[str], types: np.ndarray, scores: Any,
     right, nor that a character outside the vocabulary may still be part of a token (sentencepiece,
     src/bpe_model.cc; llama.cpp's SPM tokenizer). Nor is there a list of merges to build at load time.
     """
-    values = np.zeros(0) if scores is None else np.asarray(scores)
-    if values.shape != (len(tokens),) or values.dtype.kind not in "fiu" or np.isnan(values).any():
-        raise FormatError(f"tokenizer.ggml.scores must be one number for each of the {len(tokens)} tokens, but "
-                          f"there are {values.size} (or some are not numbers); convert the model again")
-    cost: list[float] = (-values.astype(np.float64)).tolist()
+    values = _check_numbers(scores, len(tokens), "scores", "fiu").astype(np.float64)
+    if np.isnan(values).any():
+        raise FormatError("tokenizer.ggml.scores holds values that are not numbers; the file is damaged")
+    cost: list[float] = (-values).tolist()
     mergeable = np.flatnonzero(np.isin(types, (NORMAL, USER_DEFINED, UNUSED))).tolist()
     ids = {tokens[i]: i for i in mergeable if tokens[i]}
     byte_ids: dict[int, int] = {}
@@ -347,13 +346,17 @@ def _character_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def _brief(value: Any) -> str:
+    return " ".join(repr(value).split())[:60]  # an array's repr has many lines
+
+
 def _is_strings(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {str}  # 5 times as fast as all(isinstance(...))
 
 
 def _check_tokens(tokens: Any) -> list[str]:
     if not _is_strings(tokens) or not tokens:
-        found = "missing" if tokens is None else "not a list of strings" if np.size(tokens) else "empty"
+        found = "missing" if tokens is None else "not a list of strings" if not _is_strings(tokens) else "empty"
         raise FormatError(f"tokenizer.ggml.tokens is {found}, so that the file has no vocabulary; use a file that "
                           "was converted with its tokenizer")
     try:
@@ -366,11 +369,17 @@ def _check_tokens(tokens: Any) -> list[str]:
 def _check_types(types: Any, count: int) -> np.ndarray:
     if types is None:
         return np.full(count, NORMAL, np.uint8)
-    values = np.asarray(types)
-    if values.shape != (count,) or values.dtype.kind not in "iu":
-        raise FormatError(f"tokenizer.ggml.token_type must be one integer for each of the {count} tokens, but has "
-                          f"shape {values.shape} and dtype {values.dtype}; the file is damaged")
+    values = _check_numbers(types, count, "token_type", "iu")
     return np.where((values >= NORMAL) & (values <= BYTE), values, NORMAL).astype(np.uint8)
+
+
+def _check_numbers(value: Any, count: int, name: str, kinds: str) -> np.ndarray:
+    array = value if isinstance(value, np.ndarray) else np.empty(0)
+    if array.shape != (count,) or array.dtype.kind not in kinds:
+        found = f"shape {array.shape} and dtype {array.dtype}" if array is value else f"a {type(value).__name__}"
+        raise FormatError(f"tokenizer.ggml.{name} must be an array with a number for each of the {count} tokens, "
+                          f"but is {found}; convert the model again")
+    return array
 
 
 def _check_text(text: str) -> None:
