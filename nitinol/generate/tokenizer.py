@@ -110,8 +110,8 @@ class Tokenizer:
 
         pre = field("pre")
         if self._byte_level and (not isinstance(pre, str) or pre not in _SPLITS):
-            warnings.warn(f"tokenizer.ggml.pre is {_brief(pre)}, which is not known here; words are split as 'default', "
-                          "so that the text may come out slightly worse", stacklevel=3)
+            warnings.warn(f"tokenizer.ggml.pre is {_brief(pre)}, which is not known here; words are split as "
+                          "'default', so that the text may come out slightly worse", stacklevel=3)
             pre = "default"
         self._add_bos = self._flag(field, "add_bos_token", "bos", not self._byte_level or pre in _WHOLE_WORDS)
         self._add_eos = self._flag(field, "add_eos_token", "eos", False)
@@ -140,7 +140,8 @@ class Tokenizer:
     def _flag(self, field: Callable[[str], Any], name: str, end: str | None, default: bool) -> bool:
         value, has_id = field(name), end is None or getattr(self, f"{end}_id") is not None
         if value is not None and not isinstance(value, (bool, int, np.bool_, np.integer)):
-            raise FormatError(f"tokenizer.ggml.{name} is {_brief(value)}, but must be true or false; the file is damaged")
+            raise FormatError(f"tokenizer.ggml.{name} is {_brief(value)}, but must be true or false; the file is "
+                              "damaged")
         if value and not has_id:
             raise FormatError(f"tokenizer.ggml.{name} is true, but the file has no {end}_token_id; the file is "
                               "damaged or was converted wrongly")
