@@ -16,7 +16,6 @@ To stop inside a kernel, hand `run` a function that is called after each operati
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -25,26 +24,13 @@ from typing import Any
 import numpy as np
 
 from nitinol.compiler import ir
-from nitinol.compiler.semantics import (
-    Array,
-    elementwise,
-    from_memory,
-    memory_dtype,
-    numpy_dtype,
-    poison,
-    round_to,
-    to_memory,
-)
+from nitinol.compiler.memory import Fault, Memory, Region, plain_address
+from nitinol.compiler.semantics import Array, elementwise, numpy_dtype, poison, round_to
 from nitinol.language.types import DType, PointerType
 
 Trace = Callable[[ir.Op, tuple[Array, ...]], None]
 Step = Callable[..., Any]
-Lanes = Callable[[int], int]  # from the number of an active lane to that of a lane
-
-# A pointer carries the number of its buffer in the 16 bits above the address (user space ends below 2**47), so that
-# it cannot stray into a neighbour unnoticed. Zero: made from an integer; the buffer is searched for by address.
-_TAG_BITS = 48
-_ADDRESS = np.int64((1 << _TAG_BITS) - 1)
+_ALL: Any = slice(None)  # every lane
 
 
 class OutOfBounds(IndexError):
@@ -53,15 +39,6 @@ class OutOfBounds(IndexError):
 
 class KernelAssertion(AssertionError):
     """A `device_assert` of the kernel failed."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """Raw memory that a kernel may touch: [address, address + nbytes). A pointer argument points to `address`."""
-
-    address: int
-    nbytes: int
-    writable: bool = True
 
 
 def run(
@@ -84,24 +61,12 @@ def run(
     machine = _Machine(function, (*grid, 1, 1, 1)[:3], trace)
     for parameter, argument in zip(function.parameters, arguments):
         machine.values[parameter] = machine.bind(parameter, argument)
-    machine.memory.extend(_Memory(r.address, r.address, r.nbytes, r.writable, "memory") for r in regions)
+    for region in regions:
+        machine.memory.bind("a region", region)
     with np.errstate(all="ignore"):
         for z, y, x in product(*(range(extent) for extent in reversed(machine.grid))):
             machine.program = (x, y, z)
             machine.block(function.body)
-
-
-class _Memory:
-    """One buffer; `address` is where its pointer points (inside, for an array with negative strides)."""
-
-    def __init__(self, address: int, start: int, nbytes: int, writable: bool, name: str, owner: Any = None) -> None:
-        self.address, self.start, self.stop, self.writable, self.name = address, start, start + nbytes, writable, name
-        self.owner = owner  # keeps a temporary view alive
-        raw = (ctypes.c_ubyte * nbytes).from_address(start) if nbytes else b""
-        self.bytes = np.frombuffer(raw, np.uint8)
-
-    def view(self, dtype: np.dtype) -> np.ndarray:
-        return self.bytes[: len(self.bytes) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 @dataclass
@@ -111,7 +76,7 @@ class _Machine:
     function: ir.Function
     grid: tuple[int, ...]
     trace: Trace | None
-    memory: list[_Memory] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
     values: dict[ir.Value, Array] = field(default_factory=dict)
     steps: dict[ir.Block, list[tuple[ir.Op, Step]]] = field(default_factory=dict)
     program: tuple[int, int, int] = (0, 0, 0)
@@ -119,30 +84,13 @@ class _Machine:
     def bind(self, parameter: ir.Value, argument: Any) -> Array:
         """The value of a parameter; a pointer's buffer is registered."""
         element = parameter.element
-        if not isinstance(element, PointerType):
-            if not np.isscalar(argument) and np.shape(argument) != ():
-                raise TypeError(f"{self.function.name}: {parameter.name} is {element}, got {type(argument).__name__}")
-            if element.is_float:
-                return round_to(np.asarray(argument, np.float64), element)
-            return np.asarray(argument, numpy_dtype(element))
-        if hasattr(argument, "address") and hasattr(argument, "nbytes"):
-            start, nbytes = argument.address, argument.nbytes
-            memory = _Memory(start, start, nbytes, getattr(argument, "writable", True), parameter.name, argument)
-        else:
-            array: np.ndarray | None
-            try:
-                array = argument if isinstance(argument, np.ndarray) else np.asarray(memoryview(argument))
-            except TypeError:
-                array = np.asarray(argument) if hasattr(argument, "__array_interface__") else None
-            if array is None or array.dtype.hasobject:
-                got = type(argument).__name__
-                raise TypeError(f"{self.function.name}: {parameter.name} is a pointer; give an array, not {got}")
-            spans = [(n - 1) * s for n, s in zip(array.shape, array.strides)]
-            start = array.ctypes.data + sum(s for s in spans if s < 0)
-            nbytes = sum(map(abs, spans)) + array.itemsize if array.size else 0
-            memory = _Memory(array.ctypes.data, start, nbytes, array.flags.writeable, parameter.name, array)
-        self.memory.append(memory)
-        return np.asarray(memory.address + (len(self.memory) << _TAG_BITS), np.int64)
+        if isinstance(element, PointerType):
+            return self.memory.bind(parameter.name, argument)
+        if not np.isscalar(argument) and np.shape(argument) != ():
+            raise TypeError(f"{parameter.name} is {element}: expected a number, got {type(argument).__name__}")
+        if element.is_float:
+            return round_to(np.asarray(argument, np.float64), element)
+        return np.asarray(argument, numpy_dtype(element))
 
     # ------------------------------------------------------------------------------------------- control flow
 
@@ -263,9 +211,11 @@ class _Machine:
         """Comparisons and casts of pointers see the address without the buffer's number."""
         function = elementwise(op)
         if op.kind in ir.COMPARISONS:
-            return lambda a, b: function(a & _ADDRESS, b & _ADDRESS)
+            return lambda a, b: function(plain_address(a), plain_address(b))
         if op.kind in ("cast", "bitcast") and not isinstance(op.result.element, PointerType):
-            return lambda x: function(x & _ADDRESS)
+            return lambda x: function(plain_address(x))
+        if op.kind in ("cast", "bitcast") and not isinstance(op.operands[0].element, PointerType):
+            return lambda x: plain_address(function(x))
         return function
 
     # ------------------------------------------------------------------------------------------------- memory
@@ -273,54 +223,22 @@ class _Machine:
     def where(self, op: ir.Op) -> str:
         return f"kernel {self.function.name}, {op.location or 'no source line'}, program {self.program}"
 
-    def buffers(self, op: ir.Op, pointers: Array, lanes: Lanes) -> Iterable[tuple[Array, _Memory, Array]]:
-        """(selection, buffer, byte offsets in it) for flat `pointers`, checked; `lanes`: flat index of a lane."""
-        tags = pointers >> _TAG_BITS
-        for tag in [tags[0]] if tags[0] == tags[-1] and (tags == tags[0]).all() else np.unique(tags):
-            chosen = slice(None) if tags[0] == tag and (tags == tag).all() else np.flatnonzero(tags == tag)
-            addresses = pointers[chosen] & _ADDRESS
-            if 0 < tag <= len(self.memory):
-                memory = self.memory[tag - 1]
-            else:  # from an integer: all such lanes are expected in one buffer
-                found = [m for m in self.memory if m.start <= addresses[0] < m.stop]
-                memory = found[0] if found else _Memory(0, 0, 0, True, "any buffer")
-            pointer = op.operands[0].element
-            assert isinstance(pointer, PointerType)
-            size = pointer.element.nbytes
-            bad = (addresses < memory.start) | (addresses + size > memory.stop)
-            if bad.any() or (op.kind != "load" and not memory.writable):
-                first = int(np.argmax(bad))
-                flat = lanes(int(np.arange(len(pointers))[chosen][first]))
-                lane = tuple(int(i) for i in np.unravel_index(flat, op.operands[0].shape))
-                offset, length = (int(addresses[first]) - memory.address) / size, len(memory.bytes) // size
-                at = f"element {offset:.6g}" if memory.address else f"address {int(addresses[first]):#x}"
-                problem = f"which has {length} elements of {pointer.element}" if bad.any() else "which is read-only"
-                raise OutOfBounds(
-                    f"{self.where(op)}: {op.kind} in lane {lane} at {at} of {memory.name or 'a buffer'}, {problem}"
-                )
-            yield chosen, memory, addresses - memory.start
+    def read(self, op: ir.Op, pointers: Array, active: np.ndarray, element: DType) -> Array:
+        try:
+            return self.memory.read(pointers[active], element)
+        except Fault as fault:
+            raise self.out_of_bounds(op, active, fault) from None
 
-    def fetch(self, op: ir.Op, pointers: Array, element: DType, lanes: Lanes) -> Array:
-        """Values of flat pointers."""
-        dtype = memory_dtype(element)
-        raw = np.empty(len(pointers), dtype)
-        for chosen, memory, offset in self.buffers(op, pointers, lanes) if len(pointers) else ():
-            if dtype.itemsize == 1 or not (offset & (dtype.itemsize - 1)).any():
-                raw[chosen] = memory.view(dtype)[offset // dtype.itemsize]
-            else:
-                raw[chosen] = memory.bytes[offset[:, None] + np.arange(dtype.itemsize)].view(dtype)[:, 0]
-        return from_memory(raw, element)
+    def write(self, op: ir.Op, pointers: Array, active: np.ndarray, values: Array, element: DType) -> None:
+        try:
+            self.memory.write(pointers[active], values, element)
+        except Fault as fault:
+            raise self.out_of_bounds(op, active, fault) from None
 
-    def write(self, op: ir.Op, pointers: Array, values: Array, element: DType, lanes: Lanes) -> None:
-        """Stores values (as many as pointers) at flat pointers."""
-        raw = to_memory(values, element)
-        size = raw.itemsize
-        for chosen, memory, offset in list(self.buffers(op, pointers, lanes)) if len(pointers) else ():
-            if size == 1 or not (offset & (size - 1)).any():
-                memory.view(raw.dtype)[offset // size] = raw[chosen]
-            else:
-                parts = np.ascontiguousarray(raw[chosen])[:, None].view(np.uint8)
-                memory.bytes[offset[:, None] + np.arange(size)] = parts
+    def out_of_bounds(self, op: ir.Op, active: np.ndarray, fault: Fault) -> OutOfBounds:
+        flat = int(np.arange(int(np.prod(op.operands[0].shape)))[active][fault.position])
+        lane = tuple(int(i) for i in np.unravel_index(flat, op.operands[0].shape))
+        return OutOfBounds(f"{self.where(op)}: {op.kind} in lane {lane} of {fault}")
 
     def step_load(self, op: ir.Op) -> Step:
         element = op.result.element
@@ -329,11 +247,11 @@ class _Machine:
         def step(pointer: Array, mask: Array | None = None, other: Array | None = None) -> Array:
             flat = np.ravel(pointer)
             if mask is None or mask.all():
-                return self.fetch(op, flat, element, _same).reshape(op.result.shape)
+                return self.read(op, flat, _ALL, element).reshape(op.result.shape)
             active = np.flatnonzero(mask)
             result = np.empty(flat.shape, numpy_dtype(element))
             result[:] = poison(element) if other is None else np.ravel(other)
-            result[active] = self.fetch(op, flat[active], element, active.__getitem__)
+            result[active] = self.read(op, flat, active, element)
             return result.reshape(op.result.shape)
 
         return step
@@ -343,11 +261,8 @@ class _Machine:
         assert isinstance(element, DType)
 
         def step(pointer: Array, value: Array, mask: Array | None = None) -> None:
-            flat, values = np.ravel(pointer), np.ravel(value)
-            if mask is None:
-                return self.write(op, flat, values, element, _same)
-            active = np.flatnonzero(mask)
-            return self.write(op, flat[active], values[active], element, active.__getitem__)
+            active = _ALL if mask is None else np.flatnonzero(mask)
+            self.write(op, np.ravel(pointer), active, np.ravel(value)[active], element)
 
         return step
 
@@ -360,9 +275,8 @@ class _Machine:
         old = np.full(flat.shape, poison(element), numpy_dtype(element))
         once = len(np.unique(flat[active])) == len(active)
         for group in [active] if once else active.reshape(-1, 1):
-            old[group] = self.fetch(op, flat[group], element, group.__getitem__)
-            new = combine(old[group], *(np.ravel(v)[group] for v in values))
-            self.write(op, flat[group], new, element, group.__getitem__)
+            old[group] = self.read(op, flat, group, element)
+            self.write(op, flat, group, combine(old[group], *(np.ravel(v)[group] for v in values)), element)
         return old.reshape(op.result.shape)
 
     def step_atomic_rmw(self, op: ir.Op) -> Step:
@@ -448,7 +362,7 @@ class _Machine:
             for value, operand in zip(values, op.operands):
                 bits = operand.element.nbytes * 8
                 formatter: Any = {"int": lambda v, bits=bits: hex(int(v) & ((1 << bits) - 1))} if as_hex else None
-                value = value & _ADDRESS if isinstance(operand.element, PointerType) else value
+                value = plain_address(value) if isinstance(operand.element, PointerType) else value
                 texts.append(np.array2string(np.asarray(value), formatter=formatter))
             print(f"pid {self.program} {prefix}", *texts, flush=True)
 
@@ -463,10 +377,6 @@ class _Machine:
                 raise KernelAssertion(f"{self.where(op)}: {text}" + (f" (lane {lane})" if lane else ""))
 
         return step
-
-
-def _same(lane: int) -> int:
-    return lane
 
 
 def _take_new(old: Array, new: Array) -> Array:
