@@ -291,4 +291,4 @@ class Expressions:
                 label = getattr(function, "__name__", ast.unparse(node.func))
                 raise TypeError(f"{label} is a plain Python function: decorate it with @jit to call it with tensors")
         result = unwrap(function(*arguments, **keywords))
-        return tuple(result) if isinstance(result, (list, map, zip)) else result
+        return tuple(result) if isinstance(result, (list, map, zip, enumerate, reversed)) else result

@@ -90,6 +90,7 @@ from nitinol.language.standard import (
     cumsum,
     flip,
     full_like,
+    interleave,
     max,
     min,
     next_power_of_2,

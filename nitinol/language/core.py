@@ -113,8 +113,10 @@ class tensor:
         __rshift__: Binary
         __lt__: Binary
         __gt__: Binary
-        __neg__: Callable[[], tensor]
-        __invert__: Callable[[], tensor]
+
+        def __neg__(self) -> tensor: ...
+
+        def __invert__(self) -> tensor: ...
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle

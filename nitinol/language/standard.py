@@ -15,6 +15,7 @@ from nitinol.language.operations import (
     expand_dims,
     full,
     gather,
+    join,
     reduce,
     reshape,
     where,
@@ -201,6 +202,13 @@ def sort(x: Any, dim: Any = None, descending: Any = False) -> tensor:
             distance //= 2
         size *= 2
     return x
+
+
+def interleave(a: Any, b: Any) -> tensor:
+    """The elements of two tiles in turn along the last axis: a[0], b[0], a[1], ..."""
+    pairs = join(a, b)
+    rows = pairs.shape[:-2]
+    return reshape(pairs, (*rows, 2 * pairs.shape[-2])) if len(pairs.shape) > 1 else pairs
 
 
 def zeros_like(input: Any) -> tensor:
