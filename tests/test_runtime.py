@@ -22,9 +22,9 @@ from llvmlite import ir
 from nitinol.runtime import memory
 from nitinol.runtime.bandwidth import BLOCK, measure_read_bandwidth
 from nitinol.runtime.cpu import CpuDevice
-from nitinol.runtime.cpu_executor import I64, PREFIX, Body, compile_module, constant
 from nitinol.runtime.device import DeviceError, slot
 from nitinol.runtime.host import devices
+from nitinol.runtime.native import I64, PREFIX, Body, compile_module, constant
 
 THREADS = [1, 2, 3, 7]
 

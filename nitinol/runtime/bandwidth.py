@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from llvmlite import ir
 
 from nitinol.runtime.cpu import CpuDevice
-from nitinol.runtime.cpu_executor import I64, PREFIX, Body, compile_module, constant
 from nitinol.runtime.device import DeviceError
 from nitinol.runtime.memory import available_memory
+from nitinol.runtime.native import I64, PREFIX, Body, compile_module, constant
 
 BLOCK = 1 << 20  # bytes that one program reads
 LANES = 8  # int64 in a vector of 512 bits; LLVM splits it where the machine's are narrower

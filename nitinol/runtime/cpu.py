@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.runtime import cpu_executor as native
-from nitinol.runtime import host
+from nitinol.runtime import cpu_executor, host
 from nitinol.runtime.device import (
     WAIT_SLICE_NS,
     Buffer,
@@ -44,10 +43,15 @@ class CpuDevice:
         self.name = "cpu"
         self.threads = threads
         self.counters = Counters()
-        self._executor = native.executor()
+        self._executor = cpu_executor.executor()
         self._pool = Pool(self.counters)
         self._scratch: list[Block] = []  # the last one serves new lists; older lists may use older ones
         self._lost = range(0)  # submissions that a fork has lost
+        self._words = _aligned_words(cpu_executor.WORKERS + cpu_executor.WORKER_WORDS * threads)
+        self._state = self._words.ctypes.data
+        self._done, self._submitted, self._status = (
+            ctypes.c_int64.from_buffer(self._words, 8 * index)
+            for index in (cpu_executor.DONE, cpu_executor.SUBMITTED, cpu_executor.STATUS))
         self._open(0)
         _devices.add(self)
 
@@ -123,7 +127,7 @@ class CpuDevice:
     @property
     def status_address(self) -> int:
         """Where a kernel stores a nonzero int64 to report an error; the next wait raises it."""
-        return self._state + 8 * native.STATUS
+        return self._state + 8 * cpu_executor.STATUS
 
     def check_status(self) -> None:
         code = self._status.value
@@ -133,7 +137,7 @@ class CpuDevice:
 
     def timestamps(self, commands: CommandList) -> list[Timestamp]:
         entries = commands.encoded.entries
-        return [Timestamp(entry.label, int(row[native.START]), int(row[native.END]))
+        return [Timestamp(entry.label, int(row[cpu_executor.START]), int(row[cpu_executor.END]))
                 for entry, row in zip(commands.entries, entries)]
 
     def close(self) -> None:
@@ -147,18 +151,15 @@ class CpuDevice:
     # Inside
 
     def _open(self, sequence: int) -> None:
-        """A fresh executor state whose submissions so far number `sequence`."""
-        words = _aligned_words(native.WORKERS + native.WORKER_WORDS * self.threads)
-        words[[native.CURRENT, native.DONE, native.SUBMITTED, native.STARTED]] = sequence
-        self._words, self._state = words, words.ctypes.data
+        """Initialise the executor's state, whose submissions so far number `sequence`."""
+        self._words[:] = 0
+        self._words[[cpu_executor.CURRENT, cpu_executor.DONE, cpu_executor.SUBMITTED, cpu_executor.STARTED]] = sequence
         self._executor.start(self._state)
-        self._done, self._submitted, self._status = (
-            ctypes.c_int64.from_buffer(words, 8 * index) for index in (native.DONE, native.SUBMITTED, native.STATUS))
         self._lock = threading.Lock()
         self._in_flight: deque[list[Any]] = deque()  # [encoded list, sequence number]: what must be kept alive
         self._retired: dict[int, np.ndarray] = {}  # lists that are gone, but that a worker may still look at
         self._pool_threads: list[threading.Thread] = []
-        self._stop = weakref.finalize(self, _stop, self._executor, words, self._pool_threads)
+        self._stop = weakref.finalize(self, _stop, self._executor, self._words, self._pool_threads)
 
     def _reopen(self) -> None:
         """In a forked child, which has inherited no threads: start over; what was in flight is lost."""
@@ -207,7 +208,7 @@ class CpuDevice:
             done = self._done.value
             while self._in_flight and self._in_flight[0][1] <= done:
                 self._in_flight.popleft()
-            if len(self._in_flight) > 2 * native.RING_SIZE:  # a call that Ctrl-C ended blocks the front
+            if len(self._in_flight) > 2 * cpu_executor.RING_SIZE:  # a call that Ctrl-C ended blocks the front
                 self._in_flight = deque(item for item in self._in_flight if item[1] > done)
             if sequence:
                 self.counters.submits += 1
@@ -217,9 +218,9 @@ class CpuDevice:
     def _encode(self, commands: CommandList) -> _Encoded:
         """The list in one piece of memory: header, entries, argument slots (layouts: see cpu_executor.py)."""
         launches = [self._lower(entry) for entry in commands.entries]
-        count, first_slot = len(launches), native.LIST_WORDS + native.ENTRY_WORDS * len(launches)
+        count, first_slot = len(launches), cpu_executor.LIST_WORDS + cpu_executor.ENTRY_WORDS * len(launches)
         memory = _aligned_words(first_slot + sum(len(slots) for _, _, slots in launches))
-        entries = memory[native.LIST_WORDS:first_slot].reshape(count, native.ENTRY_WORDS)
+        entries = memory[cpu_executor.LIST_WORDS:first_slot].reshape(count, cpu_executor.ENTRY_WORDS)
         address, slot = memory.ctypes.data, first_slot
         total = required = parallel = 0
         for row, entry, (function, (x, y, z), slots) in zip(entries, commands.entries, launches):
@@ -228,25 +229,25 @@ class CpuDevice:
             units = -(-programs // unit)
             required = total if entry.barrier else required
             parallel |= units > 1 or (total > required)
-            row[native.FUNCTION:native.TICKET] = (function, address + 8 * slot, x | y << 32, z, programs, unit, units,
-                                                  required)
+            row[cpu_executor.FUNCTION:cpu_executor.TICKET] = (
+                function, address + 8 * slot, x | y << 32, z, programs, unit, units, required)
             memory[slot:slot + len(slots)] = slots
             slot += len(slots)
             total += units
-        if total >= 1 << native.COUNT_BITS:
+        if total >= 1 << cpu_executor.COUNT_BITS:
             raise DeviceError(f"a command list of {count} entries is too long; split it into several lists")
         kernels = [entry.executable for entry in commands.entries if isinstance(entry, Launch)]
         scratch, stride = self._scratch_for(max((kernel.scratch_bytes for kernel in kernels), default=0))
-        memory[native.LIST_ENTRIES:native.LIST_COMPLETED] = (
-            address + 8 * native.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile, scratch,
-            stride, 2 * self.threads)
+        memory[cpu_executor.LIST_ENTRIES:cpu_executor.LIST_COMPLETED] = (
+            address + 8 * cpu_executor.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile,
+            scratch, stride, 2 * self.threads)
         return _Encoded(self, memory, entries, tuple(commands.entries))
 
     def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], Sequence[int]]:
         """Function address, grid and argument slots; copies and fills are launches of the executor's own kernels."""
         if isinstance(entry, Launch):
             return entry.executable.address, entry.grid, [_slot(argument) for argument in entry.arguments]
-        grid = (-(-entry.destination.nbytes // native.COPY_CHUNK), 1, 1)
+        grid = (-(-entry.destination.nbytes // cpu_executor.COPY_CHUNK), 1, 1)
         if isinstance(entry, Copy):
             return self._executor.copy, grid, [entry.destination.address, entry.source.address,
                                                entry.destination.nbytes]
@@ -303,11 +304,11 @@ def _aligned_words(count: int) -> np.ndarray:
     return raw[start:start + count]
 
 
-def _work(executor: native.Executor, words: np.ndarray, index: int) -> None:
+def _work(executor: cpu_executor.Executor, words: np.ndarray, index: int) -> None:
     executor.worker(words.ctypes.data, index)
 
 
-def _stop(executor: native.Executor, words: np.ndarray, threads: list[threading.Thread]) -> None:
+def _stop(executor: cpu_executor.Executor, words: np.ndarray, threads: list[threading.Thread]) -> None:
     """Runs when the device is closed or collected, and at interpreter exit."""
     executor.stop(words.ctypes.data)
     for thread in threads:
