@@ -1,0 +1,448 @@
+"""Loads, stores, gathers and atomics of the CPU target, and access to tiles kept in scratch memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llvmlite import ir
+
+from nitinol.compiler.cpu.lanes import (
+    I1,
+    I8,
+    I32,
+    I64,
+    POINTER,
+    Affine,
+    Lanes,
+    Uniform,
+    Vector,
+    llvm_type,
+    mangle,
+    memory_type,
+)
+from nitinol.compiler.ir import Op, Value
+from nitinol.language.types import DType, PointerType, float32, int1
+
+if TYPE_CHECKING:
+    from nitinol.compiler.cpu.generator import Generator, Index, Stored
+
+
+def load(g: Generator, op: Op, index: Index, axis: int, width: int) -> Lanes:
+    """The lanes of a `load` operation."""
+    pointer = op.operands[0]
+    element = op.result.element
+    if width > 1 and width > pointer.shape[axis]:  # the run goes on in the next row
+        strides = g.plan.strides.of(pointer)
+        if len(op.operands) > 1 or not _one_run(strides, pointer.shape, width):
+            from nitinol.compiler.cpu.views import pieces
+
+            return pieces(g, op.result, index, width)
+        first = g.request(pointer, index, axis, 1)
+        address: Lanes = Affine(g.scalar(first, pointer.element), element.nbytes, 1)
+    else:
+        address = g.request(pointer, index, axis, width)
+    mask = g.request(op.operands[1], index, axis, width) if len(op.operands) > 1 else None
+    other = g.request(op.operands[2], index, axis, width) if len(op.operands) > 2 else None
+    if isinstance(address, Uniform) and isinstance(mask, (Vector, Affine)):
+        address = Vector(g.vector(address, pointer.element, width))
+    return load_lanes(g, address, element, width, mask, other)
+
+
+def _one_run(strides: tuple[int | None, ...], shape: tuple[int, ...], width: int) -> bool:
+    """Whether `width` row-major neighbours of a pointer tile are neighbours in memory."""
+    expected, covered = 1, 1
+    for stride, extent in zip(reversed(strides), reversed(shape)):
+        if covered >= width:
+            return True
+        if extent > 1 and stride != expected:
+            return False
+        expected *= extent
+        covered *= extent
+    return covered >= width
+
+
+def load_lanes(
+    g: Generator,
+    address: Lanes,
+    element: DType | PointerType,
+    width: int,
+    mask: Lanes | None = None,
+    other: Lanes | None = None,
+) -> Lanes:
+    b, type = g.b, memory_type(element)
+    size = element.nbytes
+    if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant) and mask.value.constant:
+        mask = None
+    if isinstance(address, Uniform):
+        pointer = address.value
+        if mask is None:
+            return Uniform(_from_memory(g, b.load(pointer, align=size, typ=type), element))
+        return Uniform(_guarded_load(g, pointer, element, g.scalar(mask, int1), other))
+    vector = ir.VectorType(type, width)
+    fill = None
+    if mask is not None:
+        fill = ir.Constant(vector, ir.Undefined if other is None else None)
+        if other is not None:
+            fill = _to_memory(g, g.vector(other, element, width), element)
+    if isinstance(address, Affine) and address.stride == size:
+        if mask is None:
+            return Vector(_from_memory(g, b.load(address.base, align=size, typ=vector), element))
+        args = [address.base, g.vector(mask, int1, width), fill]
+        return Vector(_from_memory(g, _masked_load(g, vector, args, size), element))
+    if isinstance(address, Affine) and address.stride == -size and mask is None:
+        start = g.gep(address.base, ir.Constant(I64, -(width - 1) * size), I8)
+        run = b.load(start, align=size, typ=vector)
+        order = ir.Constant(ir.VectorType(I32, width), list(reversed(range(width))))
+        return Vector(_from_memory(g, b.shuffle_vector(run, ir.Constant(vector, ir.Undefined), order), element))
+    pointers = g.vector(address, PointerType(float32), width)
+    flags = g.vector(mask, int1, width) if mask is not None else _all(width)
+    passed = fill if fill is not None else ir.Constant(vector, ir.Undefined)
+    name = f"llvm.masked.gather.{mangle(vector)}.v{width}p0"
+    return Vector(_from_memory(g, _masked_call(g, name, vector, [pointers, flags, passed], 0, size), element))
+
+
+def _masked_load(g: Generator, vector: ir.VectorType, args: list[ir.Value], align: int) -> ir.Value:
+    return _masked_call(g, f"llvm.masked.load.{mangle(vector)}.p0", vector, args, 0, align)
+
+
+def _masked_call(
+    g: Generator, name: str, result: ir.Type, args: list[ir.Value], pointer: int, align: int
+) -> ir.Value:
+    """A masked memory intrinsic; its alignment is a parameter attribute of the pointer since LLVM 22 and an operand
+    before, which is why the text is chosen by version."""
+    from llvmlite.binding import llvm_version_info
+
+    if llvm_version_info[0] < 22:
+        args = [*args[: pointer + 1], ir.Constant(I32, align), *args[pointer + 1 :]]
+    return g.intrinsic(name, result, args)
+
+
+def _guarded_load(
+    g: Generator, pointer: ir.Value, element: DType | PointerType, flag: ir.Value, other: Lanes | None
+) -> ir.Value:
+    """A scalar load that happens only if the flag is set."""
+    b = g.b
+    type = llvm_type(element)
+    instead = g.scalar(other, element) if other is not None else ir.Constant(type, None if type == POINTER else 0)
+    before = b.block
+    inside, after = b.append_basic_block("guarded"), b.append_basic_block("loaded")
+    b.cbranch(flag, inside, after)
+    b.position_at_end(inside)
+    value = _from_memory(g, b.load(pointer, align=element.nbytes, typ=memory_type(element)), element)
+    b.branch(after)
+    b.position_at_end(after)
+    phi = b.phi(type)
+    phi.add_incoming(instead, before)
+    phi.add_incoming(value, inside)
+    return phi
+
+
+def _from_memory(g: Generator, value: ir.Value, element: DType | PointerType) -> ir.Value:
+    if element != int1:
+        return value
+    zero = ir.Constant(value.type, [0] * value.type.count if isinstance(value.type, ir.VectorType) else 0)
+    return g.b.icmp_unsigned("!=", value, zero)
+
+
+def _to_memory(g: Generator, value: ir.Value, element: DType | PointerType) -> ir.Value:
+    if element != int1:
+        return value
+    vector = isinstance(value.type, ir.VectorType)
+    return g.b.zext(value, ir.VectorType(I8, value.type.count) if vector else I8)
+
+
+def _all(width: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I1, width), [1] * width)
+
+
+def store(g: Generator, op: Op, index: Index, axis: int, width: int) -> None:
+    pointer, value = op.operands[:2]
+    address = g.request(pointer, index, axis, width)
+    lanes = g.request(value, index, axis, width)
+    mask = g.request(op.operands[2], index, axis, width) if len(op.operands) > 2 else None
+    store_lanes(g, address, lanes, value.element, width, mask)
+
+
+def store_lanes(
+    g: Generator,
+    address: Lanes,
+    lanes: Lanes,
+    element: DType | PointerType,
+    width: int,
+    mask: Lanes | None = None,
+) -> None:
+    b, size = g.b, element.nbytes
+    if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant) and mask.value.constant:
+        mask = None
+    if width == 1:
+        value = _to_memory(g, g.scalar(lanes, element), element)
+        pointer = g.scalar(address, PointerType(float32))
+        if mask is None:
+            b.store(value, pointer, align=size)
+            return
+        inside, after = b.append_basic_block("guarded"), b.append_basic_block("stored")
+        b.cbranch(g.scalar(mask, int1), inside, after)
+        b.position_at_end(inside)
+        b.store(value, pointer, align=size)
+        b.branch(after)
+        b.position_at_end(after)
+        return
+    value = _to_memory(g, g.vector(lanes, element, width), element)
+    if isinstance(address, Affine) and address.stride == size:
+        if mask is None:
+            b.store(value, address.base, align=size)
+            return
+        args = [value, address.base, g.vector(mask, int1, width)]
+        _masked_call(g, f"llvm.masked.store.{mangle(value.type)}.p0", ir.VoidType(), args, 1, size)
+        return
+    pointers = g.vector(address, PointerType(float32), width)
+    flags = g.vector(mask, int1, width) if mask is not None else _all(width)
+    name = f"llvm.masked.scatter.{mangle(value.type)}.v{width}p0"
+    _masked_call(g, name, ir.VoidType(), [value, pointers, flags], 1, size)
+
+
+# ------------------------------------------------------------------------------------------------- tiles in scratch
+
+
+def linear_index(g: Generator, shape: tuple[int, ...], index: Index) -> Any:
+    total: Any = 0
+    for extent, position in zip(shape, index):
+        total = g.add(g.mul(total, extent), position)
+    return total
+
+
+def _stored_address(g: Generator, stored: Stored, index: Index, axis: int, width: int) -> Lanes:
+    size = stored.element.nbytes
+    if stored.group > 1:
+        *outer, row, column = index
+        groups = g.shift_right(row, stored.group.bit_length() - 1)
+        position = g.add(
+            g.mul(linear_index(g, (*stored.shape[:-2], stored.shape[-2] // stored.group, stored.shape[-1]),
+                               (*outer, groups, column)), stored.group),
+            g.low_bits(row, stored.group),
+        )
+        stride = stored.group * size if axis == len(stored.shape) - 1 else None
+        assert stride is not None or width == 1, "an interleaved tile is read along its columns"
+    else:
+        position = linear_index(g, stored.shape, index)
+        stride = size
+        for extent in stored.shape[axis + 1 :]:
+            stride *= extent
+    base = g.advance(stored.pointer, position, memory_type(stored.element))
+    return Uniform(base) if width == 1 else Affine(base, stride or size, 1)
+
+
+def load_stored(g: Generator, stored: Stored, index: Index, axis: int, width: int) -> Lanes:
+    return load_lanes(g, _stored_address(g, stored, index, axis, width), stored.element, width)
+
+
+def store_stored(g: Generator, stored: Stored, index: Index, axis: int, width: int, lanes: Lanes) -> None:
+    store_lanes(g, _stored_address(g, stored, index, axis, width), lanes, stored.element, width)
+
+
+def copy_stored(g: Generator, source: Stored, place: Stored) -> None:
+    from math import prod
+
+    lanes = min(prod(source.shape), g.target.vector_bytes // source.element.nbytes)
+    vector = ir.VectorType(memory_type(source.element), lanes)
+    total = prod(source.shape)
+
+    def body(index: Index) -> None:
+        from_, to = (g.advance(s.pointer, index[0], memory_type(s.element)) for s in (source, place))
+        g.b.store(g.b.load(from_, align=1, typ=vector), to, align=1)
+
+    g.walk((total,), [lanes], body, total // lanes)
+
+
+def gather(g: Generator, op: Op, index: Index, axis: int, width: int) -> Lanes:
+    """Elements of a stored tile at positions that another tile holds, along one axis."""
+    source, positions = op.operands
+    stored = g.tiles[source]
+    along = op.attributes["axis"]
+    selected = g.request(positions, index, axis, width)
+    element = positions.element
+    assert isinstance(element, DType)
+    wide = ir.VectorType(I64, width) if width > 1 else I64
+    offset = g.vector(selected, element, width)
+    if offset.type != wide:
+        offset = g.b.sext(offset, wide) if element.is_signed else g.b.zext(offset, wide)
+    stride = 1
+    total = None
+    for i in reversed(range(len(source.shape))):
+        if i == along:
+            part = offset
+        else:
+            lanes: Lanes = Affine(index[i], 1) if i == axis and width > 1 else Uniform(index[i])
+            if isinstance(lanes, Affine):
+                steps = ir.Constant(ir.VectorType(I64, width), list(range(width)))
+                part = g.b.add(g.splat(g.i64(index[i]), width), steps)
+            else:
+                part = g.vector(Uniform(g.i64(index[i])), DType("int64", "int", 64), width)
+        factor = ir.Constant(wide, [stride] * width if width > 1 else stride)
+        part = g.b.mul(part, factor)
+        total = part if total is None else g.b.add(total, part)
+        stride *= source.shape[i]
+    base = stored.pointer
+    pointers = g.gep(base, total, memory_type(source.element))
+    return load_lanes(g, Uniform(pointers) if width == 1 else Vector(pointers), source.element, width)
+
+
+# ------------------------------------------------------------------------------------------- atomics and side effects
+
+
+def _each_element(g: Generator, shape: tuple[int, ...], body: Any) -> None:
+    """body(index) for every element, one at a time, in row-major order."""
+    from math import prod
+
+    if not shape:
+        body(())
+    else:
+        g.walk(shape, [1] * len(shape), body, prod(shape))
+
+
+def emit_atomic(g: Generator, op: Op) -> None:
+    """Atomic operations go element by element; the old values are kept if somebody uses them."""
+    b = g.b
+    value = op.operands[1]
+    element = value.element
+    mask = op.operands[2] if op.kind == "atomic_rmw" and len(op.operands) > 2 else None
+    wanted = bool(g.plan.uses.get(op.result))
+    place = g.allocate(value.shape, element) if value.shape and wanted else None
+    result: list[ir.Value] = []
+
+    def one(index: Index) -> None:
+        pointer = g.scalar(g.request(op.operands[0], index, 0, 1), op.operands[0].element)
+        new = g.scalar(g.request(value, index, 0, 1), element)
+        if op.kind == "atomic_cas":
+            desired = g.scalar(g.request(op.operands[2], index, 0, 1), element)
+            old = _compare_and_swap(g, pointer, new, desired)
+        elif mask is None:
+            old = _read_modify_write(g, op.attributes["kind"], pointer, new, element)
+        else:
+            flag = g.scalar(g.request(mask, index, 0, 1), int1)
+            before = b.block
+            inside, after = b.append_basic_block("atomic"), b.append_basic_block("next")
+            b.cbranch(flag, inside, after)
+            b.position_at_end(inside)
+            done = _read_modify_write(g, op.attributes["kind"], pointer, new, element)
+            end = b.block
+            b.branch(after)
+            b.position_at_end(after)
+            old = b.phi(done.type)
+            old.add_incoming(ir.Constant(done.type, 0), before)
+            old.add_incoming(done, end)
+        if place is not None:
+            store_stored(g, place, index, 0, 1, Uniform(old))
+        result.append(old)
+
+    _each_element(g, value.shape, one)
+    if place is not None:
+        g.tiles[op.result] = place
+    elif not value.shape:
+        g.scalars[op.result] = Uniform(result[0])
+
+
+def _compare_and_swap(g: Generator, pointer: ir.Value, expected: ir.Value, desired: ir.Value) -> ir.Value:
+    b, type = g.b, expected.type
+    if isinstance(type, ir.IntType):
+        return b.extract_value(b.cmpxchg(pointer, expected, desired, "seq_cst", "seq_cst"), 0)
+    bits = ir.IntType({"half": 16, "float": 32, "double": 64}[str(type)])
+    pair = b.cmpxchg(pointer, b.bitcast(expected, bits), b.bitcast(desired, bits), "seq_cst", "seq_cst")
+    return b.bitcast(b.extract_value(pair, 0), type)
+
+
+def _read_modify_write(
+    g: Generator, kind: str, pointer: ir.Value, value: ir.Value, element: DType | PointerType
+) -> ir.Value:
+    assert isinstance(element, DType)
+    if element.is_float and kind != "xchg":
+        return _float_update(g, kind, pointer, value, element)
+    if element.is_float:
+        bits = ir.IntType(element.bits)
+        return g.b.bitcast(g.b.atomic_rmw("xchg", pointer, g.b.bitcast(value, bits), "seq_cst"), value.type)
+    if kind in ("min", "max") and not element.is_signed:
+        kind = "u" + kind
+    return g.b.atomic_rmw(kind, pointer, value, "seq_cst")
+
+
+def _float_update(g: Generator, kind: str, pointer: ir.Value, value: ir.Value, element: DType) -> ir.Value:
+    """A compare-and-swap loop: x86 and Arm have no atomic float arithmetic."""
+    b = g.b
+    bits = ir.IntType(element.bits)
+    first = b.load_atomic(pointer, "seq_cst", element.nbytes, typ=bits)
+    before = b.block
+    again, done = b.append_basic_block("retry"), b.append_basic_block("updated")
+    b.branch(again)
+    b.position_at_end(again)
+    seen = b.phi(bits)
+    seen.add_incoming(first, before)
+    old = b.bitcast(seen, value.type) if value.type != bits else seen
+    new = g._compute(kind, [old, value], [element, element], element, {})
+    new_bits = b.bitcast(new, bits) if new.type != bits else new
+    pair = b.cmpxchg(pointer, seen, new_bits, "seq_cst", "seq_cst")
+    seen.add_incoming(b.extract_value(pair, 0), b.block)
+    b.cbranch(b.extract_value(pair, 1), done, again)
+    b.position_at_end(done)
+    return old
+
+
+def _c_string(g: Generator, text: str) -> ir.Value:
+    data = bytearray(text.encode() + b"\0")
+    constant = ir.Constant(ir.ArrayType(I8, len(data)), data)
+    variable = ir.GlobalVariable(g.module, constant.type, g.module.get_unique_name("text"))
+    variable.initializer, variable.global_constant, variable.linkage = constant, True, "private"
+    return variable
+
+
+def emit_print(g: Generator, op: Op) -> None:
+    """One line per element: program instance, index, prefix, value; written by the C library's printf."""
+    b = g.b
+    name = "printf"
+    printf = g.module.globals.get(name)
+    if printf is None:
+        printf = ir.Function(g.module, ir.FunctionType(I32, [POINTER], var_arg=True), name)
+    prefix = op.attributes.get("prefix", "").replace("%", "%%")
+    head = "pid (%d, %d, %d) "
+    if not op.operands:
+        b.call(printf, [_c_string(g, f"{head}{prefix}\n"), *g.program])
+    for value in op.operands:
+        _print_tile(g, printf, value, head, prefix, bool(op.attributes.get("hex")))
+
+
+def _print_tile(g: Generator, printf: ir.Function, value: Value, head: str, prefix: str, as_hex: bool) -> None:
+    element = value.element
+    is_float = isinstance(element, DType) and element.is_float
+
+    def one(index: Index) -> None:
+        scalar = g.scalar(g.request(value, index, 0, 1), element)
+        if is_float:
+            scalar = g.cast(scalar, element, DType("fp64", "float", 64))
+        elif isinstance(element, PointerType):
+            scalar = g.b.ptrtoint(scalar, I64)
+        elif scalar.type.width < 64:
+            scalar = g.b.sext(scalar, I64) if element.is_signed else g.b.zext(scalar, I64)
+        form = "%f" if is_float else "0x%llx" if as_hex or isinstance(element, PointerType) else "%lld"
+        places = ", ".join("%lld" for _ in index)
+        text = f"{head}idx ({places}){prefix}: {form}\n"
+        g.b.call(printf, [_c_string(g, text), *g.program, *(g.i64(i) for i in index), scalar])
+
+    _each_element(g, value.shape, one)
+
+
+def emit_assert(g: Generator, op: Op) -> None:
+    """A failed assertion leaves its number in the device's status word; the host raises when it waits."""
+    where = f" ({op.location})" if op.location else ""
+    g.asserts.append(f"device_assert failed in {g.function.name}{where}: {op.attributes.get('message', '')}")
+    number = ir.Constant(I64, len(g.asserts))
+    condition = op.operands[0]
+
+    def one(index: Index) -> None:
+        b = g.b
+        failed, after = b.append_basic_block("failed"), b.append_basic_block("asserted")
+        b.cbranch(g.scalar(g.request(condition, index, 0, 1), int1), after, failed)
+        b.position_at_end(failed)
+        b.store(number, g.status)
+        b.branch(after)
+        b.position_at_end(after)
+
+    _each_element(g, condition.shape, one)

@@ -1,0 +1,47 @@
+"""From a kernel and what it is specialised for to something that a device can run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nitinol.language.jit import JITFunction, Signature
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def tile_ir(kernel: JITFunction, signature: Signature) -> Any:
+    """The kernel's tile IR after the passes that all targets share."""
+    from nitinol.compiler.frontend import build_ir
+    from nitinol.compiler.induction import scalarise_induction
+    from nitinol.compiler.passes import simplify
+
+    function = build_ir(kernel, signature)
+    simplify(function)
+    scalarise_induction(function)
+    simplify(function)
+    return function
+
+
+def compile_kernel(
+    kernel: JITFunction, signature: Signature, aliases: tuple[int, ...] = (), target: str = "cpu"
+) -> Any:
+    """The kernel's executable for a target ("cpu"), from memory, from the cache on disk, or compiled now.
+
+    `aliases`: one number per run-time parameter; pointers with equal numbers may point into the same memory.
+    """
+    key = (kernel, signature, aliases, target)
+    found = _compiled.get(key)
+    if found is None:
+        found = _compiled[key] = compile_function(
+            tile_ir(kernel, signature), aliases, f"{kernel.cache_key}/{signature}", target
+        )
+    return found
+
+
+def compile_function(function: Any, aliases: tuple[int, ...] = (), key: str = "", target: str = "cpu") -> Any:
+    """The executable of a tile IR function; `key` names it in the cache on disk ("": not cached)."""
+    if target != "cpu":
+        raise NotImplementedError(f"there is no target {target!r} yet; expected 'cpu'")
+    from nitinol.compiler.cpu import compile_function as compile_for_cpu
+
+    return compile_for_cpu(function, aliases, key)
