@@ -12,8 +12,9 @@ from typing import Any
 from nitinol.compiler.builder import Builder
 from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.ir import Block
-from nitinol.language import core, math, operations
+from nitinol.language import core, math
 from nitinol.language.core import dtype_attribute, known, tensor, unwrap
+from nitinol.language.debug import device_print
 from nitinol.language.jit import JITFunction
 from nitinol.language.semantic import invert, to_tensor, truth
 from nitinol.language.types import DType, PointerType, TileType
@@ -57,7 +58,7 @@ def _isinstance(value: Any, kinds: Any) -> bool:
 
 # Python's builtins as kernels see them.
 BUILTINS: dict[Any, Any] = {
-    "range": core.range, "print": operations.device_print, "isinstance": _isinstance,
+    "range": core.range, "print": device_print, "isinstance": _isinstance,
     "min": _extremum(math.minimum, min), "max": _extremum(math.maximum, max),
     "abs": lambda x: math.abs(x) if isinstance(x, tensor) else abs(x),
     **{f.__name__: f for f in (len, int, float, bool, str, tuple, list, type, getattr, hasattr, zip, enumerate, sum,

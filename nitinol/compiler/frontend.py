@@ -16,6 +16,7 @@ from nitinol.compiler.expressions import Expressions
 from nitinol.compiler.ir import Block, Function, Value, verify, walk
 from nitinol.language import core
 from nitinol.language.core import known, tensor
+from nitinol.language.debug import device_assert, static_assert
 from nitinol.language.jit import JITFunction, Signature
 from nitinol.language.semantic import cast, constant, is_number, promote_integers, to_tensor, truth
 from nitinol.language.types import DType, int1, int32
@@ -138,8 +139,6 @@ class Frame(Expressions):
         condition = self.evaluate(node.test)
         message = self.evaluate(node.msg) if node.msg is not None else ast.unparse(node.test)
         self.builder.node = node
-        from nitinol.language.operations import device_assert, static_assert
-
         (device_assert if isinstance(condition, tensor) else static_assert)(condition, message)
 
     def run_Assign(self, node: ast.Assign) -> None:

@@ -3,7 +3,19 @@
 # ruff: noqa: F401
 from nitinol.language import math as math
 from nitinol.language.autotune import Config, autotune, heuristics
+from nitinol.language.combine import associative_scan, dot, reduce
 from nitinol.language.core import block_type, constexpr, range, static_range, tensor
+from nitinol.language.debug import (
+    assume,
+    debug_barrier,
+    device_assert,
+    device_print,
+    max_constancy,
+    max_contiguous,
+    multiple_of,
+    static_assert,
+    static_print,
+)
 from nitinol.language.jit import JITFunction, Signature, jit, specialise
 from nitinol.language.math import (
     PropagateNan,
@@ -29,10 +41,7 @@ from nitinol.language.math import (
     tanh,
     umulhi,
 )
-from nitinol.language.operations import (
-    arange,
-    associative_scan,
-    assume,
+from nitinol.language.memory import (
     atomic_add,
     atomic_and,
     atomic_cas,
@@ -41,35 +50,10 @@ from nitinol.language.operations import (
     atomic_or,
     atomic_xchg,
     atomic_xor,
-    broadcast_to,
-    cat,
-    debug_barrier,
-    device_assert,
-    device_print,
-    dot,
-    expand_dims,
-    full,
-    gather,
-    join,
     load,
-    max_constancy,
-    max_contiguous,
-    multiple_of,
-    num_programs,
-    permute,
-    program_id,
-    reduce,
-    reshape,
-    split,
-    static_assert,
-    static_print,
     store,
-    trans,
-    view,
-    where,
-    zeros,
 )
-from nitinol.language.operations import broadcast_both as broadcast
+from nitinol.language.operations import arange, full, num_programs, program_id, where, zeros
 from nitinol.language.operations import cast_to as cast
 from nitinol.language.random import (
     pair_uniform_to_normal,
@@ -81,6 +65,19 @@ from nitinol.language.random import (
     randn,
     randn4x,
     uint_to_uniform_float,
+)
+from nitinol.language.shapes import broadcast_both as broadcast
+from nitinol.language.shapes import (
+    broadcast_to,
+    cat,
+    expand_dims,
+    gather,
+    join,
+    permute,
+    reshape,
+    split,
+    trans,
+    view,
 )
 from nitinol.language.standard import (
     argmax,

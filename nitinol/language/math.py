@@ -27,7 +27,7 @@ def _unary(kind: str, text: str) -> Callable[[Any], tensor]:
             x = cast(x, float32)
         return cast(emit(kind, (x,), x.type), dtype)
 
-    function.__name__ = kind
+    function.__name__ = function.__qualname__ = kind
     function.__doc__ = f"{text}, elementwise; floats. Half types are computed in fp32 and rounded back."
     return member(function)
 

@@ -6,22 +6,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from nitinol.language.combine import associative_scan, reduce
 from nitinol.language.core import known, known_axis, member, tensor
 from nitinol.language.math import exp, fdiv, maximum, minimum
-from nitinol.language.operations import (
-    arange,
-    associative_scan,
-    broadcast_to,
-    expand_dims,
-    full,
-    gather,
-    join,
-    reduce,
-    reshape,
-    where,
-    zeros,
-)
+from nitinol.language.operations import arange, full, where, zeros
 from nitinol.language.semantic import cast, compare, is_number, to_tensor
+from nitinol.language.shapes import broadcast_to, expand_dims, gather, join, reshape
 from nitinol.language.types import DType, bfloat16, float32, int1, int32, uint32
 
 
