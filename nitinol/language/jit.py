@@ -6,17 +6,14 @@ As in Triton a kernel is compiled once for every combination of argument types, 
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 from nitinol.language import core
+from nitinol.language.source import Source, known_text
 from nitinol.language.types import DTYPES, DType, PointerType, Type
 
 # Launch options of Triton that say how to schedule on a GPU; accepted and ignored unless a parameter has the name.
@@ -75,7 +72,7 @@ class Signature:
         )
 
 
-class JITFunction:
+class JITFunction(Source):
     """A kernel: `kernel[grid](*arguments)` compiles and runs it, calls from other kernels are inlined."""
 
     def __init__(
@@ -84,17 +81,9 @@ class JITFunction:
         do_not_specialize: Sequence[str | int] = (),
         do_not_specialize_on_alignment: Sequence[str | int] = (),
     ) -> None:
-        self.fn = function
-        self.__name__ = function.__name__
-        self.__qualname__ = function.__qualname__
-        self.__module__ = function.__module__
-        self.__doc__ = function.__doc__
-        self.file = function.__code__.co_filename
+        super().__init__(function)
         self._unspecialised = frozenset(do_not_specialize)
         self._unaligned = frozenset(do_not_specialize_on_alignment)
-
-    def __repr__(self) -> str:
-        return f"<jit function {self.__module__}.{self.__qualname__}>"
 
     # ---------------------------------------------------------------------------------------------- running
 
@@ -180,88 +169,6 @@ class JITFunction:
             if name not in bound and name not in OPTIONS:
                 raise TypeError(f"{self.__name__} has no parameter {name!r}; it has {', '.join(self.arg_names)}")
         return bound
-
-    # ----------------------------------------------------------------------------------------------- source
-
-    @cached_property
-    def _source_lines(self) -> tuple[list[str], int]:
-        try:
-            return inspect.getsourcelines(self.fn)
-        except (OSError, TypeError) as error:
-            raise ValueError(f"the source of {self.__name__} cannot be read: define kernels in a file") from error
-
-    @cached_property
-    def source(self) -> str:
-        """The source text, without the indentation of the place where it stands."""
-        return textwrap.dedent("".join(self._source_lines[0]))
-
-    @cached_property
-    def tree(self) -> ast.FunctionDef:
-        """The syntax tree of the definition; add `line_offset` and `column_offset` for places in the file."""
-        node = ast.parse(self.source).body[0]
-        if not isinstance(node, ast.FunctionDef):
-            raise ValueError(f"{self.__name__}: @jit takes a function defined with def")
-        return node
-
-    @property
-    def line_offset(self) -> int:
-        return self._source_lines[1] - 1
-
-    @cached_property
-    def column_offset(self) -> int:
-        first = self._source_lines[0][0]
-        return len(first) - len(first.lstrip())
-
-    def source_line(self, line: int) -> str:
-        """The text of a line of the file, "" if it is not part of this function."""
-        index = line - self._source_lines[1]
-        lines = self._source_lines[0]
-        return lines[index] if 0 <= index < len(lines) else ""
-
-    def lookup(self, name: str, absent: Any) -> Any:
-        """A free variable's value: of the enclosing functions, or global."""
-        code = self.fn.__code__
-        if name in code.co_freevars and self.fn.__closure__:
-            cell = self.fn.__closure__[code.co_freevars.index(name)]
-            try:
-                return cell.cell_contents
-            except ValueError:
-                return absent
-        return self.fn.__globals__.get(name, absent)
-
-    @cached_property
-    def cache_key(self) -> str:
-        """A hash of the source and of everything it refers to: other @jit functions, constexpr globals, functions."""
-        digest = hashlib.sha256()
-        _add_source(self, digest, set())
-        return digest.hexdigest()
-
-
-def _add_source(function: JITFunction, digest: Any, seen: set[Any]) -> None:
-    if function in seen:
-        return
-    seen.add(function)
-    digest.update(function.source.encode())
-    digest.update(repr([(p.name, p.is_constexpr, _tag_text(p.default)) for p in function.parameters]).encode())
-    absent = object()
-    for node in ast.walk(function.tree):
-        if isinstance(node, ast.Name):
-            value = function.lookup(node.id, absent)
-            name = node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            owner = function.lookup(node.value.id, absent)
-            if not isinstance(owner, ModuleType) or owner.__name__.startswith("nitinol."):
-                continue
-            value, name = getattr(owner, node.attr, absent), node.attr
-        else:
-            continue
-        value = getattr(value, "jit_function", value)
-        if isinstance(value, JITFunction):
-            _add_source(value, digest, seen)
-        elif inspect.isfunction(value) and not value.__module__.startswith("nitinol."):
-            digest.update(value.__code__.co_code + repr(value.__code__.co_consts).encode())
-        elif isinstance(value, (core.constexpr, int, float, str, bool, tuple)):
-            digest.update(f"{name}={_tag_text(core.unwrap(value))}".encode())
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -392,29 +299,10 @@ def _constant_tag(kernel: JITFunction, name: str, value: Any) -> str:
     kind = type(value)
     if kind is int or kind is bool or value is None or kind is float or kind is str:
         return f"={value!r}"
-    text = _tag_text(value)
+    text = known_text(value)
     if text is None:
         raise TypeError(
             f"{kernel.__name__}: the constexpr {name} is of type {kind.__name__}, expected a number, text, dtype, "
             "function or a tuple of these"
         )
     return "=" + text
-
-
-def _tag_text(value: Any) -> str | None:
-    """A text that tells one known value from another, types included; None for unknown kinds of value."""
-    value = core.unwrap(value)
-    if isinstance(value, JITFunction):
-        return f"{value.__qualname__}#{value.cache_key[:16]}"
-    if isinstance(value, (tuple, list)):
-        parts = [_tag_text(v) for v in value]
-        return None if None in parts else f"({', '.join(map(str, parts))})"
-    if callable(value) and hasattr(value, "__qualname__"):
-        code = getattr(value, "__code__", None)
-        digest = hashlib.sha256(code.co_code).hexdigest()[:16] if code else ""
-        return f"{value.__module__}.{value.__qualname__}#{digest}"
-    if value is None or isinstance(value, (int, float, str, bool, DType, PointerType)):
-        return f"{type(value).__name__} {value!r}" if isinstance(value, (DType, PointerType)) else repr(value)
-    if hasattr(value, "item"):
-        return repr(value.item())
-    return None
