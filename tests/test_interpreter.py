@@ -481,6 +481,15 @@ def test_raw_addresses_and_pointers_made_from_integers():
     assert out.tolist() == [12, 2]
     with pytest.raises(OutOfBounds, match="in no buffer of this kernel"):
         run(b.function, (1,), [table, out])
+    memory = np.arange(16, dtype=np.float32)
+    inner = Region(memory.ctypes.data, 64, pointer=memory.ctypes.data + 16)
+    out = np.zeros(8, np.float32)
+    run(copy_kernel(offset=-4), (1,), [inner, out, 8])
+    assert out.tolist() == list(range(8))
+    with pytest.raises(OutOfBounds, match="lane \\(3,\\) of element 12 of source"):
+        run(copy_kernel(offset=9), (1,), [inner, out, 8])
+    with pytest.raises(OutOfBounds, match="read-only"):
+        run(copy_kernel(), (1,), [inner, Region(out.ctypes.data, 32, writable=False), 8])
 
 
 def test_pointers_compare_by_address():

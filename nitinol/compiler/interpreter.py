@@ -25,7 +25,7 @@ import numpy as np
 
 from nitinol.compiler import ir
 from nitinol.compiler.memory import Fault, Memory, Region, plain_address
-from nitinol.compiler.semantics import Array, elementwise, numpy_dtype, poison, round_to
+from nitinol.compiler.semantics import Array, constant, elementwise, numpy_dtype, poison, round_to
 from nitinol.language.types import DType, PointerType
 
 Trace = Callable[[ir.Op, tuple[Array, ...]], None]
@@ -117,12 +117,7 @@ class _Machine:
         if op.kind in ir.ELEMENTWISE:
             return self.pointer_step(op) if _touches_pointers(op) else elementwise(op)
         if op.kind == "constant":
-            value = np.asarray(op.attributes["value"])
-            element = op.result.element
-            if isinstance(element, DType) and element.is_float:
-                value = round_to(value.astype(np.float64), element)
-            else:
-                value = np.asarray(op.attributes["value"]).astype(numpy_dtype(element))
+            value = constant(op.attributes["value"], op.result.element)
             return lambda: value
         return getattr(self, f"step_{op.kind}")(op)
 

@@ -23,10 +23,14 @@ _ADDRESS = np.int64((1 << _ADDRESS_BITS) - 1)
 
 @dataclass(frozen=True)
 class Region:
-    """Raw memory that a kernel may touch: [address, address + nbytes). A pointer argument points to `address`."""
+    """Raw memory that a kernel may touch: [address, address + nbytes).
+
+    As a pointer argument it points to `pointer`, or to `address` if that is None.
+    """
 
     address: int
     nbytes: int
+    pointer: int | None = None
     writable: bool = True
 
 
@@ -39,10 +43,10 @@ class Fault(Exception):
 
 
 class _Buffer:
-    def __init__(self, name: str, region: Region, address: int, owner: Any = None) -> None:
+    def __init__(self, name: str, region: Region, owner: Any = None) -> None:
         self.name, self.writable = name, region.writable
         self.start, self.stop = region.address, region.address + region.nbytes
-        self.address = address  # of element 0; not the start if strides are negative
+        self.pointer = region.address if region.pointer is None else region.pointer  # to element 0
         self.owner = owner  # the memory lives as long as this
         raw = (ctypes.c_ubyte * region.nbytes).from_address(region.address) if region.nbytes else b""
         self.bytes = np.frombuffer(raw, np.uint8)
@@ -66,11 +70,11 @@ class Memory:
         """Makes a buffer known and gives the pointer to its first element.
 
         `argument` is a NumPy array (of any strides), an object with a buffer or `__array_interface__`, or one with
-        `address` and `nbytes` (and `writable`), as `Region`. Raises TypeError for anything else.
+        `address` and `nbytes` (maybe `pointer`, `writable`), as `Region`. Raises TypeError for anything else.
         """
         if hasattr(argument, "address") and hasattr(argument, "nbytes"):
-            region = Region(argument.address, argument.nbytes, getattr(argument, "writable", True))
-            buffer = _Buffer(name, region, region.address, argument)
+            options = {name: getattr(argument, name) for name in ("pointer", "writable") if hasattr(argument, name)}
+            buffer = _Buffer(name, Region(argument.address, argument.nbytes, **options), argument)
         else:
             array = _as_array(argument)
             if array is None or array.dtype.hasobject:
@@ -78,9 +82,9 @@ class Memory:
             spans = [(extent - 1) * stride for extent, stride in zip(array.shape, array.strides)]
             start = array.ctypes.data + sum(span for span in spans if span < 0)
             nbytes = sum(map(abs, spans)) + array.itemsize if array.size else 0
-            buffer = _Buffer(name, Region(start, nbytes, array.flags.writeable), array.ctypes.data, array)
+            buffer = _Buffer(name, Region(start, nbytes, array.ctypes.data, array.flags.writeable), array)
         self.buffers.append(buffer)
-        return np.asarray(buffer.address + (len(self.buffers) << _ADDRESS_BITS), np.int64)
+        return np.asarray(buffer.pointer + (len(self.buffers) << _ADDRESS_BITS), np.int64)
 
     def read(self, pointers: np.ndarray, element: DType) -> Array:
         """The values at flat pointers. Raises Fault."""
@@ -125,7 +129,7 @@ class Memory:
             bad = (address < buffer.start) | (address + element.nbytes > buffer.stop)
             if bad.any():
                 first = int(np.argmax(bad))
-                place = f"{(int(address[first]) - buffer.address) / element.nbytes:.12g}"
+                place = f"{(int(address[first]) - buffer.pointer) / element.nbytes:.12g}"
                 length = (buffer.stop - buffer.start) // element.nbytes
                 problem = f"element {place} of {buffer.name or 'a buffer'}, which has {length} elements of {element}"
                 raise Fault(int(np.arange(len(pointers))[chosen][first]), problem)

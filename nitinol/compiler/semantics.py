@@ -116,6 +116,13 @@ def _fma(x: Array, y: Array, z: Array) -> Array:
     return _to_odd(total, error)
 
 
+def constant(number: Any, element: DType | PointerType) -> Array:
+    """The value of a `constant` operation; integers wrap."""
+    if isinstance(element, DType) and element.is_float:
+        return round_to(np.asarray(number, np.float64), element)
+    return np.asarray(number).astype(numpy_dtype(element))
+
+
 # ----------------------------------------------------------------------------------------------------- integers
 
 
