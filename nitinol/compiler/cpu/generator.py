@@ -213,11 +213,11 @@ class Generator(LaneBuilder):
         stride = 1 if width > 1 else 0
         if isinstance(position, int):
             base: Any = start + position
-            multiple = multiple_of(base)
+            multiple, offset = multiple_of(base), 0
         else:
-            base = self.b.trunc(self.add(position, start), I32)
+            base, offset = self.b.trunc(position, I32), start
             multiple = gcd(multiple_of(start), width)
-        return Affine(base, stride, multiple) if stride else Uniform(base, multiple)
+        return Affine(base, stride, multiple, offset) if stride else Uniform(base, multiple, offset)
 
     # ------------------------------------------------------------------------------------------------ loops and walks
 

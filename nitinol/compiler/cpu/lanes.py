@@ -7,7 +7,8 @@ A request for `width` neighbouring values of a tile gives one of three things, a
   load can see that its lanes are neighbours in memory.
 - `Vector`: an LLVM vector.
 `multiple` is a number that the (first) value is known to be a multiple of; it lets `offsets // 32` of a run of 32
-lanes stay uniform.
+lanes stay uniform. `offset` keeps a constant apart from what it is added to, down to the address: neighbouring
+blocks of a walk then share their address arithmetic and differ in an instruction's displacement.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
 from nitinol.compiler.cpu import math as vector_math
-from nitinol.language.types import DType, PointerType, bfloat16, float32, int1
+from nitinol.language.types import DType, PointerType, bfloat16, float16, float32, float64, int1
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 POINTER = ir.PointerType()
@@ -31,6 +32,7 @@ LARGE = 1 << 30  # `multiple` of zero
 class Uniform:
     value: Any  # a Python int, or an LLVM scalar
     multiple: int = 1
+    offset: int = 0  # integers: added to the value; pointers: bytes further on
 
 
 @dataclass(slots=True)
@@ -38,6 +40,7 @@ class Affine:
     base: Any  # a Python int, an LLVM integer, or an LLVM pointer
     stride: int  # elements for integers, bytes for pointers
     multiple: int = 1
+    offset: int = 0  # as for Uniform
 
 
 @dataclass(slots=True)
@@ -139,7 +142,17 @@ class LaneBuilder:
         if isinstance(lanes, Vector):
             return self.b.extract_element(lanes.value, ir.Constant(I32, 0))
         value = lanes.value if isinstance(lanes, Uniform) else lanes.base
-        return ir.Constant(llvm_type(element), value) if isinstance(value, int) else value
+        if isinstance(value, int):
+            return ir.Constant(llvm_type(element), value)
+        return self.displaced(value, lanes.offset, element)
+
+    def displaced(self, value: ir.Value, offset: int, element: DType | PointerType) -> ir.Value:
+        """value + offset: of an integer, or bytes of a pointer."""
+        if offset == 0:
+            return value
+        if isinstance(element, PointerType):
+            return self.gep(value, ir.Constant(I64, offset), I8)
+        return self.b.add(value, ir.Constant(value.type, offset & ((1 << value.type.width) - 1)))
 
     def splat(self, value: ir.Value, width: int) -> ir.Value:
         if isinstance(value, ir.Constant) and not isinstance(value.type, ir.PointerType):
@@ -158,7 +171,7 @@ class LaneBuilder:
             return lanes.value
         if isinstance(lanes, Uniform):
             return self.splat(self.scalar(lanes, element), width)
-        steps = [i * lanes.stride for i in range(width)]
+        steps = [lanes.offset + i * lanes.stride for i in range(width)]
         if isinstance(element, PointerType):
             offsets = ir.Constant(ir.VectorType(I64, width), steps)
             return self.gep(lanes.base, offsets, I8)
@@ -213,55 +226,55 @@ class LaneBuilder:
         if isinstance(types[0], DType) and (not types[0].is_int or types[0] == int1):
             return None
         a = args[0]
-        b = args[1] if len(args) == 2 else None
-        stride_a = a.stride if isinstance(a, Affine) else 0
-        stride_b = b.stride if isinstance(b, Affine) else 0
-        base_a = a.value if isinstance(a, Uniform) else a.base
-        base_b = None if b is None else b.value if isinstance(b, Uniform) else b.base
-        multiple_a, multiple_b = a.multiple, (b.multiple if b is not None else 1)
+        b = args[1] if len(args) == 2 else constant(0)
+        assert not isinstance(a, Vector) and not isinstance(b, Vector)
+        stride_a, base_a, constant_a = _parts(a)
+        stride_b, base_b, constant_b = _parts(b)
 
-        def build(base: Any, stride: int, multiple: int) -> Lanes:
+        def build(base: Any, offset: int, stride: int, multiple: int) -> Lanes:
             if isinstance(base, int):
-                base = _wrap(base, result)
-            return Affine(base, stride, multiple) if stride else Uniform(base, multiple)
+                base, offset = _wrap(base + offset, result), 0
+            return Affine(base, stride, multiple, offset) if stride else Uniform(base, multiple, offset)
 
         if kind == "addptr":
             size = types[0].element.nbytes  # type: ignore[union-attr]
-            pointer = self.gep(base_a, self._offset(base_b, types[1]), memory_type(types[0].element))  # type: ignore[union-attr]
-            if isinstance(base_b, int) and base_b == 0:
-                pointer = base_a
-            return build(pointer, stride_a + stride_b * size, gcd(multiple_a, multiple_b * size))
+            pointer = base_a
+            if not isinstance(base_b, int):
+                pointer = self.gep(base_a, self._offset(base_b, types[1]), memory_type(types[0].element))  # type: ignore[union-attr]
+            shift = constant_a + size * (constant_b + (base_b if isinstance(base_b, int) else 0))
+            return build(pointer, shift, stride_a + stride_b * size, gcd(a.multiple, b.multiple * size))
         if isinstance(types[0], PointerType):
             return None
         if kind in ("add", "sub"):
-            if kind == "add":
-                stride, base = stride_a + stride_b, self._binary("add", base_a, base_b, types[0])
-            else:
-                stride, base = stride_a - stride_b, self._binary("sub", base_a, base_b, types[0])
-            return build(base, stride, gcd(multiple_a, multiple_b))
+            sign = 1 if kind == "add" else -1
+            base = self._binary(kind, base_a, base_b, types[0])
+            offset, stride = constant_a + sign * constant_b, stride_a + sign * stride_b
+            return build(base, offset, stride, gcd(a.multiple, b.multiple))
         if kind == "mul":
-            for stride, factor in ((stride_a, base_b), (stride_b, base_a)):
-                if stride and not isinstance(factor, int):
-                    return None
-            if stride_a and stride_b:
+            for x, factor in ((a, b), (b, a)):  # by a constant: also of the constant part and the stride
+                if isinstance(factor, Uniform) and isinstance(factor.value, int):
+                    stride, base, offset = _parts(x)
+                    by = factor.value
+                    multiple = min(LARGE, x.multiple * factor.multiple)
+                    return build(self._binary("mul", base, by, types[0]), offset * by, stride * by, multiple)
+            if stride_a or stride_b:
                 return None
-            stride = stride_a * base_b if stride_a else stride_b * base_a if stride_b else 0
-            multiple = min(LARGE, multiple_a * multiple_b)
-            return build(self._binary("mul", base_a, base_b, types[0]), stride, multiple)
+            values = [self.scalar(x, t) for x, t in zip(args, types)]
+            return Uniform(self.b.mul(*values), min(LARGE, a.multiple * b.multiple))
         if kind == "shl" and isinstance(base_b, int) and not stride_b and 0 <= base_b < types[0].bits:
-            multiple = min(LARGE, multiple_a << base_b)
-            return build(self._binary("shl", base_a, base_b, types[0]), stride_a << base_b, multiple)
+            return self._index_arithmetic("mul", [a, constant(1 << base_b)], types, result, width)
         if kind in ("div", "rem", "shr", "and") and isinstance(base_b, int) and not stride_b and base_b > 0:
-            return self._split_by_power(kind, a, base_a, stride_a, base_b, types[0], width)
+            return self._split_by_power(kind, a, base_b, types[0], width)
         if kind == "cast" and isinstance(result, DType) and result.is_int and result.bits >= types[0].bits > 1:
             base = base_a if isinstance(base_a, int) else self._extend(base_a, types[0], result)
-            return build(base, stride_a, multiple_a)
+            return build(base, constant_a, stride_a, a.multiple)
         return None
 
     def _split_by_power(
-        self, kind: str, a: Lanes, base: Any, stride: int, divisor: int, type: DType, width: int
+        self, kind: str, a: Uniform | Affine, divisor: int, type: DType, width: int
     ) -> Lanes | None:
         """x // 2^k and x % 2^k of affine lanes that all fall into one multiple of 2^k."""
+        stride, base, _ = _parts(a)
         if kind == "shr":
             divisor = 1 << divisor if divisor < type.bits else 0
         if kind == "and":
@@ -278,8 +291,9 @@ class LaneBuilder:
         if kind in ("rem", "and"):
             return Affine(0, stride, LARGE)  # the base is a multiple of the divisor: nothing of it is left
         bits = divisor.bit_length() - 1
-        base = base >> bits if isinstance(base, int) else self.b.ashr(base, ir.Constant(base.type, bits))
-        return Uniform(base, max(1, a.multiple // divisor))
+        first = self.scalar(a, type)
+        value = base >> bits if isinstance(base, int) else self.b.ashr(first, ir.Constant(first.type, bits))
+        return Uniform(value, max(1, a.multiple // divisor))
 
     def _offset(self, value: Any, type: DType | PointerType) -> ir.Value:
         """An element offset as a 64-bit integer."""
@@ -358,7 +372,8 @@ class LaneBuilder:
         b = self.b
         simple = {"add": b.fadd, "sub": b.fsub, "mul": b.fmul, "div": b.fdiv, "rem": b.frem, "neg": b.fneg}
         if kind in simple:
-            return simple[kind](*values)
+            # a product and a sum may become one fused operation, as on GPUs
+            return simple[kind](*values, flags=["contract"]) if kind in ("add", "sub", "mul") else simple[kind](*values)
         if kind in tile_ir.COMPARISONS:
             symbol = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[kind]
             compare = b.fcmp_unordered if kind == "ne" else b.fcmp_ordered
@@ -418,18 +433,23 @@ class LaneBuilder:
         if source == bfloat16:
             return self.cast(self.to_float32(value), float32, result)
         if result == bfloat16:
-            return vector_math.float_to_bfloat16_bits(b, self.cast(value, source, float32))
+            narrow = self._round_to_odd(value) if source == float64 else self.cast(value, source, float32)
+            return vector_math.float_to_bfloat16_bits(b, narrow)
         if result == int1:
             zero = _splat_constant(value.type, 0)
             return b.fcmp_unordered("!=", value, zero) if source.is_float else b.icmp_signed("!=", value, zero)
         if source.is_float and result.is_float:
-            if source.bits == result.bits:
-                return value
+            if {source, result} == {float16, float64}:  # LLVM would call a library function that may not be there
+                if result == float16:
+                    return b.fptrunc(self._round_to_odd(value), target)
+                value = b.fpext(value, _like(value, ir.FloatType()))
             return b.fpext(value, target) if result.bits > source.bits else b.fptrunc(value, target)
         if source.is_float:
             name = "fptosi" if result.is_signed else "fptoui"
             return self.intrinsic(f"llvm.{name}.sat.{mangle(target)}.{mangle(value.type)}", target, [value])
         if result.is_float:
+            if result == float16:  # integers that half can hold are exact in single precision
+                return b.fptrunc(self.cast(value, source, float32), target)
             return b.sitofp(value, target) if source.is_signed else b.uitofp(value, target)
         if source.bits == result.bits:
             return value
@@ -437,11 +457,30 @@ class LaneBuilder:
             return b.trunc(value, target)
         return b.sext(value, target) if source.is_signed else b.zext(value, target)
 
+    def _round_to_odd(self, value: ir.Value) -> ir.Value:
+        """Double to single precision such that rounding once more, to fewer bits, equals rounding once in all:
+        an inexact result is truncated and its last bit set (Boldo and Melquiond, "Emulation of FMA and correctly
+        rounded sums: proved algorithms using rounding to odd", 2008)."""
+        b = self.b
+        single = b.fptrunc(value, _like(value, ir.FloatType()))
+        back = b.fpext(single, value.type)
+        bits = b.bitcast(single, _like(value, I32))
+        one = _splat_constant(bits.type, 1)
+        magnitude = [vector_math.emit_math(b, "abs", [v]) for v in (back, value)]
+        truncated = b.sub(bits, b.zext(b.fcmp_ordered(">", *magnitude), bits.type))
+        odd = b.bitcast(b.or_(truncated, one), single.type)
+        return b.select(b.fcmp_ordered("!=", back, value), odd, single)
+
     def intrinsic(self, name: str, result: ir.Type, args: list[ir.Value]) -> ir.Value:
         function = self.module.globals.get(name)
         if function is None:
             function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
         return self.b.call(function, args)
+
+
+def _parts(lanes: Uniform | Affine) -> tuple[int, Any, int]:
+    """(stride, base, constant part)."""
+    return (lanes.stride, lanes.base, lanes.offset) if isinstance(lanes, Affine) else (0, lanes.value, lanes.offset)
 
 
 def mangle(type: ir.Type) -> str:

@@ -74,7 +74,7 @@ def load_lanes(
     if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant) and mask.value.constant:
         mask = None
     if isinstance(address, Uniform):
-        pointer = address.value
+        pointer = g.scalar(address, PointerType(float32))
         if mask is None:
             return Uniform(_from_memory(g, b.load(pointer, align=size, typ=type), element))
         return Uniform(_guarded_load(g, pointer, element, g.scalar(mask, int1), other))
@@ -84,16 +84,23 @@ def load_lanes(
         fill = ir.Constant(vector, ir.Undefined if other is None else None)
         if other is not None:
             fill = _to_memory(g, g.vector(other, element, width), element)
+    first = g.scalar(address, PointerType(float32)) if isinstance(address, Affine) else None
     if isinstance(address, Affine) and address.stride == size:
         if mask is None:
-            return Vector(_from_memory(g, b.load(address.base, align=size, typ=vector), element))
-        args = [address.base, g.vector(mask, int1, width), fill]
+            return Vector(_from_memory(g, b.load(first, align=size, typ=vector), element))
+        args = [first, g.vector(mask, int1, width), fill]
         return Vector(_from_memory(g, _masked_load(g, vector, args, size), element))
     if isinstance(address, Affine) and address.stride == -size and mask is None:
-        start = g.gep(address.base, ir.Constant(I64, -(width - 1) * size), I8)
+        start = g.gep(first, ir.Constant(I64, -(width - 1) * size), I8)
         run = b.load(start, align=size, typ=vector)
         order = ir.Constant(ir.VectorType(I32, width), list(reversed(range(width))))
         return Vector(_from_memory(g, b.shuffle_vector(run, ir.Constant(vector, ir.Undefined), order), element))
+    if isinstance(address, Affine) and mask is None:  # a constant stride: scalar loads at constant offsets
+        lanes = ir.Constant(vector, ir.Undefined)
+        for lane in range(width):
+            pointer = g.gep(first, ir.Constant(I64, lane * address.stride), I8)
+            lanes = b.insert_element(lanes, b.load(pointer, align=size, typ=type), ir.Constant(I32, lane))
+        return Vector(_from_memory(g, lanes, element))
     pointers = g.vector(address, PointerType(float32), width)
     flags = g.vector(mask, int1, width) if mask is not None else _all(width)
     passed = fill if fill is not None else ir.Constant(vector, ir.Undefined)
@@ -189,10 +196,11 @@ def store_lanes(
         return
     value = _to_memory(g, g.vector(lanes, element, width), element)
     if isinstance(address, Affine) and address.stride == size:
+        first = g.scalar(address, PointerType(float32))
         if mask is None:
-            b.store(value, address.base, align=size)
+            b.store(value, first, align=size)
             return
-        args = [value, address.base, g.vector(mask, int1, width)]
+        args = [value, first, g.vector(mask, int1, width)]
         _masked_call(g, f"llvm.masked.store.{mangle(value.type)}.p0", ir.VoidType(), args, 1, size)
         return
     pointers = g.vector(address, PointerType(float32), width)

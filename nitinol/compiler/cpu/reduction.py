@@ -96,7 +96,7 @@ def byte_dot(g: Generator, total: ir.Value, runs: list[ir.Value], unsigned: list
             bias = ir.Constant(runs[0].type, [0x80] * (4 * width))
             lifted = g.b.xor(runs[0], bias)
             excess = call_byte_dot(g, name, ir.Constant(total.type, [0] * width), bias, runs[1])
-            return g.b.sub(call_byte_dot(g, name, total, lifted, runs[1]), excess)
+            return call_byte_dot(g, name, g.b.sub(total, excess), lifted, runs[1])
         first, second = runs if unsigned[0] else reversed(runs)
         return call_byte_dot(g, name, total, first, second)
     wide = ir.VectorType(I32, 4 * width)
