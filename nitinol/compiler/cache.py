@@ -1,0 +1,143 @@
+"""Compiled code on disk, from one process to the next: `get(key)` and `put(key, data)`.
+
+A folder of one file per key: `$NITINOL_CACHE_DIR` (empty: nothing is kept), else `nitinol` in the user's cache folder.
+Any number of processes may use it at once. Whatever goes wrong, the answer is "not there": an entry that is truncated
+or altered is removed, and a disk that is full or not writable costs one line on stderr, once per process.
+
+File: 8 bytes magic, the data's length (8 bytes, little endian), SHA-256 of key and data (32 bytes), the data. The
+digest finds accidents; the folder belongs to the user alone (mode 0700), and one that others own is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LIMIT_BYTES = 512 << 20  # a kernel takes 5 to 50 kB
+_MAGIC = b"NITINOL1"
+_HEADER_BYTES = 8 + 8 + 32
+_STALE_SECONDS = 3600  # a temporary file of that age belongs to no running process
+
+_warned = False
+_swept = False
+
+
+def folder() -> Path | None:
+    """Where entries lie; None if there is no such place. The folder need not exist yet."""
+    chosen = os.environ.get("NITINOL_CACHE_DIR")
+    if chosen is not None:
+        return Path(chosen) if chosen else None
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "nitinol"
+        base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "nitinol"
+    except RuntimeError:  # no home
+        return None
+
+
+def get(key: str) -> bytes | None:
+    """What was put under the key, or None."""
+    try:
+        path = _path(key)
+        if path is None:
+            return None
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            entry = file.read() if size <= LIMIT_BYTES else b""
+        data = entry[_HEADER_BYTES:]
+        if entry[:_HEADER_BYTES] != _header(key, data):
+            os.unlink(path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the oldest by use are removed first
+        return data
+    except (OSError, ValueError):  # ValueError: a null character in the folder's name
+        return None
+
+
+def put(key: str, data: bytes) -> None:
+    """Keeps the data under the key, if that is possible."""
+    temporary = ""
+    try:
+        path = _path(key)
+        if path is None or len(data) > LIMIT_BYTES // 8:
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+        with open(handle, "wb") as file:
+            file.write(_header(key, data))
+            file.write(data)
+        os.replace(temporary, path)  # others see the whole entry or none
+        temporary = ""
+        _sweep_sometimes(path.parent)
+    except (OSError, ValueError) as error:
+        _warn(error)
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _path(key: str) -> Path | None:
+    """The key's file, unless the folder is somebody else's: it holds code that will run."""
+    place = folder()
+    if place is None:
+        return None
+    if hasattr(os, "getuid"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(place).st_uid != os.getuid():
+                raise PermissionError(f"{place} belongs to another user")
+    return place / hashlib.sha256(key.encode()).hexdigest()
+
+
+def _header(key: str, data: bytes) -> bytes:
+    digest = hashlib.sha256(key.encode() + b"\0" + data).digest()
+    return _MAGIC + len(data).to_bytes(8, "little") + digest
+
+
+def _sweep_sometimes(place: Path) -> None:
+    """At a process's first entry, and at one in 64 after that."""
+    global _swept
+    if not _swept or random.random() < 1 / 64:
+        _swept = True
+        sweep(place, LIMIT_BYTES)
+
+
+def sweep(place: Path, limit: int) -> None:
+    """Removes temporary files left behind and, above `limit` bytes, the entries used longest ago, to 3/4 of it."""
+    entries = []
+    for entry in os.scandir(place):
+        with contextlib.suppress(OSError):
+            status = entry.stat(follow_symlinks=False)
+            if entry.name.startswith(".new-"):
+                if time.time() - status.st_mtime > _STALE_SECONDS:
+                    os.unlink(entry.path)
+            elif len(entry.name) == 64:  # nothing else is ours
+                entries.append((status.st_mtime, status.st_size, entry.path))
+    total = sum(size for _, size, _ in entries)
+    if total <= limit:
+        return
+    for _, size, path in sorted(entries):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        total -= size
+        if total <= limit * 3 // 4:
+            return
+
+
+def _warn(error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        print(
+            f"nitinol: compiled kernels are not kept on disk ({error}); set NITINOL_CACHE_DIR to a folder of yours "
+            "that can be written to, or to nothing to stop asking",
+            file=sys.stderr,
+        )
