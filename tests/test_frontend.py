@@ -431,6 +431,42 @@ def test_sort_along_the_first_axis(rng):
         assert np.array_equal(out, np.sort(x, 0)[::-1] if descending else np.sort(x, 0))
 
 
+def test_block_pointers(rng):
+    """A matrix product of ragged shapes: block pointers advanced in a loop, and the same with descriptors."""
+
+    @jit
+    def kernel(a_ptr, b_ptr, c_ptr, M, N, K, B: tl.constexpr, DESCRIPTOR: tl.constexpr):
+        row, column = tl.program_id(0) * B, tl.program_id(1) * B
+        c = tl.zeros((B, B), tl.float32)
+        if DESCRIPTOR:
+            a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [B, B])
+            b_desc = tl.make_tensor_descriptor(b_ptr, shape=[K, N], strides=[1, K], block_shape=[B, B])
+            c_desc = tl.make_tensor_descriptor(c_ptr, [M, N], [N, 1], [B, B])
+            for k in range(0, K, B):
+                c = tl.dot(a_desc.load([row, k]), b_desc.load([k, column]), c)
+            c_desc.store([row, column], c)
+        else:
+            a_block = tl.make_block_ptr(a_ptr, (M, K), (K, 1), (row, 0), (B, B), (1, 0))
+            b_block = tl.make_block_ptr(
+                base=b_ptr, shape=(K, N), strides=(1, K), offsets=(0, column), block_shape=(B, B), order=(0, 1)
+            )
+            for _ in range(0, K, B):
+                a = tl.load(a_block, boundary_check=(0, 1), padding_option="zero")
+                b = tl.load(b_block, boundary_check=(0, 1))
+                c = tl.dot(a, b, c)
+                a_block = tl.advance(a_block, (0, B))
+                b_block = tl.advance(b_block, [B, 0])
+            c_block = tl.make_block_ptr(c_ptr, (M, N), (N, 1), (row, column), (B, B), (1, 0))
+            tl.store(c_block, c, boundary_check=(0, 1))
+
+    m, n, k = (int(v) for v in rng.integers(5, 12, 3))
+    a, b = rng.integers(-9, 9, (m, k)).astype(np.float32), rng.integers(-9, 9, (n, k)).astype(np.float32)
+    for descriptor in (False, True):
+        c = np.full((m, n), np.nan, np.float32)
+        run(kernel, (-(-m // 4), -(-n // 4)), a, b, c, m, n, k, 4, descriptor)
+        assert np.array_equal(c, a @ b.T)
+
+
 def test_atomics(rng):
     @jit
     def kernel(counters, old, x_ptr, N: tl.constexpr):
@@ -466,7 +502,6 @@ def test_philox_known_answers(rng):
         for i in tl.static_range(4):
             tl.store(out_ptr + i, words[i])
 
-    kernel = jit(kernel.fn, do_not_specialize=["seed", "c0", "c1", "c2", "c3"])
     for seed, counter, expected in (
         (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         (2**64 - 1, (2**32 - 1,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -630,6 +665,24 @@ def test_early_returns():
     x, out = np.array([5, -3, 0, 9], np.int32), np.zeros(4, np.int32)
     run(kernel, (6,), x, out, 3)
     assert out.tolist() == [2, -2, 7, 0]
+
+
+def test_return_from_an_unrolled_loop():
+    @jit
+    def first_above(x_ptr, limit, N: tl.constexpr):
+        for i in tl.static_range(N):
+            if tl.load(x_ptr + i) > limit:
+                return i
+        return -1
+
+    @jit
+    def kernel(x_ptr, out_ptr, N: tl.constexpr):
+        limit = tl.program_id(0) * 10
+        tl.store(out_ptr + tl.program_id(0), first_above(x_ptr, limit, N))
+
+    x, out = np.array([5, 15, 7, 25], np.int32), np.zeros(4, np.int32)
+    run(kernel, (4,), x, out, 4)
+    assert out.tolist() == [0, 1, 3, -1]
 
 
 def test_if_merges_values_from_both_sides(rng):
@@ -830,6 +883,26 @@ def test_cache_key_sees_what_the_kernel_uses():
 
     assert make(1, "1") == make(1, "1")
     assert len({make(1, "1"), make(2, "1"), make(1, "2")}) == 3
+
+
+CHANGING = tl.constexpr(1)
+
+
+@jit
+def reads_a_global(p):
+    tl.store(p, CHANGING)
+
+
+def test_a_changed_global_is_noticed():
+    global CHANGING
+    out = np.zeros(1, np.int32)
+    run(reads_a_global, (1,), out)
+    CHANGING = tl.constexpr(1)  # another object, the same value
+    run(reads_a_global, (1,), out)
+    CHANGING = tl.constexpr(2)
+    with pytest.raises(RuntimeError, match="CHANGING was 1 when reads_a_global was compiled and is now 2"):
+        run(reads_a_global, (1,), out)
+    CHANGING = tl.constexpr(1)
 
 
 def test_heuristics_and_autotune():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from nitinol.compiler.builder import Builder
 from nitinol.compiler.expressions import Expressions
@@ -24,12 +25,22 @@ from nitinol.compiler.values import (
     unflatten,
 )
 from nitinol.language import core
-from nitinol.language.core import known, tensor
+from nitinol.language.core import known_int, tensor
 from nitinol.language.jit import JITFunction
 from nitinol.language.semantic import cast, is_number, promote_integers, to_tensor, truth
 from nitinol.language.types import DType, int1
 
+Statement = ast.stmt | Callable[[], None]  # a callable: the next value of an unrolled loop's variable
 RUNNING = object()  # `ControlFlow.result` while the function has not returned
+
+
+class Loop(NamedTuple):
+    """The names that a loop carries, their values before it, which of the values change, and the regions."""
+
+    carried: list[str]
+    init: list[tensor]
+    kept: list[bool]
+    blocks: list[Block]
 
 
 class ControlFlow(Expressions):
@@ -40,7 +51,7 @@ class ControlFlow(Expressions):
         self.result: Any = RUNNING
         self.loops = 0  # run-time loops around the current statement
 
-    def run(self, statements: Sequence[ast.stmt]) -> None:
+    def run(self, statements: Sequence[Statement]) -> None:
         raise NotImplementedError
 
     def assign(self, target: ast.expr, value: Any) -> None:
@@ -48,7 +59,7 @@ class ControlFlow(Expressions):
 
     # ----------------------------------------------------------------------------------------------- conditions
 
-    def run_if(self, node: ast.If, pending: list[ast.stmt]) -> None:
+    def run_if(self, node: ast.If, pending: list[Statement]) -> None:
         condition = self.evaluate(node.test)
         self.builder.node = node.test
         if not isinstance(condition, tensor):
@@ -70,7 +81,7 @@ class ControlFlow(Expressions):
         else:
             self.branch(node, condition)
 
-    def branch_and_return(self, node: ast.If, condition: tensor, rest: list[ast.stmt]) -> None:
+    def branch_and_return(self, node: ast.If, condition: tensor, rest: list[Statement]) -> None:
         """A branch that may return: what follows the `if` continues inside the branches, which yield the result."""
         before, results, blocks = self.local, [], []
         for body in (node.body, node.orelse):
@@ -138,24 +149,21 @@ class ControlFlow(Expressions):
 
     # ---------------------------------------------------------------------------------------------------- loops
 
-    def run_For(self, node: ast.For) -> None:
+    def run_for(self, node: ast.For, pending: list[Statement]) -> None:
         if node.orelse:
             raise self.builder.error("kernels do not support `else` after a loop", node)
         iterable = self.evaluate(node.iter)
         self.builder.node = node.iter
         if isinstance(iterable, core.static_range):
-            start, end, step = (
-                known(v, "a bound of static_range") for v in (iterable.start, iterable.end, iterable.step)
-            )
-            iterable = tuple(range(start, end, step))
+            bounds = (iterable.start, iterable.end, iterable.step)
+            iterable = tuple(range(*(known_int(v, "a bound of static_range") for v in bounds)))
         if isinstance(iterable, (tuple, list, range)):
-            for item in iterable:
-                self.assign(node.target, item)
-                self.run(node.body)
-            return
-        if not isinstance(iterable, core.range) or not isinstance(node.target, ast.Name):
+            for item in reversed(iterable):
+                pending += [*reversed(node.body), partial(self.assign, node.target, item)]
+        elif isinstance(iterable, core.range) and isinstance(node.target, ast.Name):
+            self.for_range(node, node.target.id, iterable)
+        else:
             raise self.builder.error("a `for` runs over range, tl.range, tl.static_range or a tuple", node.iter)
-        self.for_range(node, node.target.id, iterable)
 
     def for_range(self, node: ast.For, index: str, bounds: core.range) -> None:
         start, end, step = bounds.start, bounds.end, bounds.step
@@ -180,13 +188,8 @@ class ControlFlow(Expressions):
             return block
 
         before = self.local
-        carried, blocks = self.loop(node, {index}, [body])
-        init = [v for n in carried for v in flatten(before[n])]
-        self.builder.node = node.iter
-        op = self.builder.create(
-            "for", [v.handle for v in (lower, upper, stride, *init)], [v.type for v in init], blocks
-        )
-        self.after_loop(node, before, carried, op.results)
+        loop = self.loop(node, {index}, [body])
+        self.finish_loop(node, "for", [lower, upper, stride], loop, before)
         self.local.pop(index, None)
         self.missing[index] = f"{index} is the variable of the loop at line {self.line(node)} and has no value after it"
 
@@ -211,16 +214,11 @@ class ControlFlow(Expressions):
             return block
 
         before = self.local
-        carried, blocks = self.loop(node, set(), [test, body])
-        init = [v for n in carried for v in flatten(before[n])]
-        self.builder.node = node.test
-        op = self.builder.create("while", [v.handle for v in init], [v.type for v in init], blocks)
-        self.after_loop(node, before, carried, op.results)
+        loop = self.loop(node, set(), [test, body])
+        self.finish_loop(node, "while", [], loop, before)
 
-    def loop(
-        self, node: ast.For | ast.While, own: set[str], regions: list[Callable[[list[Value]], Block]]
-    ) -> tuple[list[str], list[Block]]:
-        """Builds a loop's regions; returns the names that it carries, and the blocks, the last ending with `yield`.
+    def loop(self, node: ast.For | ast.While, own: set[str], regions: list[Callable[[list[Value]], Block]]) -> Loop:
+        """Builds a loop's regions, the last of which ends with `yield`.
 
         Carried is what the body assigns and the code before the loop has defined. A number known at compile time is
         carried only if the body really changes it, which shows at the end: then the body is built once more.
@@ -262,7 +260,8 @@ class ControlFlow(Expressions):
                     )
                 results += [v.handle for v in flatten(end)]
             self.builder.create("yield", results, ())
-        return self.prune(before, carried, blocks, arguments), blocks
+        init = [v for n in carried for v in flatten(before[n])]
+        return Loop(carried, init, self.prune(init, blocks, arguments), blocks)
 
     def carriable(self, name: str, start: Any, end: Any) -> Any:
         """A number from before a loop as a run-time value; other known values cannot change in a loop."""
@@ -274,39 +273,34 @@ class ControlFlow(Expressions):
             )
         return named(name, value)
 
-    def prune(
-        self, before: dict[str, Any], carried: list[str], blocks: list[Block], arguments: list[list[Value]]
-    ) -> list[str]:
-        """Drops carried variables that the body leaves as they are, so that they stay visibly loop-invariant."""
-        kept: list[str] = []
-        replace: dict[Value, Value] = {}
-        keep_at: list[int] = []
-        position = 0
-        last = blocks[-1].terminator
-        for name in carried:
-            init = flatten(before[name])
-            places = range(position, position + len(init))
-            position += len(init)
-            if all(last.operands[i] is arguments[-1][i] for i in places):
-                for i, value in zip(places, init):
-                    replace.update({block_arguments[i]: value.handle for block_arguments in arguments})
-            else:
-                kept.append(name)
-                keep_at += places
-        if replace:
-            for block, block_arguments in zip(blocks, arguments):
-                extra = len(block.arguments) - len(block_arguments)  # the induction variable
-                block.arguments = block.arguments[:extra] + [block_arguments[i] for i in keep_at]
-                head = 1 if block.terminator.kind == "condition" else 0
-                operands = block.terminator.operands
-                block.terminator.operands = operands[:head] + [operands[head + i] for i in keep_at]
+    def prune(self, init: list[tensor], blocks: list[Block], arguments: list[list[Value]]) -> list[bool]:
+        """Drops carried values that the body leaves as they are, so that they stay visibly loop-invariant.
+
+        Returns for each value whether it is still carried.
+        """
+        yielded = blocks[-1].terminator.operands
+        kept = [value is not argument for value, argument in zip(yielded, arguments[-1])]
+        if not all(kept):
+            replace: dict[Value, Value] = {}
+            for block, values in zip(blocks, arguments):
+                replace.update({v: i.handle for v, i, keep in zip(values, init, kept) if not keep})
+                first = len(block.arguments) - len(values)  # 1 in `for`: the induction variable
+                block.arguments[first:] = [v for v, keep in zip(values, kept) if keep]
+                end = block.terminator
+                first = len(end.operands) - len(values)  # 1 in `condition`
+                end.operands[first:] = [v for v, keep in zip(end.operands[first:], kept) if keep]
+            for block in blocks:
                 for op in walk(block):
                     op.operands = [replace.get(v, v) for v in op.operands]
         return kept
 
-    def after_loop(
-        self, node: ast.For | ast.While, before: dict[str, Any], carried: list[str], results: list[Value]
+    def finish_loop(
+        self, node: ast.For | ast.While, kind: str, bounds: list[tensor], loop: Loop, before: dict[str, Any]
     ) -> None:
+        """Appends the loop and gives the variables their values after it."""
+        values = [v.handle for v, keep in zip(loop.init, loop.kept) if keep]
+        self.builder.node = node.iter if isinstance(node, ast.For) else node.test
+        op = self.builder.create(kind, [v.handle for v in bounds] + values, [v.type for v in values], loop.blocks)
         line = self.line(node)
         for name in self.local:
             if name not in before:
@@ -314,9 +308,10 @@ class ControlFlow(Expressions):
                     f"{name} is first assigned inside the loop at line {line}: assign it before the loop"
                 )
         self.local = dict(before)
-        values = iter(map(tensor, results))
-        for name in carried:
-            self.local[name] = named(name, unflatten(before[name], values))
+        results = iter(map(tensor, op.results))
+        final = iter([next(results) if keep else v for v, keep in zip(loop.init, loop.kept)])
+        for name in loop.carried:
+            self.local[name] = named(name, unflatten(before[name], final))
 
     def line(self, node: ast.AST) -> int:
         return self.builder.location_of(self.function, node).line

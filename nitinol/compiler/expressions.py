@@ -98,15 +98,18 @@ class Expressions:
         name = node.id
         if name in self.local:
             return self.local[name]
+        if name in self.missing:
+            raise self.builder.error(self.missing[name], node)
         value = self.function.lookup(name, ABSENT)
         if value is ABSENT:
-            if name in self.missing:
-                raise self.builder.error(self.missing[name], node)
             if name in BUILTINS:
                 return BUILTINS[name]
             raise self.builder.error(f"the name {name} is not defined", node)
-        if isinstance(value, (core.constexpr, JITFunction, DType, PointerType, ModuleType)) or value is None:
-            return unwrap(value)
+        if isinstance(value, core.constexpr):
+            self.builder.used_globals[self.function, name] = value
+            return value.value
+        if isinstance(value, (JITFunction, DType, PointerType, ModuleType)) or value is None:
+            return value
         if callable(value):  # tile operations, @jit wrappers, plain functions and classes
             return value
         raise self.builder.error(
@@ -127,6 +130,8 @@ class Expressions:
             return getattr(owner, name)
         if name == "value" and (owner is None or isinstance(owner, (int, float, str, tuple))):
             return owner  # constexpr.value
+        if isinstance(owner, (int, float)) and not hasattr(owner, name) and hasattr(tensor, name):
+            return getattr(to_tensor(owner), name)  # an argument that specialisation made a constant: n.to(tl.int64)
         try:
             return unwrap(getattr(owner, name))
         except AttributeError:

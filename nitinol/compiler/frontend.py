@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nitinol.compiler.builder import Builder
-from nitinol.compiler.control import RUNNING, ControlFlow
+from nitinol.compiler.control import RUNNING, ControlFlow, Statement
 from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.ir import Function, Value, verify
 from nitinol.compiler.values import as_run_time
@@ -40,6 +40,7 @@ def build_ir(kernel: JITFunction, signature: Signature) -> Function:
             )
     finally:
         core.set_builder(previous)
+    kernel.used_globals.update(builder.used_globals)
     location = builder.location_of(kernel, kernel.tree)
     function = Function(kernel.__name__, parameters, builder.block, divisible, location, kernel.source)
     verify(function)
@@ -84,15 +85,20 @@ class Frame(ControlFlow):
         self.run(self.function.tree.body)
         return None if self.result is RUNNING else self.result
 
-    def run(self, statements: Sequence[ast.stmt]) -> None:
+    def run(self, statements: Sequence[Statement]) -> None:
         """Executes statements until one returns."""
         pending = list(reversed(statements))
         while pending and self.result is RUNNING:
             statement = pending.pop()
+            if not isinstance(statement, ast.stmt):
+                statement()
+                continue
             self.builder.node = statement
             try:
                 if isinstance(statement, ast.If):
                     self.run_if(statement, pending)
+                elif isinstance(statement, ast.For):
+                    self.run_for(statement, pending)
                 else:
                     method = getattr(self, "run_" + type(statement).__name__, None)
                     if method is None:

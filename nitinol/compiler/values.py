@@ -22,8 +22,12 @@ def constant_like(value: Any) -> tensor:
 
 
 def run_time(value: Any) -> bool:
-    """Whether a value consists of tensors alone."""
-    return all(map(run_time, value)) and bool(value) if isinstance(value, tuple) else isinstance(value, tensor)
+    """Whether a value can pass through a run-time loop: it has tensors, and no number that could change."""
+    return bool(flatten(value)) and not has_numbers(value)
+
+
+def has_numbers(value: Any) -> bool:
+    return any(map(has_numbers, value)) if isinstance(value, tuple) else is_number(value)
 
 
 def flatten(value: Any) -> list[tensor]:

@@ -3,6 +3,7 @@
 # ruff: noqa: F401
 from nitinol.language import math as math
 from nitinol.language.autotune import Config, autotune, heuristics
+from nitinol.language.block_pointer import advance, make_block_ptr, make_tensor_descriptor
 from nitinol.language.combine import associative_scan, dot, reduce
 from nitinol.language.core import block_type, constexpr, range, static_range, tensor
 from nitinol.language.debug import (

@@ -43,9 +43,15 @@ def load(
 
     Without `other` masked-off lanes are unspecified. The caching hints of Triton are accepted and ignored.
     """
+    if isinstance(pointer, tuple):  # a block pointer, a layer above
+        from nitinol.language.block_pointer import load_block
+
+        if mask is not None or other is not None:
+            raise ValueError("load: a block pointer takes boundary_check, not mask and other")
+        return load_block(pointer, boundary_check, padding_option)  # type: ignore[arg-type]
     p = _pointers(pointer, "load")
     if boundary_check or padding_option:
-        raise ValueError("load: boundary_check and padding_option belong to block pointers, which are not supported")
+        raise ValueError("load: boundary_check and padding_option belong to block pointers (tl.make_block_ptr)")
     if mask is None and other is not None:
         raise ValueError("load: `other` was given without `mask`")
     if mask is None:
@@ -67,9 +73,15 @@ def store(
     eviction_policy: str = "",
 ) -> None:
     """Writes values, cast to the pointers' element type, where `mask` is true."""
+    if isinstance(pointer, tuple):
+        from nitinol.language.block_pointer import store_block
+
+        if mask is not None:
+            raise ValueError("store: a block pointer takes boundary_check, not mask")
+        return store_block(pointer, value, boundary_check)  # type: ignore[arg-type]
     p = _pointers(pointer, "store")
     if boundary_check:
-        raise ValueError("store: boundary_check belongs to block pointers, which are not supported")
+        raise ValueError("store: boundary_check belongs to block pointers (tl.make_block_ptr)")
     operands = [p, _fill(value, p.dtype.element, p.shape, "store")]  # type: ignore[union-attr]
     if mask is not None:
         operands.append(_mask(mask, p.shape, "store"))
