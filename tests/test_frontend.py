@@ -1,7 +1,8 @@
-"""The tile language through the front end and the interpreter: every construct against NumPy on random inputs."""
+"""The tile language, interpreted and compiled for the CPU: every construct against NumPy on random inputs."""
 
 from __future__ import annotations
 
+import native
 import numpy as np
 import pytest
 
@@ -18,11 +19,23 @@ def build(kernel, *arguments, **keywords):
     return build_ir(kernel, signature), [bound[name] for name, _, _ in signature.parameters]
 
 
-def run(kernel, grid, *arguments, **keywords):
-    """Compiles and interprets."""
-    function, values = build(kernel, *arguments, **keywords)
-    interpreter.run(function, grid, values)
-    return function
+ENGINES = {"interpreter": interpreter.run, "native": native.run}
+
+
+def runner(engine):
+    """run(kernel, grid, *arguments, **keywords): compiles, runs, and returns the IR."""
+
+    def run(kernel, grid, *arguments, **keywords):
+        function, values = build(kernel, *arguments, **keywords)
+        ENGINES[engine](function, (*grid, 1, 1)[:3], values)
+        return function
+
+    return run
+
+
+@pytest.fixture(params=ENGINES)
+def run(request):
+    return runner(request.param)
 
 
 @pytest.fixture
@@ -135,7 +148,7 @@ def test_division_types(expression, x, y, expected):
     assert typed(expression, x, y) == expected
 
 
-def test_integer_division_truncates_at_run_time_and_floors_at_compile_time():
+def test_integer_division_truncates_at_run_time_and_floors_at_compile_time(run):
     @jit
     def kernel(out, a, b, A: tl.constexpr, B: tl.constexpr):
         tl.store(out, a // b)
@@ -151,7 +164,7 @@ def test_integer_division_truncates_at_run_time_and_floors_at_compile_time():
 
 
 @pytest.mark.parametrize("dtype", [t for t in TYPES if t in NUMPY])
-def test_operators_match_numpy(rng, dtype):
+def test_operators_match_numpy(run, rng, dtype):
     """The operators of each type; values are small enough for every result to be exact."""
 
     @jit
@@ -182,7 +195,7 @@ def test_operators_match_numpy(rng, dtype):
 # -------------------------------------------------------------------------------------------------------- operations
 
 
-def test_vector_add_with_a_ragged_end(rng):
+def test_vector_add_with_a_ragged_end(run, rng):
     @jit
     def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
         offsets = tl.program_id(axis=0) * BLOCK + tl.arange(0, BLOCK)
@@ -196,7 +209,7 @@ def test_vector_add_with_a_ragged_end(rng):
     assert "%offsets = add" in str(function) and all(op.location is not None for op in ir.walk(function.body))
 
 
-def test_math_functions(rng):
+def test_math_functions(run, rng):
     @jit
     def kernel(x_ptr, out_ptr, N: tl.constexpr):
         lanes = tl.arange(0, N)
@@ -222,7 +235,7 @@ def test_math_functions(rng):
     np.testing.assert_allclose(out, np.array(expected), rtol=1e-6, atol=1e-6)  # a few fp32 roundings
 
 
-def test_nan_propagation():
+def test_nan_propagation(run):
     @jit
     def kernel(x_ptr, out_ptr):
         x = tl.load(x_ptr)
@@ -234,7 +247,7 @@ def test_nan_propagation():
     assert out[0] == 1 and np.isnan(out[1])
 
 
-def test_casts_and_bitcasts(rng):
+def test_casts_and_bitcasts(run, rng):
     @jit
     def kernel(x_ptr, half_ptr, int_ptr, bits_ptr, back_ptr, N: tl.constexpr):
         lanes = tl.arange(0, N)
@@ -253,7 +266,7 @@ def test_casts_and_bitcasts(rng):
     assert np.array_equal(bits, x.view(np.uint32)) and np.array_equal(back, x)
 
 
-def test_bfloat16(rng):
+def test_bfloat16(run, rng):
     ml_dtypes = pytest.importorskip("ml_dtypes")
 
     @jit
@@ -269,7 +282,7 @@ def test_bfloat16(rng):
     assert np.array_equal(out, (x.astype(np.float32) * 3).astype(ml_dtypes.bfloat16))
 
 
-def test_reductions(rng):
+def test_reductions(run, rng):
     @jit
     def kernel(x_ptr, rows_ptr, columns_ptr, scalars_ptr, M: tl.constexpr, N: tl.constexpr):
         m, n = tl.arange(0, M), tl.arange(0, N)
@@ -308,7 +321,7 @@ def product(a, b):
     return a * b
 
 
-def test_custom_reduce_and_scan(rng):
+def test_custom_reduce_and_scan(run, rng):
     @jit
     def kernel(x_ptr, out_ptr, scans_ptr, N: tl.constexpr):
         lanes = tl.arange(0, N)
@@ -331,7 +344,7 @@ def test_custom_reduce_and_scan(rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
-def test_dot(rng, dtype):
+def test_dot(run, rng, dtype):
     @jit
     def kernel(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
         m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
@@ -350,7 +363,7 @@ def test_dot(rng, dtype):
     assert np.array_equal(c, 3 * (a.astype(np.int64) @ b.astype(np.int64)))
 
 
-def test_dot_beyond_triton(rng):
+def test_dot_beyond_triton(run, rng):
     """uint8 with int8 operands, a batch, and fp16 results."""
 
     @jit
@@ -369,7 +382,7 @@ def test_dot_beyond_triton(rng):
     assert np.array_equal(c, expected) and np.array_equal(half, expected.astype(np.float16))
 
 
-def test_shapes(rng):
+def test_shapes(run, rng):
     @jit
     def kernel(x_ptr, out_ptr, N: tl.constexpr):
         lanes = tl.arange(0, N)
@@ -417,7 +430,7 @@ def test_shapes(rng):
     assert out.tolist() == expected.tolist()
 
 
-def test_sort_along_the_first_axis(rng):
+def test_sort_along_the_first_axis(run, rng):
     @jit
     def kernel(x_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr):
         i = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
@@ -431,7 +444,7 @@ def test_sort_along_the_first_axis(rng):
         assert np.array_equal(out, np.sort(x, 0)[::-1] if descending else np.sort(x, 0))
 
 
-def test_block_pointers(rng):
+def test_block_pointers(run, rng):
     """A matrix product of ragged shapes: block pointers advanced in a loop, and the same with descriptors."""
 
     @jit
@@ -467,7 +480,7 @@ def test_block_pointers(rng):
         assert np.array_equal(c, a @ b.T)
 
 
-def test_atomics(rng):
+def test_atomics(run, rng):
     @jit
     def kernel(counters, old, x_ptr, N: tl.constexpr):
         pid = tl.program_id(0)
@@ -493,7 +506,7 @@ def test_atomics(rng):
     assert counters.tolist() == [int(v) for v in expected] and old.tolist() == [0, 1, 2, 3]
 
 
-def test_philox_known_answers(rng):
+def test_philox_known_answers(run, rng):
     """The vectors of the Random123 distribution (kat_vectors, philox4x32 10)."""
 
     @jit
@@ -516,7 +529,7 @@ def test_philox_known_answers(rng):
         assert tuple(out.tolist()) == expected
 
 
-def test_random_floats():
+def test_random_floats(run):
     @jit
     def kernel(out_ptr, normal_ptr, seed, N: tl.constexpr):
         lanes = tl.arange(0, N)
@@ -534,7 +547,7 @@ def test_random_floats():
 # ------------------------------------------------------------------------------------------------------ control flow
 
 
-def test_loops_and_conditions(rng):
+def test_loops_and_conditions(run, rng):
     """Collatz steps: a `while` with a run-time `if` inside, over a `for` with run-time bounds."""
 
     @jit
@@ -560,7 +573,7 @@ def test_loops_and_conditions(rng):
 
 
 @pytest.mark.parametrize("bounds", [(0, 10, 1), (3, 17, 4), (10, 0, -1), (9, -5, -3), (5, 5, 1)])
-def test_for_range_forms(bounds):
+def test_for_range_forms(run, bounds):
     @jit
     def kernel(out_ptr, start, end, STEP: tl.constexpr):
         count = 0
@@ -575,7 +588,7 @@ def test_for_range_forms(bounds):
     assert out[: len(expected)].tolist() == expected and out[31] == len(expected)
 
 
-def test_unchanged_variables_are_not_carried():
+def test_unchanged_variables_are_not_carried(run):
     @jit
     def kernel(out_ptr, n, FLAG: tl.constexpr):
         scale = tl.load(out_ptr)
@@ -596,7 +609,7 @@ def test_unchanged_variables_are_not_carried():
     assert out[0] == 30 * (0 + 2 + 8 + 24 + 64)
 
 
-def test_known_numbers_become_carried_only_when_changed():
+def test_known_numbers_become_carried_only_when_changed(run):
     @jit
     def kernel(out_ptr, n, START: tl.constexpr, BLOCK: tl.constexpr):
         position = helper(START, BLOCK, n)
@@ -618,7 +631,7 @@ def test_known_numbers_become_carried_only_when_changed():
     assert out[0] == 7
 
 
-def test_tuples_and_lists_in_loops():
+def test_tuples_and_lists_in_loops(run):
     @jit
     def pair(a, b):
         return b, a + b
@@ -639,7 +652,7 @@ def test_tuples_and_lists_in_loops():
     assert out.tolist() == [55, 0, 55, 20]
 
 
-def test_early_returns():
+def test_early_returns(run):
     @jit
     def sign(x):
         if x > 0:
@@ -667,7 +680,7 @@ def test_early_returns():
     assert out.tolist() == [2, -2, 7, 0]
 
 
-def test_return_from_an_unrolled_loop():
+def test_return_from_an_unrolled_loop(run):
     @jit
     def first_above(x_ptr, limit, N: tl.constexpr):
         for i in tl.static_range(N):
@@ -685,7 +698,7 @@ def test_return_from_an_unrolled_loop():
     assert out.tolist() == [0, 1, 3, -1]
 
 
-def test_if_merges_values_from_both_sides(rng):
+def test_if_merges_values_from_both_sides(run, rng):
     @jit
     def kernel(x_ptr, out_ptr, N: tl.constexpr):
         pid = tl.program_id(0)
@@ -707,7 +720,7 @@ def test_if_merges_values_from_both_sides(rng):
     assert np.array_equal(out, [x * 2 + 1, x + 2, -x + 3])
 
 
-def test_boolean_operators_and_ternaries():
+def test_boolean_operators_and_ternaries(run):
     @jit
     def kernel(out_ptr, a, b, NONE: tl.constexpr, FLAG: tl.constexpr):
         tl.store(out_ptr, a > 1 and b > 1)
@@ -733,7 +746,7 @@ def scaled(x, factor: tl.constexpr = SCALE, offset=0):
     return x * factor + offset
 
 
-def test_calls_closures_and_defaults():
+def test_calls_closures_and_defaults(run):
     shift = tl.constexpr(5)
 
     @jit
@@ -747,7 +760,7 @@ def test_calls_closures_and_defaults():
     assert out.tolist() == [3 * i + 71 for i in range(8)]
 
 
-def test_functions_and_types_as_constexpr():
+def test_functions_and_types_as_constexpr(run):
     @jit
     def negate(x):
         return -x
@@ -767,7 +780,7 @@ def test_functions_and_types_as_constexpr():
     assert out[0] == 9
 
 
-def test_triton_text_with_swapped_imports(rng):
+def test_triton_text_with_swapped_imports(run, rng):
     """Annotations, numbered constants and helper names as they stand in Triton kernels."""
     triton = tl
 
@@ -893,7 +906,7 @@ def reads_a_global(p):
     tl.store(p, CHANGING)
 
 
-def test_a_changed_global_is_noticed():
+def test_a_changed_global_is_noticed(run):
     global CHANGING
     out = np.zeros(1, np.int32)
     run(reads_a_global, (1,), out)

@@ -1,4 +1,4 @@
-"""Kernels in the style of Triton's tutorials, run by the interpreter on small sizes against plain NumPy in float64.
+"""Kernels in the style of Triton's tutorials, interpreted and compiled for the CPU, against plain NumPy in float64.
 
 Tolerances: fp32 sums of n terms of magnitude about 1 err by less than n * 2**-24; fp16 results by 2**-11 relative.
 """
@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_frontend import run
+from test_frontend import ENGINES, runner
 
 import nitinol.language as tl
 from nitinol.language import jit
+
+
+@pytest.fixture(params=ENGINES)
+def run(request):
+    return runner(request.param)
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def test_fused_softmax(rng):
+def test_fused_softmax(run, rng):
     rows, columns = int(rng.integers(3, 9)), int(rng.integers(20, 33))
     x = rng.normal(size=(rows, columns)).astype(np.float32)
     out = np.full_like(x, np.nan)
@@ -50,7 +55,7 @@ def softmax_by_name(out_ptr, in_ptr, N: tl.constexpr):
     tl.store(out_ptr + lanes, tl.softmax(tl.load(in_ptr + lanes)))
 
 
-def test_softmax_of_the_library(rng):
+def test_softmax_of_the_library(run, rng):
     x, out = rng.normal(size=16).astype(np.float32), np.zeros(16, np.float32)
     run(softmax_by_name, (1,), out, x, 16)
     np.testing.assert_allclose(out, softmax(x.astype(np.float64)), rtol=1e-5)
@@ -100,7 +105,7 @@ def matmul(
 
 
 @pytest.mark.parametrize("activation", ["", "leaky_relu"])
-def test_matmul_with_grouped_ordering(rng, activation):
+def test_matmul_with_grouped_ordering(run, rng, activation):
     m, n, k = (int(v) for v in rng.integers(17, 50, 3))
     a, b = rng.normal(size=(m, k)).astype(np.float16), rng.normal(size=(n, k)).astype(np.float16).T
     c = np.full((m, n), np.nan, np.float16)
@@ -121,7 +126,7 @@ def dropout(x_ptr, out_ptr, n, p, seed, BLOCK: tl.constexpr):
     tl.store(out_ptr + offsets, tl.where(keep, x / (1 - p), 0.0), mask=mask)
 
 
-def test_dropout(rng):
+def test_dropout(run, rng):
     n, p = 3000, 0.25
     x = rng.uniform(1, 2, n).astype(np.float32)
     first, second, other = (np.full(n, np.nan, np.float32) for _ in range(3))
@@ -206,7 +211,7 @@ def layer_norm_backward(
     tl.atomic_xchg(lock_ptr, 0)
 
 
-def test_layer_norm_forward_and_backward(rng):
+def test_layer_norm_forward_and_backward(run, rng):
     rows, columns, groups, eps = 7, 27, 2, 1e-5
     x, dy = (rng.normal(size=(rows, columns)).astype(np.float32) for _ in range(2))
     w, b = (rng.normal(size=columns).astype(np.float32) for _ in range(2))
@@ -300,7 +305,7 @@ def flash_attention(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_flash_attention(rng, causal):
+def test_flash_attention(run, rng, causal):
     heads, tokens, width = 2, int(rng.integers(33, 60)), 16
     q, k, v = (rng.normal(size=(heads, tokens, width)).astype(np.float32) for _ in range(3))
     out = np.full_like(q, np.nan)
@@ -320,7 +325,7 @@ def grouped_order(out_ptr, M: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     tl.store(out_ptr + i * N + j, pid)
 
 
-def test_swizzle2d():
+def test_swizzle2d(run):
     out = np.full((4, 4), -1, np.int32)
     run(grouped_order, (16,), out, 4, 4, 2)
     assert out.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
@@ -349,7 +354,7 @@ def cross_entropy(loss_ptr, logits_ptr, labels_ptr, n_cols, ignored, BLOCK: tl.c
     tl.store(loss_ptr + row, top + tl.log(total) - tl.load(logits_ptr + label))
 
 
-def test_cross_entropy(rng):
+def test_cross_entropy(run, rng):
     rows, columns = 5, 45
     logits = rng.normal(size=(rows, columns)).astype(np.float32)
     labels = rng.integers(0, columns, rows)
