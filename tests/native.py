@@ -10,7 +10,7 @@ import numpy as np
 
 from nitinol.compiler import ir
 from nitinol.compiler.cpu import compile_function
-from nitinol.compiler.induction import scalarise_induction
+from nitinol.compiler.driver import prepare
 
 SIGNATURE = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
@@ -19,7 +19,7 @@ SIGNATURE = ctypes.CFUNCTYPE(
 
 def run(function: ir.Function, grid: tuple[int, int, int], arguments: list[Any], aliases: tuple[int, ...] = ()) -> None:
     """Writes go to the arrays, as with the interpreter's `run`."""
-    scalarise_induction(function)
+    prepare(function)
     executable = compile_function(function, aliases)
     slots = np.zeros(len(arguments) + 1, np.uint64)
     for i, (parameter, argument) in enumerate(zip(function.parameters, arguments)):

@@ -12,12 +12,19 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def tile_ir(kernel: JITFunction, signature: Signature) -> Any:
     """The kernel's tile IR after the passes that all targets share."""
     from nitinol.compiler.frontend import build_ir
+
+    return prepare(build_ir(kernel, signature))
+
+
+def prepare(function: Any) -> Any:
+    """The passes that all targets share, in place."""
+    from nitinol.compiler.byte_casts import sink_byte_casts
     from nitinol.compiler.induction import scalarise_induction
     from nitinol.compiler.passes import simplify
 
-    function = build_ir(kernel, signature)
     simplify(function)
     scalarise_induction(function)
+    sink_byte_casts(function)
     simplify(function)
     return function
 

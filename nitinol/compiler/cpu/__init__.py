@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nitinol import __version__
-from nitinol.compiler import ir
+from nitinol.compiler import cache, ir
 
 
 @dataclass
@@ -48,16 +48,12 @@ def compile_function(function: ir.Function, aliases: tuple[int, ...] = (), key: 
     stored = None
     if key:
         key = hashlib.sha256(json.dumps([key, aliases, host_target().key, _compiler_version()]).encode()).hexdigest()
-        from nitinol.compiler import cache
-
         stored = cache.get(key)
     if stored is None:
         text, scratch_bytes, asserts = generate(function, aliases)
         code = assemble(optimise(text))
         if key:
             head = json.dumps({"scratch_bytes": scratch_bytes, "asserts": asserts}).encode()
-            from nitinol.compiler import cache
-
             cache.put(key, len(head).to_bytes(4, "little") + head + code)
     else:
         size = int.from_bytes(stored[:4], "little")
