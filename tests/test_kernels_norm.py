@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_runner import ENGINES, poisoned, run
+from kernel_runner import ENGINES, padded, poisoned, run
 
 from nitinol.kernels import norm
 
@@ -15,13 +15,6 @@ CLOSE = {"rtol": 2e-6, "atol": 2e-6}
 @pytest.fixture
 def rng():
     return np.random.default_rng()
-
-
-def padded(array: np.ndarray) -> np.ndarray:
-    """The array at the front of a buffer whose rest is NaN: what is read beyond the end shows."""
-    buffer = np.full(array.size + 64, np.nan, array.dtype)
-    buffer[: array.size] = array.reshape(-1)
-    return buffer
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,0 +1,158 @@
+"""Rotary position embedding (Su et al., "RoFormer", 2021), fused with what stands around it in a decoder layer: the
+norms of query and key heads before it (QK-norm) and the write of keys and values into the cache after it.
+
+Pair i of a head turns by the angle position * frequencies[i]. Which two values are a pair: (2 i, 2 i + 1) in the
+interleaved layout of GGUF's `llama`, (i, i + head_dim / 2) in the half-split layout of `qwen2` and `qwen3`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import nitinol.language as tl
+from nitinol.language.jit import jit
+
+
+@jit
+def rope_kernel(
+    q, k, v, frequencies, position, q_norm, k_norm, q_out, k_cache, v_cache, context, epsilon,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Program (t, h): token t's key and value head h, and the GROUP query heads that share them.
+
+    `position` (int32 [1]) is that of token 0. Tokens whose position is outside the cache are not written there.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    place = tl.load(position) + token
+    pair = tl.arange(0, BLOCK)
+    angle = place.to(tl.float32) * tl.load(frequencies + pair, mask=pair < HEAD_DIM // 2, other=0.0)
+    cosine, sine = tl.cos(angle), tl.sin(angle)
+    for member in range(GROUP):
+        at = ((token * heads + head) * GROUP + member) * HEAD_DIM
+        first, second = load_pairs(q + at, HEAD_DIM, BLOCK, INTERLEAVED)
+        if NORM:
+            first, second = normalise(first, second, q_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
+        rotate(q_out + at, first, second, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
+    if (place >= 0) & (place < context):
+        at = (token * heads + head) * HEAD_DIM
+        slot = (head.to(tl.int64) * context + place) * HEAD_DIM
+        first, second = load_pairs(k + at, HEAD_DIM, BLOCK, INTERLEAVED)
+        if NORM:
+            first, second = normalise(first, second, k_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
+        rotate(k_cache + slot, first, second, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
+        lane = tl.arange(0, 2 * BLOCK)
+        tl.store(v_cache + slot + lane, tl.load(v + at + lane, mask=lane < HEAD_DIM), mask=lane < HEAD_DIM)
+
+
+@jit
+def load_pairs(head, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second values of a head's pairs, [BLOCK] each, 0 past the end."""
+    pair = tl.arange(0, BLOCK)
+    if INTERLEAVED:
+        lane = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+        return tl.split(tl.load(head + lane, mask=lane < HEAD_DIM, other=0.0))
+    inside = pair < HEAD_DIM // 2
+    first = tl.load(head + pair, mask=inside, other=0.0)
+    return first, tl.load(head + HEAD_DIM // 2 + pair, mask=inside, other=0.0)
+
+
+@jit
+def normalise(
+    first, second, weight, epsilon, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """RMSNorm of a head that is given as pairs."""
+    scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second) / HEAD_DIM + epsilon)
+    first_weight, second_weight = load_pairs(weight, HEAD_DIM, BLOCK, INTERLEAVED)
+    return first * scale * first_weight, second * scale * second_weight
+
+
+@jit
+def rotate(
+    out, first, second, cosine, sine, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Writes a head's pairs, turned."""
+    pair = tl.arange(0, BLOCK)
+    turned_first = first * cosine - second * sine
+    turned_second = second * cosine + first * sine
+    if INTERLEAVED:
+        lane = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(out + lane, tl.join(turned_first, turned_second), mask=lane < HEAD_DIM)
+    else:
+        inside = pair < HEAD_DIM // 2
+        tl.store(out + pair, turned_first, mask=inside)
+        tl.store(out + HEAD_DIM // 2 + pair, turned_second, mask=inside)
+
+
+def rope_and_cache(
+    q: Any, k: Any, v: Any, frequencies: Any, position: Any, k_cache: Any, v_cache: Any, *,
+    interleaved: bool, q_norm: Any = None, k_norm: Any = None, epsilon: float = 1e-6,
+) -> Any:  # fmt: skip
+    """Turns queries and keys, writes keys and values to the cache; returns the queries, float32 [T, heads * head_dim].
+
+    q float32 [T, heads * head_dim], k and v [T, kv_heads * head_dim], frequencies float32 [head_dim / 2], position
+    int32 [1] (of the first token), caches [kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm
+    (both [head_dim]) every query and key head goes through RMSNorm first. Positions from `context` on are dropped.
+    """
+    from nitinol.array import InPlace, Output, launch
+
+    kv_heads, context, head_dim = k_cache.shape
+    tokens, width = q.shape
+    if tuple(k.shape) != (tokens, kv_heads * head_dim) or tuple(v.shape) != tuple(k.shape) or width % k.shape[1]:
+        raise ValueError(
+            f"rope_and_cache: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected "
+            f"{(tokens, kv_heads * head_dim)} for k and v, and a multiple of that width for q"
+        )
+    return launch(
+        rope_kernel, (tokens, kv_heads), q=q, k=k, v=v, frequencies=frequencies, position=position, q_norm=q_norm,
+        k_norm=k_norm, q_out=Output(q.shape, "float32"), k_cache=InPlace(k_cache), v_cache=InPlace(v_cache),
+        context=context, epsilon=float(epsilon),
+        **head_arguments(width // k.shape[1], head_dim, interleaved, q_norm is not None),
+    )  # fmt: skip
+
+
+def head_arguments(group: int, head_dim: int, interleaved: bool, norm: bool) -> dict[str, Any]:
+    """The kernel's constexpr arguments. ValueError for an odd head_dim."""
+    if head_dim % 2:
+        raise ValueError(f"rotary embedding turns pairs of values: head_dim is {head_dim}, expected an even number")
+    block = tl.next_power_of_2(head_dim // 2)
+    return {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK": block, "INTERLEAVED": interleaved, "NORM": norm}
+
+
+def rope_frequencies(head_dim: int, base: float = 10000.0, factors: Any = None) -> np.ndarray:
+    """base ** (-2 i / head_dim) / factors[i] for i below head_dim / 2, float32, computed in float64.
+
+    `factors` is the tensor `rope_freqs.weight` by which GGUF files of Llama 3.1 and later stretch the context, or what
+    `llama3_factors` gives.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies = float(base) ** -exponents
+    if factors is not None:
+        frequencies = frequencies / np.asarray(factors, np.float64)[: head_dim // 2]
+    return frequencies.astype(np.float32)
+
+
+def llama3_factors(
+    head_dim: int, base: float, factor: float = 8.0, low: float = 1.0, high: float = 4.0, context: int = 8192
+) -> np.ndarray:
+    """Llama 3.1's stretching: wavelengths longer than context / low are divided by `factor`, shorter than
+    context / high kept, in between interpolated. float32 [head_dim / 2], to divide frequencies by."""
+    frequencies = rope_frequencies(head_dim, base).astype(np.float64)
+    turns = context * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def rope_reference(heads: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, interleaved: bool) -> np.ndarray:
+    """heads [T, n, head_dim] turned by positions [T], in float64 (the angle is float32, as in the kernel)."""
+    angle = (positions.astype(np.float32)[:, None] * frequencies).astype(np.float64)[:, None, :]
+    half = heads.shape[-1] // 2
+    pairs = (np.s_[..., 0::2], np.s_[..., 1::2]) if interleaved else (np.s_[..., :half], np.s_[..., half:])
+    first, second = (heads[p].astype(np.float64) for p in pairs)
+    out = np.empty(heads.shape, np.float64)
+    out[pairs[0]] = first * np.cos(angle) - second * np.sin(angle)
+    out[pairs[1]] = second * np.cos(angle) + first * np.sin(angle)
+    return out
