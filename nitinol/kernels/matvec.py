@@ -1,0 +1,138 @@
+"""y = W x for one token or a few: the product of decoding, bound by the speed at which weights come from memory.
+
+A program owns ROWS rows and streams through them once, a run of whole blocks at a time. Quantised weights meet
+activations in int8: eight lanes of four-byte dot products per 32 values, then one product with both scales. For a
+weight's minimum the group's sum of activations is enough. Everything is accumulated in float32, in an order that
+depends on the shapes alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import nitinol.language as tl
+from nitinol.formats.quantization import dequantize
+from nitinol.kernels.activations import Activations
+from nitinol.kernels.decode import decode
+from nitinol.language.jit import jit
+
+
+@jit
+def matvec_kernel(
+    x, x_scales, x_sums, weights, up, bias, residual, out, tokens, rows, columns, row_bytes,
+    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Rows ROWS * i ... of out [tokens, rows] = x @ weights^T (+ bias) (+ residual); bias and residual may be None.
+
+    With `up`, a second matrix of the same shape and format: silu(weights x) * (up x), the gate of a SwiGLU layer.
+    x is int8 with scales and sums for block formats, float32 (scales and sums None) for F32, F16, BF16. EVEN: rows is
+    a multiple of ROWS and tokens is TOKENS.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    source = row if EVEN else tl.minimum(row, rows - 1)
+    reader = token if EVEN else tl.minimum(token, tokens - 1)
+    y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES)
+    if up is not None:
+        right = product(x, x_scales, x_sums, up, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES)
+        y = y / (1.0 + tl.exp(-y)) * right
+    if bias is not None:
+        y += tl.load(bias + source).to(tl.float32)[None, :]
+    at = token[:, None].to(tl.int64) * rows + row[None, :]
+    inside = (token < tokens)[:, None] & (row < rows)[None, :]
+    if residual is not None:
+        y += tl.load(residual + at) if EVEN else tl.load(residual + at, mask=inside)
+    if EVEN:
+        tl.store(out + at, y)
+    else:
+        tl.store(out + at, y, mask=inside)
+
+
+@jit
+def product(
+    x, x_scales, x_sums, weights, row, token, columns, row_bytes,
+    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Dot products of tokens and rows, float32 [tokens, rows]."""
+    if x_scales is None:
+        return float_product(x, weights, row, token, columns, VALUES)
+    GROUPS: tl.constexpr = VALUES // 32
+    group = tl.arange(0, GROUPS)
+    pointers = weights + row.to(tl.int64) * row_bytes
+    values = x + token[:, None, None] * columns + group[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    scales = x_scales + token[:, None] * (columns // 32) + group[None, :]
+    sums = x_sums + token[:, None, None] * (columns // 16) + group[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    total = tl.zeros((token.shape[0], row.shape[0], 8), tl.float32)
+    low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
+    for run in range(0, columns // VALUES):
+        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
+        dots = lane_dots(quants, tl.load(values + run * VALUES))
+        both = scale[None] * tl.load(scales + run * GROUPS)[:, None, :, None]
+        total += tl.sum(dots.to(tl.float32) * over_lanes(both), axis=2)
+        if minimum is not None:
+            low += minimum_term(minimum, tl.load(sums + run * (2 * GROUPS)))
+    return tl.sum(total, axis=2) + tl.sum(low, axis=2)
+
+
+@jit
+def lane_dots(quants, values):
+    """[rows, groups, 32] and [tokens, groups, 32] bytes to int32 [tokens, rows, groups, 8]: sums of four products."""
+    shape: tl.constexpr = (values.shape[0], quants.shape[0], quants.shape[1], 8, 4)
+    left = tl.broadcast_to(tl.reshape(quants, (1, *shape[1:])), shape)
+    right = tl.broadcast_to(tl.reshape(values, (shape[0], 1, *shape[2:])), shape)
+    return tl.sum(left.to(tl.int32) * right.to(tl.int32), axis=4)
+
+
+@jit
+def over_lanes(scale):
+    """[tokens, rows, groups, parts] repeated over 8 lanes."""
+    shape: tl.constexpr = scale.shape
+    if shape[3] == 1:
+        return tl.broadcast_to(scale, (*shape[:3], 8))
+    return tl.reshape(tl.broadcast_to(scale[:, :, :, :, None], (*shape, 8 // shape[3])), (*shape[:3], 8))
+
+
+@jit
+def minimum_term(minimum, sums):
+    """minimum [rows, groups, parts] times sums [tokens, groups, 2] of 16 values: [tokens, rows, groups]."""
+    first, second = tl.split(sums)
+    if minimum.shape[2] == 1:
+        return tl.reshape(minimum, (1, *minimum.shape[:2])) * (first + second)[:, None, :]
+    low, high = tl.split(minimum)
+    return low[None] * first[:, None, :] + high[None] * second[:, None, :]
+
+
+@jit
+def float_product(x, weights, row, token, columns, VALUES: tl.constexpr):
+    """The same for weights of float32, float16 or bfloat16."""
+    at = tl.arange(0, VALUES)
+    source = weights + row[:, None].to(tl.int64) * columns + at[None, :]
+    values = x + token[:, None] * columns + at[None, :]
+    total = tl.zeros((token.shape[0], row.shape[0], VALUES), tl.float32)
+    whole = columns // VALUES * VALUES
+    for start in range(0, whole, VALUES):
+        weight = tl.load(source + start).to(tl.float32)
+        total = tl.fma(weight[None], tl.load(values + start)[:, None, :], total)
+    if whole < columns:
+        inside = (whole + at < columns)[None, :]
+        weight = tl.load(source + whole, mask=inside, other=0.0).to(tl.float32)
+        total = tl.fma(weight[None], tl.load(values + whole, mask=inside, other=0.0)[:, None, :], total)
+    return tl.sum(total, axis=2)
+
+
+def matvec_reference(
+    x: np.ndarray | Activations, data: np.ndarray, format: str, shape: tuple[int, int],
+    bias: np.ndarray | None = None, residual: np.ndarray | None = None, up: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The same in float64 on dequantised operands."""
+    if isinstance(x, Activations):
+        scales = np.repeat(np.asarray(x.scales, np.float64), 32, axis=1)
+        x = np.asarray(x.values, np.float64) * scales
+    y = x.astype(np.float64) @ dequantize(data, format, shape).astype(np.float64).T
+    if up is not None:
+        y = y / (1 + np.exp(-y)) * (x.astype(np.float64) @ dequantize(up, format, shape).astype(np.float64).T)
+    for term in (bias, residual):
+        if term is not None:
+            y = y + term
+    return y
