@@ -1,0 +1,1 @@
+"""What the commands of `nitinol/cli.py` do, one file each."""

@@ -1,0 +1,117 @@
+"""`nitinol inspect`, `tokenize` and `devices`: facts, nothing is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from nitinol.commands.output import print_json, print_table
+from nitinol.formats.gguf import GGUF, FormatError
+from nitinol.generate.tokenizer import Tokenizer
+from nitinol.models import open_model
+from nitinol.models.config import Config, gigabytes, memory_needed
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen 2", "qwen3": "Qwen 3"}
+
+
+def inspect_model(path: str, tensors: bool, context: int | None, as_json: bool) -> None:
+    file, config = open_model(path)
+    if context is not None and not 1 <= context <= config.context:
+        raise ValueError(f"--context is {context}, but {config.name} was made for 1 to {config.context} tokens")
+    facts = describe(file, config, context)
+    if as_json:
+        listed = [{"name": t.name, "shape": t.shape, "format": t.format, "bytes": t.nbytes}
+                  for t in file.tensors.values()]
+        print_json(facts | ({"tensors": listed} if tensors else {}))
+        return
+    rope = f"base {config.rope_base:g}" + (", Llama 3 scaling" if "rope_freqs.weight" in file.tensors else "") + (
+        f", linear scaling by {config.rope_divisor:g}" if config.rope_divisor != 1 else "")
+    sharing = config.heads // config.kv_heads
+    attention = (f"{config.heads} heads of {config.head_dim}" if sharing == 1 else
+                 f"{config.heads} heads of {config.head_dim}, {config.kv_heads} key-value heads ({sharing} share one)")
+    formats = ", ".join(f"{name} {part:.0%}" if part >= 0.01 else f"{name} <1%"
+                        for name, part in facts["formats"].items())
+    weights = facts["weights_bytes"]
+    for title, value in (
+        ("model", config.name),
+        ("family", f"{FAMILIES[config.arch]} ({config.arch})"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("weights", f"{gigabytes(weights)}, {8 * weights / facts['parameters']:.2f} bits each ({formats})"),
+        ("layers", f"{config.layers}, width {config.hidden}, feed-forward {config.ffn}"),
+        ("attention", attention),
+        ("positions", f"RoPE, {rope}"),
+        ("context", f"{config.context:,} tokens"),
+        ("output", "shares the embedding's matrix" if config.tied else "a matrix of its own"),
+        ("tokenizer", facts["tokenizer"]["summary"]),
+        *((f"memory at {need['context']:,}",
+           f"{gigabytes(need['total_bytes'])} (cache {gigabytes(need['cache_bytes'])})") for need in facts["memory"]),
+    ):
+        print(f"{title:<18}{value}")
+    if tensors:
+        print()
+        print_table(("tensor", "shape", "format", "bytes"),
+                    [(t.name, " x ".join(map(str, t.shape)), t.format, f"{t.nbytes:,}") for t in file.tensors.values()],
+                    numbers=(3,))
+
+
+def describe(file: GGUF, config: Config, context: int | None) -> dict[str, Any]:
+    """What `inspect --json` prints, less the tensors."""
+    sizes: Counter[str] = Counter()
+    parameters = 0
+    for tensor in file.tensors.values():
+        sizes[tensor.format] += tensor.nbytes
+        count = 1
+        for extent in tensor.shape:
+            count *= extent
+        parameters += count
+    weights = sum(sizes.values())
+    contexts = [context] if context else sorted({min(n, config.context) for n in (2048, 8192, 32768, config.context)})
+    memory = []
+    for tokens in contexts:
+        need = memory_needed(config, weights, tokens)
+        memory.append({"context": tokens, "total_bytes": need.total, "weights_bytes": need.weights,
+                       "cache_bytes": need.cache, "activations_bytes": need.activations})
+    return {
+        "path": str(file.path), "name": config.name, "architecture": config.arch, "family": FAMILIES[config.arch],
+        "parameters": parameters, "weights_bytes": weights,
+        "formats": {name: size / weights for name, size in sizes.most_common()},
+        "layers": config.layers, "hidden": config.hidden, "feed_forward": config.ffn, "heads": config.heads,
+        "kv_heads": config.kv_heads, "head_dim": config.head_dim, "context": config.context, "vocab": config.vocab,
+        "tied": config.tied, "rope_base": config.rope_base, "tokenizer": _describe_tokenizer(file), "memory": memory,
+    }
+
+
+def _describe_tokenizer(file: GGUF) -> dict[str, Any]:
+    """A file without a tokenizer can still be inspected."""
+    try:
+        tokenizer = Tokenizer.from_gguf(file.metadata)
+    except FormatError as error:
+        return {"summary": f"none that can be used: {error}"}
+    kind = {"gpt2": "byte-level BPE", "llama": "SentencePiece BPE"}[file.metadata["tokenizer.ggml.model"]]
+    chat = "with a chat template" if tokenizer.chat_template else "no chat template"
+    return {"summary": f"{kind}, {tokenizer.vocab_size:,} tokens, {chat}", "kind": kind,
+            "tokens": tokenizer.vocab_size, "chat_template": tokenizer.chat_template is not None,
+            "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "stop_ids": sorted(tokenizer.stop_ids)}
+
+
+def tokenize_text(path: str, text: str, special: bool, as_json: bool) -> None:
+    file, _ = open_model(path)
+    tokenizer = Tokenizer.from_gguf(file.metadata)
+    ids = tokenizer.encode(text, parse_special=special)
+    texts = [tokenizer.token_bytes(id, skip_special=False).decode("utf-8", errors="replace") for id in ids]
+    if as_json:
+        print_json({"ids": ids, "texts": texts})
+        return
+    print_table(("id", "text"), [(id, repr(text)) for id, text in zip(ids, texts)], numbers=(0,))
+    print(f"{len(ids)} tokens")
+
+
+def list_devices(as_json: bool) -> None:
+    from nitinol.runtime.host import devices
+
+    found = devices()
+    if as_json:
+        print_json(found)
+        return
+    rows = [(d["name"], d["model"], d["cores"], d["threads"], d["simd"], gigabytes(d["memory_bytes"])) for d in found]
+    print_table(("device", "model", "cores", "threads used", "vector unit", "memory"), rows)

@@ -1,0 +1,81 @@
+"""A model's weights: which tensors an architecture has, and the file's bytes as arrays, in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from nitinol.formats.blocks import FORMATS
+from nitinol.formats.gguf import GGUF, FormatError, Tensor
+from nitinol.models.config import Config
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+def expected_tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Name, shape and whether it must be there, under llama.cpp's names."""
+    hidden, head = config.hidden, config.head_dim
+    widths = {"q": config.q_width, "k": config.kv_width, "v": config.kv_width}
+    yield "token_embd.weight", (config.vocab, hidden), True
+    yield "output_norm.weight", (hidden,), True
+    yield "output.weight", (config.vocab, hidden), False
+    if config.arch == "llama":
+        yield "rope_freqs.weight", (config.head_dim // 2,), False
+    for layer in range(config.layers):
+        block = f"blk.{layer}."
+        yield block + "attn_norm.weight", (hidden,), True
+        for name, width in widths.items():
+            yield f"{block}attn_{name}.weight", (width, hidden), True
+            if config.arch == "qwen2":
+                yield f"{block}attn_{name}.bias", (width,), True
+            if config.arch == "qwen3" and name != "v":
+                yield f"{block}attn_{name}_norm.weight", (head,), True
+        yield block + "attn_output.weight", (hidden, config.q_width), True
+        yield block + "ffn_norm.weight", (hidden,), True
+        yield block + "ffn_gate.weight", (config.ffn, hidden), True
+        yield block + "ffn_up.weight", (config.ffn, hidden), True
+        yield block + "ffn_down.weight", (hidden, config.ffn), True
+
+
+def check_tensors(file: GGUF, config: Config) -> None:
+    """FormatError, naming the tensor, unless the file has exactly the tensors of its metadata's model."""
+    def fail(sentence: str) -> FormatError:
+        return FormatError(f"{file.path}: {sentence}")
+
+    known = set()
+    for name, shape, required in expected_tensors(config):
+        known.add(name)
+        tensor = file.tensors.get(name)
+        if tensor is None:
+            if required:
+                raise fail(f"tensor {name!r} of shape {shape} is missing; the file is incomplete or its metadata wrong")
+            continue
+        if tensor.shape != shape:
+            raise fail(f"tensor {name!r} has shape {tensor.shape}, but the metadata asks for {shape}; the file is "
+                       "damaged or was converted wrongly")
+        if tensor.format not in FORMATS:
+            raise fail(f"tensor {name!r} has format {tensor.format}, which is not supported; use a file with "
+                       f"{', '.join(FORMATS)}")
+        if len(shape) == 1 and tensor.format not in FLOATS:
+            raise fail(f"tensor {name!r} has format {tensor.format}, but a vector is expected in {', '.join(FLOATS)}")
+    for name in file.tensors:
+        # Old converters stored what follows from the metadata: frequencies and masks.
+        if name not in known and not re.search(r"rope_freqs|rotary_emb|attn_rot_embd|masked_bias", name):
+            raise fail(f"tensor {name!r:.80} does not belong to a {config.arch} model of {config.layers} blocks; this "
+                       "variant is not supported, or the file is damaged")
+
+
+def wrap_weights(file: GGUF, device: Any) -> SimpleNamespace:
+    """Arrays over the mapped file, nothing copied: `token_embd`, `output_norm`, `output`, `rope_freqs` and
+    `blocks`, one namespace a layer with `attn_q`, `attn_q_bias`, ...; what the file lacks is None."""
+    parts = [device.wrap(part) for part in file.parts]
+    top: dict[str, Any] = {"output": None, "rope_freqs": None}
+    blocks: dict[int, dict[str, Any]] = {}
+    for name, tensor in file.tensors.items():
+        array = _wrap(parts[tensor.part], tensor)
+        match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        place, short = (blocks.setdefault(int(match[1]), {}), match[2]) if match else (top, name)
+        place[short.removesuffix(".weight").replace(".", "_")] = array
+    return SimpleNamespace(**top, blocks=[SimpleNamespace(**blocks[layer]) for layer in sorted(blocks)])
