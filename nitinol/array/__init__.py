@@ -1,0 +1,14 @@
+"""Lazy arrays: a graph of operations, evaluated as one command list of fused and library kernels."""
+
+from nitinol.array import array as _array
+from nitinol.array.array import Array, array, empty, evaluate, from_numpy
+from nitinol.array.dtypes import as_dtype
+from nitinol.array.launch import InPlace, Output, Strided, launch
+from nitinol.array.schedule import Record, get_device, set_device
+
+_array._install()
+
+__all__ = [
+    "Array", "InPlace", "Output", "Record", "Strided", "array", "as_dtype", "empty", "evaluate", "from_numpy",
+    "get_device", "launch", "set_device",
+]  # fmt: skip
