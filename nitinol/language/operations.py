@@ -94,6 +94,9 @@ def cast_to(input: Any, dtype: Any, fp_downcast_rounding: Any = None, bitcast: b
     return to(tile(input, "cast"), dtype, fp_downcast_rounding, bitcast)
 
 
+setattr(tensor, "cast", cast_to)  # noqa: B010
+
+
 def where(condition: Any, x: Any, y: Any) -> tensor:
     """x where the condition is true, else y; the three broadcast, x and y promote. Both are computed."""
     return where_of(condition, x, y)

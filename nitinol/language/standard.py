@@ -20,6 +20,7 @@ def eq(x: Any, y: Any) -> tensor:
     return compare("eq", x, y)
 
 
+@member
 def cdiv(x: Any, div: Any) -> Any:
     """x / div rounded up, of integers; at compile time if both are known."""
     return (x + (div - 1)) // div

@@ -1,0 +1,3 @@
+"""Functions that Triton keeps apart by vendor; here they are the language's own."""
+
+from nitinol.language.extra import libdevice as libdevice
