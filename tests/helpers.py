@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ class Build:
     what `type` says.
     """
 
-    def __init__(self, *types: Type, names: str = "xyzuvw") -> None:
+    def __init__(self, *types: Type, names: Sequence[str] = "xyzuvw") -> None:
         self.parameters = [ir.Value(t, None, n) for t, n in zip(types, names, strict=False)]
         self.blocks = [ir.Block()]
         self.line = 0

@@ -70,7 +70,7 @@ class Memory(Values):
 
     def base(self, buffer: Buffer, step: int, start: int = 0) -> ir.Value:
         """The scalar pointer to the part of this program instance."""
-        pointer = buffer.parameter
+        pointer = self.parameter(buffer)
         if step:
             offset = self.emit("mul", [self.program(), self.integer(step)], int32)
             pointer = self.emit("addptr", [pointer, offset], pointer.type)

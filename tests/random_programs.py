@@ -8,6 +8,8 @@ Used by the tests of every target::
     target(program.function, program.grid, actual)
     program.compare(actual, expected)   # AssertionError with the program's text
 
+or, with hypothesis, `@given(programs("small"))`.
+
 What is comparable. Integers, booleans and floats that are only moved, compared, rounded or cast are exact. For all
 other floats the generator carries, beside each value, a bound of its magnitude and a bound of how far two correct
 targets may differ: one unit in the last place of the bound for each rounding (targets may keep 16-bit intermediates in
@@ -25,14 +27,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies
+from program import Program
 from random_operations import Operations
 from random_values import FLOATS, INTEGERS, LIMIT, ULP, Buffer
 
 from nitinol.compiler import ir
-from nitinol.compiler.semantics import from_memory
 from nitinol.language.types import (
     DType,
-    PointerType,
     TileType,
     int1,
     int32,
@@ -43,50 +45,10 @@ from nitinol.language.types import (
 FEATURES = frozenset("math views gather reduce scan dot for while if atomic inplace".split())
 
 
-@dataclass
-class Program:
-    """A kernel with arguments: arrays for pointers (bf16 as uint16) and Python numbers for scalars.
-
-    `outputs` are the indices of the arrays that are written; `exact[i]` and `tolerance[i]` (absolute) belong to
-    `outputs[i]`. An exact output has tolerance 0.
-    """
-
-    function: ir.Function
-    grid: tuple[int, int, int]
-    arguments: list[Any]
-    outputs: list[int]
-    exact: list[bool]
-    tolerance: list[float]
-
-    def copies(self) -> list[Any]:
-        """Fresh arguments, so that every run starts from the same memory; no more aligned than the function says."""
-        divisible = self.function.divisible
-        return [_copy(a, d) if isinstance(a, np.ndarray) else a for a, d in zip(self.arguments, divisible)]
-
-    def compare(self, actual: Sequence[Any], expected: Sequence[Any]) -> None:
-        """Raises AssertionError with the program's text unless every array agrees; inputs must be untouched."""
-        for index, parameter in enumerate(self.function.parameters):
-            if not isinstance(expected[index], np.ndarray):
-                continue
-            assert isinstance(parameter.type, PointerType)
-            if index not in self.outputs:
-                same = actual[index].tobytes() == expected[index].tobytes()
-                assert same, f"input {parameter} changed\n{self.function}"
-                continue
-            tolerance = self.tolerance[self.outputs.index(index)]
-            got, want = (from_memory(a[index], parameter.type.element) for a in (actual, expected))
-            if parameter.type.element.is_float:
-                got, want = got.astype(np.float64), want.astype(np.float64)
-                bad = ~((np.abs(got - want) <= tolerance) | (got == want))
-            else:
-                bad = got != want
-            if bad.any():
-                at = np.flatnonzero(bad)[:5]
-                values = f"got {got[at].tolist()}, expected {want[at].tolist()}"
-                raise AssertionError(
-                    f"{parameter} differs in {int(bad.sum())} of {len(got)}, tolerance {tolerance:.3g}: "
-                    f"at {at.tolist()} {values}\ngrid {self.grid}\n{self.function}"
-                )
+def programs(size: str = "small", **options: Any) -> strategies.SearchStrategy[Program]:
+    """For `hypothesis.given`: programs by their seed. `minimise.py` makes a failing one small."""
+    seeds = strategies.integers(0, 2**32 - 1)
+    return seeds.map(lambda seed: random_program(np.random.default_rng(seed), size, **options))
 
 
 def random_program(
@@ -95,9 +57,10 @@ def random_program(
     features: frozenset[str] | set[str] = FEATURES,
     dtypes: Sequence[DType] = (*INTEGERS, *FLOATS),
 ) -> Program:
-    """One random kernel: "small" (tiles of up to 64 elements, about 40 operations) or "medium" (512, about 120).
+    """One random kernel: "small" (tiles of up to 64 elements, about 300 operations) or "medium" (512, about 600).
 
-    `features` and `dtypes` narrow what it may contain; int32 is always used for indices, int1 for masks.
+    `features` and `dtypes` narrow what it may contain; int32 is always used for indices, int1 for masks. With the
+    further feature "alias" several parameters may be one memory, as `Program.aliases` tells.
     """
     return _Builder(rng, *((64, 12) if size == "small" else (512, 30)), set(features), tuple(dtypes)).build()
 
@@ -322,17 +285,13 @@ class _Builder(Operations):
             self.store(value)
         aligned = [isinstance(a, np.ndarray) or a % 16 == 0 for a in self.arguments]
         divisible = [16 if possible and self.chance(0.5) else 1 for possible in aligned]
+        first = {name: self.parameters.index(b.parameter) for b in self.outputs for name in b.names}
+        aliases = tuple(first.get(p, i) for i, p in enumerate(self.parameters))
+        divisible = [divisible[i] for i in aliases]
         function = ir.Function("random", self.parameters, body, divisible)
         ir.verify(function)
         outputs = [self.parameters.index(b.parameter) for b in self.outputs]
         exact = [b.error == 0 for b in self.outputs]
-        return Program(function, grid, self.arguments, outputs, exact, [2 * b.error for b in self.outputs])
-
-
-def _copy(array: np.ndarray, divisible: int) -> np.ndarray:
-    """A copy at a multiple of 64 bytes, or one element behind that."""
-    memory = np.empty(array.nbytes + 128, np.uint8)
-    start = -memory.ctypes.data % 64 + (0 if divisible > 1 else array.itemsize)
-    copy = memory[start : start + array.nbytes].view(array.dtype)
-    copy[:] = array
-    return copy
+        return Program(
+            function, grid, self.arguments, outputs, exact, [2 * b.error for b in self.outputs], aliases=aliases
+        )

@@ -51,6 +51,7 @@ class Buffer:
     span: int = 0
     bound: float = LIMIT
     error: float = 0.0
+    names: list[ir.Value] = field(default_factory=list)  # all parameters for this memory
 
 
 @dataclass
@@ -183,10 +184,19 @@ class Values:
         parameter = ir.Value(PointerType(element), None, name)
         self.parameters.append(parameter)
         self.arguments.append(data)
-        buffer = Buffer(parameter, element, data, span, 4.0)
+        buffer = Buffer(parameter, element, data, span, 4.0, names=[parameter])
         if span:
             self.outputs.append(buffer)
         return buffer
+
+    def parameter(self, buffer: Buffer) -> ir.Value:
+        """One of the parameters for the buffer; another one now and then, if the program may have aliases."""
+        if buffer.span and "alias" in self.features and self.chance(0.2):
+            parameter = ir.Value(buffer.parameter.type, None, f"alias{len(self.parameters)}")
+            self.parameters.append(parameter)
+            self.arguments.append(buffer.data)
+            buffer.names.append(parameter)
+        return self.choose(buffer.names)
 
     # ---------------------------------------------------------------------------------------- values of a type
 

@@ -641,6 +641,20 @@ def test_random_programs_run(size):
             assert tame, f"seed {seed + number}"
 
 
+def test_aliases_are_one_memory():
+    rng, found = np.random.default_rng(), 0
+    for _ in range(20):
+        program = random_program(rng, "small", FEATURES | {"alias"})
+        first, second = program.copies(), program.copies()
+        run(program.function, program.grid, first)
+        run(program.function, program.grid, second)
+        program.compare(first, second)
+        for i, j in enumerate(program.aliases):
+            assert first[i] is first[j]
+            found += i != j
+    assert found
+
+
 def test_random_programs_use_every_operation():
     kinds: set[str] = set()
     rng = np.random.default_rng()

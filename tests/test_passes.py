@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers import Build, pointer, tile_of
+from operation_programs import operation_programs
 from random_programs import random_program
 
 from nitinol.compiler import ir, passes
@@ -46,6 +48,19 @@ def test_random_programs_keep_their_results(size):
             for index in program.outputs:
                 same = np.array_equal(actual[index], expected[index])
                 assert same, f"{transform.__name__}\n{before}\nbecame\n{program.function}"
+
+
+@pytest.mark.parametrize("element", (int8, uint32, int64, float16, bfloat16, float32), ids=str)
+def test_special_values_keep_their_results(element):
+    """NaN, infinities, signs of zero, the ends of the integers: bit for bit, NaN payloads aside."""
+    for _, program in operation_programs(np.random.default_rng(), [element]):
+        expected, actual = program.copies(), program.copies()
+        run(program.function, program.grid, expected)
+        passes.simplify(program.function)
+        ir.verify(program.function)
+        run(program.function, program.grid, actual)
+        exact = replace(program, tolerance=[0.0] * len(program.outputs), relative=[])
+        exact.compare(actual, expected)
 
 
 def test_simplify_settles():

@@ -93,8 +93,9 @@ def round_to(x: Array, element: DType | PointerType) -> Array:
         return np.asarray(x).astype(numpy_dtype(element), copy=False)
     x = np.asarray(x)
     if x.dtype == np.float64:
-        near = x.astype(np.float32)
-        x = _to_odd(near, x - near)
+        with np.errstate(all="ignore"):
+            near = x.astype(np.float32)
+            x = _to_odd(near, x - near)
     return _round_bfloat16(x)
 
 
