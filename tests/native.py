@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from nitinol.compiler import ir
-from nitinol.compiler.cpu import compile_function
-from nitinol.compiler.driver import prepare
+from nitinol.compiler.cpu import assertions
+from nitinol.compiler.driver import compile_function, prepare
 
 SIGNATURE = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
@@ -36,7 +36,7 @@ def run(function: ir.Function, grid: tuple[int, int, int], arguments: list[Any],
     kernel = SIGNATURE(executable.address)
     kernel(slots.ctypes.data, scratch_address, extents.ctypes.data, 0, programs)
     if status[0]:
-        raise AssertionError(executable.asserts[int(status[0]) - 1])
+        raise AssertionError(assertions[int(status[0])])
 
 
 def slot(value: Any, element: Any) -> int:

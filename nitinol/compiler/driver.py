@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from nitinol.language.jit import JITFunction, Signature
@@ -39,16 +40,21 @@ def compile_kernel(
     key = (kernel, signature, aliases, target)
     found = _compiled.get(key)
     if found is None:
-        found = _compiled[key] = compile_function(
-            tile_ir(kernel, signature), aliases, f"{kernel.cache_key}/{signature}", target
-        )
+        name, parameters = kernel.__name__, len(signature.parameters)
+        identity = f"{kernel.cache_key}/{signature}"
+        source = functools.cache(lambda: tile_ir(kernel, signature))
+        found = _compiled[key] = _target(target)(name, source, parameters, aliases, identity)
     return found
 
 
 def compile_function(function: Any, aliases: tuple[int, ...] = (), key: str = "", target: str = "cpu") -> Any:
     """The executable of a tile IR function; `key` names it in the cache on disk ("": not cached)."""
-    if target != "cpu":
-        raise NotImplementedError(f"there is no target {target!r} yet; expected 'cpu'")
+    return _target(target)(function.name, lambda: function, len(function.parameters), aliases, key)
+
+
+def _target(name: str) -> Any:
+    if name != "cpu":
+        raise NotImplementedError(f"there is no target {name!r} yet; expected 'cpu'")
     from nitinol.compiler.cpu import compile_function as compile_for_cpu
 
-    return compile_for_cpu(function, aliases, key)
+    return compile_for_cpu

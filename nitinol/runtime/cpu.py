@@ -133,7 +133,10 @@ class CpuDevice:
         code = self._status.value
         if code:
             self._status.value = 0
-            raise DeviceError(f"a kernel on device {self.name!r} reported error {code}; its results are not valid")
+            from nitinol.compiler.cpu import assertions
+
+            what = assertions.get(code, f"a kernel on device {self.name!r} reported error {code}")
+            raise DeviceError(f"{what}; the results are not valid")
 
     def timestamps(self, commands: CommandList) -> list[Timestamp]:
         entries = commands.encoded.entries

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from nitinol import __version__
 from nitinol.compiler import cache, ir
+
+assertions: dict[int, str] = {}  # what a failed assertion of any loaded kernel leaves in the status word -> its message
 
 
 @dataclass
@@ -22,35 +27,38 @@ class Executable:
     name: str
     address: int
     scratch_bytes: int
-    asserts: list[str]
-    function: ir.Function = field(repr=False)
-    aliases: tuple[int, ...] = ()
+    aliases: tuple[int, ...]
+    source: Callable[[], ir.Function] = field(repr=False)
 
     @cached_property
     def asm(self) -> dict[str, str]:
         """What was made, as text: "ir" (tile IR), "llvm" (after LLVM's passes), "asm" (this CPU's assembly)."""
         from nitinol.compiler.cpu.target import assembly, optimise
 
-        module = optimise(generate(self.function, self.aliases)[0])
-        return {"ir": str(self.function), "llvm": str(module), "asm": assembly(module)}
+        function = self.source()
+        module = optimise(generate(function, self.aliases)[0])
+        return {"ir": str(function), "llvm": str(module), "asm": assembly(module)}
 
 
-def compile_function(function: ir.Function, aliases: tuple[int, ...] = (), key: str = "") -> Executable:
-    """Machine code for a kernel.
+def compile_function(
+    name: str, source: Callable[[], ir.Function], parameters: int, aliases: tuple[int, ...] = (), key: str = ""
+) -> Executable:
+    """Machine code for a kernel with that many run-time parameters.
 
-    `aliases`: a number per parameter; pointer parameters with equal numbers may point into the same memory (the
-    default: all differ). `key`: what identifies the kernel and its specialisation in the cache on disk; "" to keep
-    nothing there.
+    `source` gives its tile IR; it is not asked if the machine code is in the cache on disk under `key`, which must
+    identify the kernel and its specialisation ("": not cached). `aliases`: a number per parameter; pointer parameters
+    with equal numbers may point into the same memory (the default: all differ).
     """
+    from nitinol.compiler.cpu.memory import assertion_number
     from nitinol.compiler.cpu.target import assemble, host_target, load_object, optimise
 
-    aliases = aliases or tuple(range(len(function.parameters)))
+    aliases = aliases or tuple(range(parameters))
     stored = None
     if key:
         key = hashlib.sha256(json.dumps([key, aliases, host_target().key, _compiler_version()]).encode()).hexdigest()
         stored = cache.get(key)
     if stored is None:
-        text, scratch_bytes, asserts = generate(function, aliases)
+        text, scratch_bytes, asserts = generate(source(), aliases)
         code = assemble(optimise(text))
         if key:
             head = json.dumps({"scratch_bytes": scratch_bytes, "asserts": asserts}).encode()
@@ -59,7 +67,8 @@ def compile_function(function: ir.Function, aliases: tuple[int, ...] = (), key: 
         size = int.from_bytes(stored[:4], "little")
         facts = json.loads(stored[4 : 4 + size])
         scratch_bytes, asserts, code = facts["scratch_bytes"], facts["asserts"], stored[4 + size :]
-    return Executable(function.name, load_object(code, "kernel"), scratch_bytes, asserts, function, aliases)
+    assertions.update({assertion_number(message): message for message in asserts})
+    return Executable(name, load_object(code, "kernel"), scratch_bytes, aliases, source)
 
 
 def generate(function: ir.Function, aliases: tuple[int, ...]) -> tuple[str, int, list[str]]:
@@ -73,17 +82,10 @@ def generate(function: ir.Function, aliases: tuple[int, ...]) -> tuple[str, int,
     return text, generator.scratch_bytes, generator.asserts
 
 
+@functools.cache
 def _compiler_version() -> str:
     """Changes whenever the compiler's own source does."""
-    global _version
-    if not _version:
-        from pathlib import Path
-
-        digest = hashlib.sha256(__version__.encode())
-        for path in sorted(Path(__file__).parent.glob("*.py")):
-            digest.update(path.read_bytes())
-        _version = digest.hexdigest()
-    return _version
-
-
-_version = ""
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

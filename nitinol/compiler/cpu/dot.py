@@ -10,6 +10,7 @@ packed once, where they are defined: A row-major, B as [K/g][N][g] with g = 4 by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from nitinol.compiler import ir as tile_ir
 from nitinol.compiler.cpu import math as vector_math
 from nitinol.compiler.cpu import memory
 from nitinol.compiler.cpu.lanes import I8, I32, Lanes, Uniform, llvm_type, mangle
-from nitinol.compiler.cpu.reduction import byte_dot_instruction, call_byte_dot
+from nitinol.compiler.cpu.reduction import byte_dot, byte_dot_instruction, call_byte_dot
 from nitinol.compiler.ir import Op, Value, constant_of
 from nitinol.language.types import DType, bfloat16, float32, float64, int8, int32, uint8
 
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Packed:
-    """A dot operand in scratch; `row_sums` (of A, for signed × signed bytes): 128 × the sum of each row, int32."""
+    """What is kept of a dot operand in scratch: the operand itself, unless it is read where it lies, and for A of
+    signed × signed bytes -128 × the sum of each row (int32). The instruction wants one unsigned factor, so B is packed
+    as b + 128; a · (b + 128) - 128 · sum(a) is the product, and the second term is what accumulators start from."""
 
-    stored: Stored
+    stored: Stored | None
     row_sums: Stored | None = None
 
 
@@ -45,9 +48,9 @@ def mode(g: Generator, op: Op) -> str:
         both_unsigned = a.element == b.element == uint8
         if width > 1 and byte_dot_instruction(g, width) and not both_unsigned:
             return "bytes"
-    if a.element == b.element == bfloat16 and acc.element == float32 and k % 2 == 0:
-        if width == 16 and g.target.has("avx512bf16"):
-            return "bfloat16"
+    pairs = a.element == b.element == bfloat16 and acc.element == float32 and k % 2 == 0
+    if pairs and width == 16 and g.target.has("avx512bf16"):
+        return "bfloat16"
     return "plain"
 
 
@@ -91,34 +94,36 @@ def _direct(g: Generator, op: Op, side: int) -> bool:
     """Whether an operand is read where it lies."""
     value = op.operands[side]
     how = mode(g, op)
-    if side == 0 and _needs_row_sums(g, op):
-        return False
     if side == 1 and how != "plain":
         return False
     convert = value.element not in (float32, float64)
-    few = op.result.shape[-2] <= 8 if side == 1 else op.result.shape[-1] <= 4 * _width(g, op)
+    few = op.result.shape[-2] <= 16 if side == 1 else op.result.shape[-1] <= 4 * _width(g, op)
     if value in g.tiles:
         return how != "plain" or not convert or few
     if value.op is None or value.op.kind != "load" or len(value.op.operands) > 1:
         return False
     strides = g.plan.strides.of(value.op.operands[0])
-    if side == 1:
-        return strides[-1] == 1 and (not convert or few)
+    if side == 1:  # reused rows are packed: in memory they are far apart and compete for the same cache sets
+        return strides[-1] == 1 and few
     return strides[-1] == 1 and (how != "plain" or not convert or few)
 
 
 def _pack(g: Generator, op: Op, side: int) -> None:
     key = _key(g, op, side)
-    if key in g.packed or _direct(g, op, side):
+    if key in g.packed:
         return
     value = op.operands[side]
+    sums = side == 0 and _needs_row_sums(g, op)
+    if _direct(g, op, side):
+        if sums:
+            g.packed[key] = Packed(None, _row_sums(g, value, None))
+        return
     how = mode(g, op)
     element = value.element if how != "plain" else _compute_type(op)
     group = {"bytes": 4, "bfloat16": 2, "plain": 1}[how] if side == 1 else 1
     stored = g.allocate(value.shape, element, group)
-    packed = Packed(stored)
     if side == 1 and (group > 1 or _runs_down(g, value)):
-        _pack_columns(g, value, stored)
+        _pack_columns(g, value, stored, biased=_needs_row_sums(g, op))
     else:
 
         def body(index: Index, axis: int, width: int) -> None:
@@ -127,9 +132,7 @@ def _pack(g: Generator, op: Op, side: int) -> None:
             memory.store_stored(g, stored, index, axis, width, lanes)
 
         g.element_walk([value], value.shape, body)
-    g.packed[key] = packed
-    if side == 0 and _needs_row_sums(g, op):
-        packed.row_sums = _row_sums(g, stored)
+    g.packed[key] = Packed(stored, _row_sums(g, value, stored) if sums else None)
 
 
 def _runs_down(g: Generator, value: Value) -> bool:
@@ -137,44 +140,45 @@ def _runs_down(g: Generator, value: Value) -> bool:
     return g.plan.lane_axis([value]) == len(value.shape) - 2 and value.shape[-1] > 1
 
 
-def _row_sums(g: Generator, rows: Stored) -> Stored:
-    """128 × the sum of each row of bytes: what biasing the other operand by 128 adds to a dot product."""
-    shape = rows.shape[:-1]
+def _row_sums(g: Generator, value: Value, packed: Stored | None) -> Stored:
+    """-128 × the sum of each row of bytes."""
+    shape = value.shape[:-1]
     sums = g.allocate(shape, int32)
-    k = rows.shape[-1]
+    k = value.shape[-1]
     lanes = min(k // 4, g.target.vector_bytes // 4)
     name = byte_dot_instruction(g, lanes)
 
     def row(index: Index) -> None:
-        total = None
+        total: ir.Value = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
         for start in range(0, k, 4 * lanes):
-            run = g.vector(memory.load_stored(g, rows, (*index, start), len(shape), 4 * lanes), int8, 4 * lanes)
+            run = g.vector(_run_of(g, value, packed, (*index, start), 4 * lanes), int8, 4 * lanes)
             if name is not None:
-                if total is None:
-                    total = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-                bias = ir.Constant(run.type, [0x80] * (4 * lanes))
-                total = call_byte_dot(g, name, total, bias, run)
+                total = call_byte_dot(g, name, total, ir.Constant(run.type, [0x80] * (4 * lanes)), run)
             else:
-                wide = g.b.sext(run, ir.VectorType(I32, 4 * lanes))
-                scaled = g.b.shl(wide, ir.Constant(wide.type, [7] * (4 * lanes)))
-                total = scaled if total is None else g.b.add(total, scaled)
-        assert total is not None
-        one = total
-        if isinstance(total.type, ir.VectorType):
-            one = g.intrinsic(f"llvm.vector.reduce.add.{mangle(total.type)}", I32, [total])
-        memory.store_stored(g, sums, index, 0, 1, Uniform(one))
+                ones = ir.Constant(run.type, [1] * (4 * lanes))
+                part = byte_dot(g, ir.Constant(total.type, [0] * lanes), [ones, run], [False, False])
+                total = g.b.add(total, g.b.shl(part, ir.Constant(part.type, [7] * lanes)))
+        one = g.intrinsic(f"llvm.vector.reduce.add.{mangle(total.type)}", I32, [total])
+        memory.store_stored(g, sums, index, 0, 1, Uniform(g.b.neg(one)))
 
     g.walk(shape, [1] * len(shape), row, prod(shape))
     return sums
 
 
-def _pack_columns(g: Generator, value: Value, stored: Stored) -> None:
+def _run_of(g: Generator, value: Value, packed: Stored | None, index: Index, width: int) -> Lanes:
+    """Neighbours along the last axis of an operand, packed row-major or where it lies."""
+    if packed is not None:
+        return memory.load_stored(g, packed, index, len(index) - 1, width)
+    return g.request(value, index, len(index) - 1, width)
+
+
+def _pack_columns(g: Generator, value: Value, stored: Stored, biased: bool) -> None:
     """Packs B from memory that is contiguous along K: blocks of rows of 32-bit cells are transposed in registers."""
     group = stored.group
     *outer, k, n = value.shape
     element = stored.element
     if not _runs_down(g, value):
-        _interleave_rows(g, value, stored)
+        _interleave_rows(g, value, stored, biased)
         return
     cell_bytes = group * element.nbytes
     columns = min(n, g.target.vector_bytes // 4)
@@ -189,7 +193,7 @@ def _pack_columns(g: Generator, value: Value, stored: Stored) -> None:
             place = (*prefix, k0, g.add(n0, column))
             lanes = g.request(value, place, len(place) - 2, run)
             lanes = g.elementwise("cast", [lanes], [value.element], element, {}, run)
-            vector = g.vector(lanes, element, run)
+            vector = _lifted(g, g.vector(lanes, element, run), biased)
             rows.append(g.b.bitcast(vector, ir.VectorType(cell_type, cells) if cells > 1 else cell_type))
         for cell, vector in enumerate(transpose(g, rows, cells)):
             place = (*prefix, g.add(k0, cell * group), n0)
@@ -199,7 +203,7 @@ def _pack_columns(g: Generator, value: Value, stored: Stored) -> None:
     g.walk(value.shape, [*[1] * len(outer), run, columns], block, 1 + prod(value.shape) // (run * columns) * 16)
 
 
-def _interleave_rows(g: Generator, value: Value, stored: Stored) -> None:
+def _interleave_rows(g: Generator, value: Value, stored: Stored, biased: bool) -> None:
     """Packs B from rows contiguous along N: `group` rows are zipped element by element."""
     group = stored.group
     *outer, _, n = value.shape
@@ -223,10 +227,16 @@ def _interleave_rows(g: Generator, value: Value, stored: Stored) -> None:
             order = [(i % group) * columns + i // group for i in range(group * columns)]
             mask = ir.Constant(ir.VectorType(I32, len(order)), order)
             vector = g.b.shuffle_vector(flat[0], ir.Constant(flat[0].type, ir.Undefined), mask)
+        vector = _lifted(g, vector, biased)
         address = memory._stored_address(g, stored, (*prefix, k0, n0), len(index) - 1, 1)
         g.b.store(vector, address.value, align=stored.element.nbytes)  # type: ignore[union-attr]
 
     g.walk(value.shape, [*[1] * len(outer), group, columns], block, 1 + prod(value.shape) // (group * columns))
+
+
+def _lifted(g: Generator, run: ir.Value, biased: bool) -> ir.Value:
+    """Signed bytes + 128 as unsigned ones."""
+    return g.b.xor(run, ir.Constant(run.type, [0x80] * run.type.count)) if biased else run
 
 
 def _concatenated(g: Generator, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -286,7 +296,7 @@ def operand_leaves(g: Generator, op: Op, operand: Value) -> set[Value]:
 # ------------------------------------------------------------------------------------------------- the micro-kernel
 
 
-def chain(g: Generator, values: list[Value]) -> list[Op]:
+def chain(g: Generator, values: Sequence[Value]) -> list[Op]:
     """The fused dots that computing these values on demand runs, and all that depends on them, in program order."""
     depends: dict[Value, bool] = {}
     found: list[Op] = []
@@ -302,10 +312,9 @@ def chain(g: Generator, values: list[Value]) -> list[Op]:
             visit(op.operands[2])
             found.append(op)
             depends[value] = True
-        elif op.kind in tile_ir.ELEMENTWISE:
-            if any([visit(v) for v in op.operands]):
-                found.append(op)
-                depends[value] = True
+        elif op.kind in tile_ir.ELEMENTWISE and any([visit(v) for v in op.operands]):
+            found.append(op)
+            depends[value] = True
         return depends[value]
 
     for value in values:
@@ -353,30 +362,24 @@ def _micro_kernel(
     packed_a, packed_b = (g.packed.get(_key(g, op, side)) for side in (0, 1))
 
     totals: list[ir.Value] = []
-    zero = constant_of(acc) == 0
     for part in parts:
-        if zero:
-            totals.append(g.vector(Uniform(ir.Constant(llvm_type(element), 0)), element, width))
-        else:
-            start = g.request(acc, part, axis, width)
-            totals.append(g.vector(g.elementwise("cast", [start], [acc.element], element, {}, width), element, width))
-    if how == "bytes" and packed_a is not None and packed_a.row_sums is not None:
+        lanes = g.request(acc, part, axis, width)
+        totals.append(g.vector(g.elementwise("cast", [lanes], [acc.element], element, {}, width), element, width))
+    if packed_a is not None and packed_a.row_sums is not None:
         for r in range(rows):
             excess = memory.load_stored(g, packed_a.row_sums, (*prefix, row_index[r]), 0, 1)
             splat = g.vector(excess, int32, width)
             for v in range(vectors):
-                totals[r * vectors + v] = g.b.sub(totals[r * vectors + v], splat)
+                there = totals[r * vectors + v]
+                totals[r * vectors + v] = splat if constant_of(acc) == 0 else g.b.add(there, splat)
     group = {"bytes": 4, "bfloat16": 2, "plain": 1}[how]
 
     def a_element(row: Any, position: Any) -> ir.Value:
         """One element (or group) of A in all lanes."""
-        place = (*prefix, row, position)
-        if packed_a is not None:
-            lanes = memory.load_stored(g, packed_a.stored, place, len(place) - 1, group)
-        else:
-            lanes = g.request(a, place, len(place) - 1, group)
+        stored = packed_a.stored if packed_a is not None else None
+        lanes = _run_of(g, a, stored, (*prefix, row, position), group)
         if how == "plain":
-            source = packed_a.stored.element if packed_a is not None else a.element
+            source = stored.element if stored is not None else a.element
             lanes = g.elementwise("cast", [lanes], [source], element, {}, 1)
             return g.vector(lanes, element, width)
         cell = g.b.bitcast(g.vector(lanes, a.element, group), I32)
@@ -385,21 +388,18 @@ def _micro_kernel(
     def b_row(position: Any, column: Any) -> ir.Value:
         place = (*prefix, position, column)
         if how == "plain":
-            if packed_b is not None:
+            if packed_b is not None and packed_b.stored is not None:
                 lanes = memory.load_stored(g, packed_b.stored, place, axis, width)
                 source = packed_b.stored.element
             else:
                 lanes, source = g.request(b, place, axis, width), b.element
             return g.vector(g.elementwise("cast", [lanes], [source], element, {}, width), element, width)
-        assert packed_b is not None
+        assert packed_b is not None and packed_b.stored is not None
         address = memory._stored_address(g, packed_b.stored, place, axis, 1)
         return g.b.load(address.value, align=4, typ=ir.VectorType(I32, width))  # type: ignore[union-attr]
 
     def step(position: Any, carried: list[ir.Value]) -> list[ir.Value]:
         columns = [b_row(position, c) for c in column_index]
-        if how == "bytes" and b.element == int8 and a.element == int8:
-            bias = ir.Constant(columns[0].type, [0x80808080] * width)
-            columns = [g.b.xor(c, bias) for c in columns]
         out = list(carried)
         for r in range(rows):
             value = a_element(row_index[r], position)
@@ -417,8 +417,7 @@ def _micro_kernel(
     totals = g.loop(k, unroll, steps, totals)
     out = []
     for total in totals:
-        lanes: Lanes = g.wrap(total, width)
-        out.append(g.vector(g.elementwise("cast", [lanes], [element], acc.element, {}, width), acc.element, width))
+        out.append(g.vector(g.elementwise("cast", [g.wrap(total, width)], [element], acc.element, {}, width), acc.element, width))
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -437,11 +438,16 @@ def _print_tile(g: Generator, printf: ir.Function, value: Value, head: str, pref
     _each_element(g, value.shape, one)
 
 
+def assertion_number(message: str) -> int:
+    """What a failed assertion writes to the status word: positive, and told apart across kernels."""
+    return int.from_bytes(hashlib.sha256(message.encode()).digest()[:6], "little") + 1
+
+
 def emit_assert(g: Generator, op: Op) -> None:
     """A failed assertion leaves its number in the device's status word; the host raises when it waits."""
     where = f" ({op.location})" if op.location else ""
     g.asserts.append(f"device_assert failed in {g.function.name}{where}: {op.attributes.get('message', '')}")
-    number = ir.Constant(I64, len(g.asserts))
+    number = ir.Constant(I64, assertion_number(g.asserts[-1]))
     condition = op.operands[0]
 
     def one(index: Index) -> None:

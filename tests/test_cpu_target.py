@@ -1,0 +1,156 @@
+"""The CPU target against the interpreter, on random tile programs and on kernels aimed at single mechanisms."""
+
+from __future__ import annotations
+
+import native
+import numpy as np
+import pytest
+from random_programs import random_program
+
+import nitinol.language as tl
+from nitinol.compiler import interpreter
+from nitinol.language.jit import jit
+from nitinol.runtime.launch import interpret
+
+SEEDS = np.random.SeedSequence().generate_state(60).tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_programs_agree_with_the_interpreter(seed):
+    program = random_program(np.random.default_rng(seed), "small")
+    expected, actual = program.copies(), program.copies()
+    interpreter.run(program.function, program.grid, expected)
+    native.run(program.function, program.grid, actual)
+    program.compare(actual, expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:8])
+def test_larger_random_programs_agree_with_the_interpreter(seed):
+    program = random_program(np.random.default_rng(seed), "medium")
+    expected, actual = program.copies(), program.copies()
+    interpreter.run(program.function, program.grid, expected)
+    native.run(program.function, program.grid, actual)
+    program.compare(actual, expected)
+
+
+@jit
+def reverse_in_place(x, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + (n - 1 - offsets), mask=mask)
+    tl.store(x + offsets, value, mask=mask)
+
+
+@pytest.mark.parametrize("n", [1, 7, 63, 64, 100, 128])
+def test_loads_come_before_the_store_that_overwrites_them(n):
+    x = np.random.default_rng().standard_normal(n).astype(np.float32)
+    expected = x[::-1].copy()
+    reverse_in_place[(1,)](x, n, BLOCK=128)
+    np.testing.assert_array_equal(x, expected)
+
+
+@jit
+def shift(source, target, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(target + offsets, tl.load(source + offsets, mask=offsets < n), mask=offsets < n)
+
+
+def test_overlapping_arguments_are_not_taken_for_distinct():
+    memory = np.arange(512, dtype=np.float32)
+    expected = memory[:500].copy()
+    shift[(1,)](memory[:500], memory[3:503], 500, BLOCK=512)
+    np.testing.assert_array_equal(memory[3:503], expected)
+
+
+@jit
+def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x = tl.load(a + m[:, None] * K + k[None, :])
+    if TRANSPOSED:
+        y = tl.load(b + n[:, None] * K + k[None, :]).trans()
+    else:
+        y = tl.load(b + k[:, None] * N + n[None, :])
+    tl.store(c + m[:, None] * N + n[None, :], tl.dot(x, y))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("m, n, k", [(16, 16, 16), (1, 32, 64), (64, 1, 8), (32, 64, 32), (2, 8, 128), (128, 32, 4)])
+@pytest.mark.parametrize("dtypes", ["i1 i1", "u1 i1", "i1 u1", "u1 u1", "f4 f4", "f2 f2", "f8 f8"])
+def test_products_of_every_kind(dtypes, m, n, k, transposed):
+    rng = np.random.default_rng()
+    one, two = (np.dtype(d) for d in dtypes.split())
+
+    def operand(shape, dtype):
+        if dtype.kind == "f":
+            return rng.standard_normal(shape).astype(dtype)
+        info = np.iinfo(dtype)
+        return rng.integers(info.min, info.max + 1, shape).astype(dtype)
+
+    a, b = operand((m, k), one), operand((k, n), two)
+    kind = np.int32 if one.kind in "iu" else np.float64 if one.itemsize == 8 else np.float32
+    c = np.full((m, n), 77, kind)
+    product[(1,)](a, np.ascontiguousarray(b.T) if transposed else b, c, M=m, N=n, K=k, TRANSPOSED=transposed)
+    wide = np.int64 if one.kind in "iu" else np.float64
+    expected = a.astype(wide) @ b.astype(wide)
+    if wide is np.int64:
+        np.testing.assert_array_equal(c, expected)
+    else:  # k roundings of products of two standard normals, in c's precision
+        np.testing.assert_allclose(c, expected, rtol=0, atol=8 * k * np.finfo(kind).eps)
+
+
+@jit
+def accumulate(x, y, out, steps, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    pointers = x + offsets
+    total = tl.zeros([BLOCK], tl.float32)
+    other = tl.full([BLOCK], 1.0, tl.float32)
+    for _ in range(steps):
+        value = tl.load(pointers)
+        total, other = other + value, total * 0.5  # each needs the other's old value
+        pointers += BLOCK
+    tl.store(out + offsets, total)
+    tl.store(y + offsets, other)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("block", [4, 64, 2048])
+def test_carried_tiles_may_exchange_values(block, steps):
+    rng = np.random.default_rng()
+    x = rng.standard_normal((max(steps, 1), block)).astype(np.float32)
+    total, other = np.zeros(block, np.float32), np.ones(block, np.float32)
+    for i in range(steps):
+        total, other = other + x[i], total * np.float32(0.5)
+    out, y = np.full(block, np.nan, np.float32), np.full(block, np.nan, np.float32)
+    accumulate[(1,)](x, y, out, steps, BLOCK=block)
+    np.testing.assert_array_equal(out, total)
+    np.testing.assert_array_equal(y, other)
+
+
+@jit
+def checked(x, n, BLOCK: tl.constexpr):
+    value = tl.load(x + tl.arange(0, BLOCK))
+    tl.device_assert(value < n, "value too large")
+
+
+def test_a_failed_device_assert_raises():
+    x = np.arange(16, dtype=np.int32)
+    checked[(1,)](x, 16, BLOCK=16)
+    with pytest.raises(Exception, match="value too large"):
+        checked[(1,)](x, 15, BLOCK=16)
+    checked[(1,)](x, 16, BLOCK=16)  # the device goes on
+
+
+def test_what_was_made_can_be_read():
+    compiled = product.warmup(tl.float32, tl.float32, tl.float32, M=16, N=16, K=16, TRANSPOSED=False)
+    assert "dot" in compiled.asm["ir"]
+    assert "define void @" in compiled.asm["llvm"]
+    assert "ret" in compiled.asm["asm"]
+
+
+def test_interpreted_and_compiled_launches_give_the_same():
+    x = np.random.default_rng().standard_normal(100).astype(np.float32)
+    one, two = x.copy(), x.copy()
+    reverse_in_place[(1,)](one, 100, BLOCK=128)
+    with interpret():
+        reverse_in_place[(1,)](two, 100, BLOCK=128)
+    np.testing.assert_array_equal(one, two)
