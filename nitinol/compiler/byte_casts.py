@@ -25,7 +25,8 @@ def _block(block: Block, body: Block) -> None:
             _block(region, body)
         narrow = _widened_bytes(op.operands[0]) if op.kind in MOVED else None
         if narrow is not None:
-            view = create(op.kind, [narrow], [with_element(op.result.type, narrow.element)], op.location, **op.attributes)
+            result = with_element(op.result.type, narrow.element)
+            view = create(op.kind, [narrow], [result], op.location, **op.attributes)
             wide = create("cast", [view.result], [op.result.type], op.location)
             wide.result.name = op.result.name
             block.ops[index : index + 1] = [view, wide]

@@ -417,7 +417,8 @@ def _micro_kernel(
     totals = g.loop(k, unroll, steps, totals)
     out = []
     for total in totals:
-        out.append(g.vector(g.elementwise("cast", [g.wrap(total, width)], [element], acc.element, {}, width), acc.element, width))
+        finished = g.elementwise("cast", [g.wrap(total, width)], [element], acc.element, {}, width)
+        out.append(g.vector(finished, acc.element, width))
     return out
 
 

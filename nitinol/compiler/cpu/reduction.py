@@ -220,7 +220,9 @@ def _fold(
         low = ir.Constant(ir.VectorType(I32, half), list(range(half)))
         high = ir.Constant(ir.VectorType(I32, half), list(range(half, width)))
         if half == 1:
-            parts: list[list[Lanes]] = [[Uniform(g.b.extract_element(v, ir.Constant(I32, i))) for v in vectors] for i in (0, 1)]
+            parts: list[list[Lanes]] = []
+            for i in (0, 1):
+                parts.append([Uniform(g.b.extract_element(v, ir.Constant(I32, i))) for v in vectors])
         else:
             undefined = [ir.Constant(v.type, ir.Undefined) for v in vectors]
             parts = [[Vector(g.b.shuffle_vector(v, u, m)) for v, u in zip(vectors, undefined)] for m in (low, high)]
