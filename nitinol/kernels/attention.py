@@ -1,0 +1,239 @@
+"""Causal attention with an online softmax (Dao et al., "FlashAttention", 2022): scores never reach memory.
+
+Keys and values are [kv_heads, context, head_dim], float32 or float16; GROUP neighbouring query heads share one of them
+(grouped-query attention, Ainslie et al., 2023). Query t stands at position `position` + t and sees the positions up to
+its own. Two kernels: many queries at once (a prompt), and one query (a token) whose work is split over the sequence
+into a fixed number of parts, so that the result does not depend on how many threads share them.
+
+Scores are kept in units of log2(e), which spares exp2 a product per value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import nitinol.language as tl
+from nitinol.language.jit import jit
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@jit
+def prefill_attention_kernel(
+    q, k, v, position, out, tokens, context, q_token, q_head, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (m, h): tokens BLOCK_M * m ... of query head h. Query t of head h starts at t * q_token + h * q_head in
+    q and out; `position` is int32 [1], or None for 0."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: threads finish together
+    head = tl.program_id(1).to(tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_D)
+    offset = 0 if position is None else tl.load(position)
+    rows = row[:, None].to(tl.int64) * q_token + head * q_head + lane[None, :]
+    inside = (row < tokens)[:, None] & (lane < HEAD_DIM)[None, :]
+    query = tl.load(q + rows, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)
+    keys = k + (head // GROUP) * context * HEAD_DIM
+    values = v + (head // GROUP) * context * HEAD_DIM
+    place = offset + row
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    length = tl.minimum(tl.minimum(first + BLOCK_M, tokens) + offset, context)
+    whole = tl.minimum(first + offset + 1, length) // BLOCK_N * BLOCK_N  # keys that every query of the block sees
+    for start in range(0, whole, BLOCK_N):
+        top, total, acc = attend(
+            query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, False
+        )
+    for start in range(whole, length, BLOCK_N):
+        top, total, acc = attend(
+            query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
+        )
+    tl.store(out + rows, acc / total[:, None], mask=inside)
+
+
+@jit
+def attend(
+    query, keys, values, start, place, length, top, total, acc,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values: the new maximum, sum of weights and weighted values.
+
+    MASKED: only keys below `length` are read, and only those up to its `place` count for a query.
+    """
+    at = start + tl.arange(0, BLOCK_N)
+    key = load_block(keys, at, length, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(query, tl.trans(key))
+    if MASKED:
+        scores = tl.where(at[None, :] <= place[:, None], scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    total = total * shrink + tl.sum(weights, axis=1)
+    value = load_block(values, at, length, HEAD_DIM, BLOCK_D, MASKED)
+    return highest, total, tl.dot(weights, value, acc * shrink[:, None])
+
+
+@jit
+def load_block(base, at, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `at` of keys or values as float32 [BLOCK_N, BLOCK_D], zeros where there are none."""
+    lane = tl.arange(0, BLOCK_D)
+    pointers = base + at[:, None].to(tl.int64) * HEAD_DIM + lane[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=(at < length)[:, None] & (lane < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    if HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=(lane < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    return tl.load(pointers).to(tl.float32)
+
+
+@jit
+def decode_attention_kernel(
+    q, k, v, position, out, part, tops, totals, context, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Program (h, s): the GROUP query heads of key and value head h, on part s of the positions 0 .. position.
+
+    ROWS is GROUP rounded up to a power of two. With one part the result goes to `out`; with more, each leaves its
+    weighted values (part [heads, SPLITS, head_dim]), maximum and sum of weights (tops, totals [heads, SPLITS]) to
+    `combine_kernel`. A part without positions leaves maximum -inf.
+    """
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    member = tl.arange(0, ROWS)
+    lane = tl.arange(0, BLOCK_D)
+    row = head * GROUP + member
+    inside = (member < GROUP)[:, None] & (lane < HEAD_DIM)[None, :]
+    query = tl.load(q + row[:, None] * HEAD_DIM + lane[None, :], mask=inside, other=0.0) * (scale * LOG2_E)
+    base = head.to(tl.int64) * context * HEAD_DIM
+    length = tl.minimum(tl.load(position) + 1, context)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+    whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+    place = tl.zeros((ROWS,), tl.int32) + (length - 1)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for start in range(begin, whole, BLOCK_N):
+        top, total, acc = attend(
+            query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, False
+        )
+    for start in range(whole, end, BLOCK_N):
+        top, total, acc = attend(
+            query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
+        )
+    if SPLITS == 1:
+        tl.store(out + row[:, None] * HEAD_DIM + lane[None, :], acc / total[:, None], mask=inside)
+    else:
+        slot = row * SPLITS + split
+        tl.store(part + slot[:, None] * HEAD_DIM + lane[None, :], acc, mask=inside)
+        tl.store(tops + slot, top, mask=member < GROUP)
+        tl.store(totals + slot, total, mask=member < GROUP)
+
+
+@jit
+def combine_kernel(part, tops, totals, out, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Program h: the parts of query head h, brought to a common maximum and added."""
+    head = tl.program_id(0)
+    split = head * SPLITS + tl.arange(0, SPLITS)
+    lane = tl.arange(0, BLOCK_D)
+    inside = lane < HEAD_DIM
+    top = tl.load(tops + split)
+    weight = tl.exp2(top - tl.max(top))
+    total = tl.sum(tl.load(totals + split) * weight)
+    acc = tl.load(part + split[:, None] * HEAD_DIM + lane[None, :], mask=inside[None, :], other=0.0)
+    tl.store(out + head * HEAD_DIM + lane, tl.sum(acc * weight[:, None], axis=0) / total, mask=inside)
+
+
+def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None) -> Any:
+    """Attention of the tokens at position, position + 1, ... over a cache that already holds their keys and values.
+
+    q float32 [T, heads * head_dim], caches [kv_heads, context, head_dim], position int32 [1]; float32 of q's shape.
+    `scale` is 1 / sqrt(head_dim) unless given.
+    """
+    from nitinol.array import Output, launch
+
+    kv_heads, context, head_dim = k_cache.shape
+    tokens, width = q.shape
+    if width % (kv_heads * head_dim):
+        raise ValueError(
+            f"cached_attention: q has rows of {width} values, expected a multiple of the cache's {kv_heads} heads of "
+            f"{head_dim}"
+        )
+    scale = head_dim**-0.5 if scale is None else scale
+    heads = width // head_dim
+    arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": float(scale)}
+    if tokens > 1:
+        constants = prefill_constants(heads // kv_heads, head_dim, tokens)
+        return launch(
+            prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), out=Output(q.shape, "float32"),
+            tokens=tokens, q_token=width, q_head=head_dim, **arguments, **constants,
+        )  # fmt: skip
+    constants = decode_constants(heads // kv_heads, head_dim, kv_heads)
+    splits = constants["SPLITS"]
+    if splits == 1:
+        return launch(
+            decode_attention_kernel, (kv_heads, 1), out=Output(q.shape, "float32"), part=None, tops=None, totals=None,
+            **arguments, **constants,
+        )  # fmt: skip
+    part, tops, totals = launch(
+        decode_attention_kernel, (kv_heads, splits), out=None, part=Output((heads, splits, head_dim), "float32"),
+        tops=Output((heads, splits), "float32"), totals=Output((heads, splits), "float32"), **arguments, **constants,
+    )  # fmt: skip
+    return launch(
+        combine_kernel, (heads,), part=part, tops=tops, totals=totals, out=Output(q.shape, "float32"), SPLITS=splits,
+        HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"],
+    )  # fmt: skip
+
+
+def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
+    """softmax(q k^T * scale, causal) v for q float32 [heads, T, head_dim] and k, v [kv_heads, T, head_dim], contiguous;
+    float32 [heads, T, head_dim]."""
+    from nitinol.array import Output, launch
+
+    heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[0]
+    if heads % kv_heads or tuple(k.shape[1:]) != (tokens, head_dim) or tuple(v.shape) != tuple(k.shape):
+        raise ValueError(
+            f"causal_attention: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected "
+            "[heads, T, head_dim] and twice [kv_heads, T, head_dim], heads a multiple of kv_heads"
+        )
+    constants = prefill_constants(heads // kv_heads, head_dim, tokens)
+    return launch(
+        prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), q=q, k=k, v=v, position=None,
+        out=Output(q.shape, "float32"), tokens=tokens, context=tokens, q_token=head_dim, q_head=tokens * head_dim,
+        scale=float(head_dim**-0.5 if scale is None else scale), **constants,
+    )  # fmt: skip
+
+
+def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
+    """Constexpr arguments: queries, keys and values of a block, in fp32, fit a 32 to 64 KB cache together."""
+    return {
+        "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": tl.next_power_of_2(head_dim),
+        "BLOCK_M": min(64, max(8, tl.next_power_of_2(tokens))), "BLOCK_N": 64,
+    }  # fmt: skip
+
+
+def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]:
+    """Constexpr arguments: about 16 programs, whatever the number of threads."""
+    return {
+        "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
+        "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,
+        "SPLITS": tl.next_power_of_2(max(1, 16 // kv_heads)),
+    }  # fmt: skip
+
+
+def attention_reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float) -> np.ndarray:
+    """q [heads, T, head_dim] at positions position + t over k, v [kv_heads, context, head_dim], in float64."""
+    heads, tokens, _ = q.shape
+    group = heads // k.shape[0]
+    length = position + tokens
+    key, value = (np.repeat(x[:, :length].astype(np.float64), group, axis=0) for x in (k, v))
+    scores = np.einsum("htd,hnd->htn", q.astype(np.float64), key) * scale
+    seen = np.arange(length)[None, :] <= position + np.arange(tokens)[:, None]
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("htn,hnd->htd", weights / weights.sum(axis=-1, keepdims=True), value)
