@@ -1,0 +1,233 @@
+"""clang from the `ziglang` wheel: preprocess, check, compile, link; everything cached on disk.
+
+The cache (`$SOFTMETAL_CACHE`, else `~/.cache/softmetal`) is keyed by source, options, headers, flags, compiler
+version and processor. Files appear under their final name in one step, so processes may share it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softmetal import source
+from softmetal.source import Argument, Constant, Kernel, MetalError
+
+HERE = Path(__file__).parent
+FREESTANDING = ["-nostdinc", "-fPIC", "-fno-exceptions", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"]
+DIALECT = [
+    *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-ext=+all"),
+    *("-cl-single-precision-constant", "-ffp-contract=fast", "-fno-math-errno", "-w"),
+]
+# Clang leaves one access of every vectorised pair out when it instruments, hence no vectoriser there.
+INSTRUMENTED = [
+    *("-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-gdwarf-4", "-gline-tables-only", "-DSM_INSTRUMENTED"),
+    *("-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write"),
+]
+
+
+class CompilerMissing(RuntimeError):
+    """There is no ziglang wheel."""
+
+
+@functools.cache
+def zig() -> str:
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise CompilerMissing("softmetal compiles Metal with clang from the ziglang package, which is not installed: "
+                              "run `pip install ziglang`")  # fmt: skip
+    return str(Path(next(iter(spec.submodule_search_locations))) / ("zig.exe" if os.name == "nt" else "zig"))
+
+
+def target() -> list[str]:
+    return ["-target", f"{platform.machine()}-linux-gnu", "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"]
+
+
+def run(arguments: Sequence[str], text: str | None = None) -> str:
+    """Runs a tool of the compiler; its output. MetalError with its messages if it fails."""
+    done = subprocess.run([zig(), *arguments], input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise MetalError(done.stderr.strip() or f"the compiler ended with status {done.returncode}")
+    return done.stdout
+
+
+def cache_folder() -> Path:
+    chosen = os.environ.get("SOFTMETAL_CACHE")
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softmetal"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of everything but the source: compiler, processor, headers, flags, rewriter."""
+    h = hashlib.sha256()
+    with contextlib.suppress(OSError):
+        h.update("".join(sorted(set(re.findall(r"^(?:flags|Features).*$", Path("/proc/cpuinfo").read_text(), re.M)))).encode())
+    h.update(f"{zig()} {os.stat(zig()).st_size} {os.stat(zig()).st_mtime_ns}".encode())
+    for path in sorted([*HERE.glob("include/*.h"), *HERE.glob("native/*"), *HERE.glob("*.py")]):
+        h.update(path.name.encode() + path.read_bytes())
+    return h.hexdigest()
+
+
+def key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([fingerprint(), *parts]).encode()).hexdigest()[:32]
+
+
+def runtime() -> Path:
+    """The runtime library, compiled on first use."""
+    path = cache_folder() / f"runtime-{key('runtime')}.so"
+    if not path.exists():
+        flags = ["-x", "c++", "-std=c++17", "-O2", "-fno-rtti", "-mno-red-zone", "-w", *FREESTANDING, *target()]
+        build(path, [(str(f), flags) for f in sorted((HERE / "native").glob("*.cpp"))], None)
+    return path
+
+
+def build(path: Path, units: list[tuple[str, list[str]]], text: str | None) -> None:
+    """Compiles the units (file, or "-" for `text`) and links them into the library `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = []
+        for i, (unit, flags) in enumerate(units):
+            objects.append(f"{scratch}/{i}.o")
+            run(["clang", *flags, "-c", unit, "-o", objects[-1]], text)
+        run(["ld.lld", "-shared", "-z", "noexecstack", *objects, "-o", f"{scratch}/library.so"])
+        os.replace(f"{scratch}/library.so", path)
+
+
+def defines(macros: dict[str, str]) -> list[str]:
+    return [f"-D{k}={v}" for k, v in macros.items()]
+
+
+PREDEFINED = {
+    "__METAL__": "1", "__METAL_VERSION__": "320", "__METAL_MACOS__": "1", "__HAVE_BFLOAT__": "1", "__air__": "1",
+    "__HAVE_SIMDGROUP_MATRIX__": "1", "__HAVE_SIMDGROUP_REDUCTION__": "1", "__APPLE__": "1", "__cplusplus": "201703L",
+}  # fmt: skip
+OURS = re.compile(r"^[ \t]*#[ \t]*(?:include|import)[ \t]*[<\"](?:metal_\w+|simd/simd\.h|TargetConditionals\.h)[>\"].*$", re.M)
+
+
+def preprocess(text: str, macros: dict[str, str]) -> str:
+    """Expands the user's macros; what the language's own headers define stays for the compiler."""
+    flags = ["-E", "-undef", "-nostdinc", "-x", "c++", "-std=c++17", *defines({**PREDEFINED, **macros})]
+    done = run(["clang", *flags, "-Wno-builtin-macro-redefined", "-w", "-"], '# 1 "program_source"\n' + OURS.sub("", text))
+    return done
+
+
+class Compiled:
+    """A Metal library: its kernels and function constants, and the machine code made so far."""
+
+    def __init__(self, text: str, macros: dict[str, str]) -> None:
+        self.source, self.macros = text, macros
+        self.identity = key(text, sorted(macros.items()))
+        path = cache_folder() / f"{self.identity}.json"
+        if path.exists():
+            facts = json.loads(path.read_text())
+        else:
+            program = source.rewrite(preprocess(text, macros))
+            self.syntax(program)
+            facts = {"kernels": [k.json() for k in program.kernels], "constants": [vars(c) for c in program.constants]}
+            replace(path, json.dumps(facts))
+        self.kernels = [Kernel(**{**k, "arguments": [Argument(**a) for a in k["arguments"]]}) for k in facts["kernels"]]
+        self.constants = [Constant(**c) for c in facts["constants"]]
+
+    def flags(self, instrumented: bool) -> list[str]:
+        return [
+            *(*DIALECT, "-O2", *FREESTANDING, *target(), "-include", str(HERE / "include" / "metal.h")),
+            *(INSTRUMENTED if instrumented else ()),
+        ]
+
+    def text(self, program: source.Program, wanted: Sequence[int]) -> str:
+        entries = "".join(source.entry(program.kernels[n], n) for n in wanted)
+        return f'{program.text}\n# 1 "softmetal_entries"\n{entries}'
+
+    def syntax(self, program: source.Program) -> None:
+        """Type-checks everything, every kernel included; raises MetalError with clang's messages."""
+        flags = [*self.flags(False), "-fsyntax-only"]
+        text = self.text(program, range(len(program.kernels)))
+        try:
+            run(["clang", *flags, "-"], text)
+        except MetalError as e:
+            raise MetalError(readable(str(e))) from None
+        for name in program.suspects:
+            if recursive(run(["clang", *flags, "-Xclang", "-ast-dump=json", f"-Xclang=-ast-dump-filter={name}", "-"], text), name):
+                raise MetalError(f"program_source: error: the function '{name}' calls itself; Metal has no recursion")
+
+    def library(self, number: int, values: dict[str, str], instrumented: bool) -> Path:
+        """Machine code of kernel `number`; of all kernels at once if they are few and nothing is specialised."""
+        wanted = [number] if values or self.constants or len(self.kernels) > 24 else list(range(len(self.kernels)))
+        path = cache_folder() / f"{key(self.identity, wanted, sorted(values.items()), instrumented)}.so"
+        if not path.exists():
+            pre = preprocess(self.source, self.macros)
+            program = source.rewrite(pre, values, all_fibers=instrumented)
+            try:
+                build(path, [("-", self.flags(instrumented))], self.text(program, wanted))
+            except MetalError as e:
+                raise MetalError(readable(str(e))) from None
+        return path
+
+
+def replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as f:
+        f.write(text)
+    os.replace(name, path)
+
+
+SPELLINGS = [
+    (re.compile(r"__global_device\b"), "device"),
+    (re.compile(r"const __global\b|__global const\b"), "constant"),
+    (re.compile(r"__global\b"), "device"),
+    (re.compile(r"__local\b"), "threadgroup"),
+    (re.compile(r"__private\b ?"), ""),
+    (re.compile(r"__generic\b ?"), ""),
+    (re.compile(r"sm_make<([\w:]+)>"), r"\1"),
+]
+
+
+def readable(messages: str) -> str:
+    for pattern, spelling in SPELLINGS:
+        messages = pattern.sub(spelling, messages)
+    return "\n".join(line for line in messages.splitlines() if not line.startswith("zig: "))
+
+
+def recursive(dump: str, name: str) -> bool:
+    """Whether a function of clang's syntax tree refers to itself, directly or through others in the dump."""
+    decoder, calls, at = json.JSONDecoder(), {}, 0
+    while (at := dump.find("{", at)) >= 0:
+        node, at = decoder.raw_decode(dump, at)
+        for f in functions(node):
+            calls[f["id"]] = {d["referencedDecl"]["id"] for d in walk(f) if d.get("kind") == "DeclRefExpr" and "referencedDecl" in d}
+    for start in calls:
+        todo, seen = [start], set()
+        while todo:
+            for other in calls.get(todo.pop(), ()):
+                if other == start:
+                    return True
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+    return False
+
+
+def walk(node: Any) -> Any:
+    if isinstance(node, dict):
+        yield node
+        for child in node.get("inner", ()):
+            yield from walk(child)
+
+
+def functions(node: Any) -> Any:
+    return (n for n in walk(node) if n.get("kind") in ("FunctionDecl", "CXXMethodDecl"))
+
+
+if sys.platform == "win32":
+    raise ImportError("softmetal runs on Linux")

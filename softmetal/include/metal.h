@@ -1,0 +1,4 @@
+#pragma once
+#include "types.h"
+#include "entry.h"
+#include "simd.h"

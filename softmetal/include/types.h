@@ -1,0 +1,235 @@
+// Scalars, vectors, packed vectors, constructors and conversions.
+//
+// Vectors are clang's ext_vector_type: swizzles, also as lvalues, come with them. What clang lacks is added by
+// the source rewriter (softmetal/source.py): `float4(...)` becomes `sm_make<float4>(...)`, and a cast
+// `(float4)x` becomes `sm_caster<float4>{} ->* x`, an operator that binds as tightly as a cast.
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#pragma clang diagnostic ignored "-Wduplicate-decl-specifier"
+
+#define SM_INLINE __attribute__((always_inline, nodebug)) inline
+#define device __attribute__((opencl_global_device))
+#define constant const __global
+#define threadgroup __local
+#define thread __private
+#define device_method __global
+
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;
+typedef __bf16 bfloat;
+typedef char int8_t;
+typedef uchar uint8_t;
+typedef short int16_t;
+typedef ushort uint16_t;
+typedef int int32_t;
+typedef uint uint32_t;
+typedef long int64_t;
+typedef ulong uint64_t;
+typedef ulong size_t;
+typedef long ptrdiff_t;
+typedef long intptr_t;
+typedef ulong uintptr_t;
+
+template <class T, int N> using sm_vec = T __attribute__((ext_vector_type(N)));
+template <class T, class U> struct sm_same { enum { value = 0 }; };
+template <class T> struct sm_same<T, T> { enum { value = 1 }; };
+template <bool B, class T = void> struct sm_if {};
+template <class T> struct sm_if<true, T> { typedef T type; };
+
+#define SM_VECTORS(T) \
+    typedef T T##2 __attribute__((ext_vector_type(2))); \
+    typedef T T##3 __attribute__((ext_vector_type(3))); \
+    typedef T T##4 __attribute__((ext_vector_type(4)));
+SM_VECTORS(char)
+SM_VECTORS(uchar)
+SM_VECTORS(short)
+SM_VECTORS(ushort)
+SM_VECTORS(int)
+SM_VECTORS(uint)
+SM_VECTORS(long)
+SM_VECTORS(ulong)
+SM_VECTORS(half)
+SM_VECTORS(float)
+SM_VECTORS(bfloat)
+
+// ------------------------------------------------------------------------------- what a type is made of
+template <class T> struct sm_traits { typedef T element; enum { count = 0 }; };   // a struct, or a scalar:
+#define SM_SCALAR(T) template <> struct sm_traits<T> { typedef T element; enum { count = 1 }; };
+SM_SCALAR(bool) SM_SCALAR(char) SM_SCALAR(signed char) SM_SCALAR(uchar) SM_SCALAR(short) SM_SCALAR(ushort)
+SM_SCALAR(int) SM_SCALAR(uint) SM_SCALAR(long) SM_SCALAR(ulong) SM_SCALAR(half) SM_SCALAR(float) SM_SCALAR(bfloat)
+template <class T, int N> struct sm_traits<sm_vec<T, N>> {
+    typedef T element;
+    enum { count = N };
+};
+template <class T> struct sm_is_float { enum { value = 0 }; };
+template <> struct sm_is_float<float> { enum { value = 1 }; };
+template <> struct sm_is_float<half> { enum { value = 1 }; };
+template <> struct sm_is_float<bfloat> { enum { value = 1 }; };
+template <class T> struct sm_is_scalar { enum { value = sm_traits<T>::count == 1 }; };
+
+// Comparisons of vectors give vectors of integers; a boolN is what a program keeps them in.
+template <int N> struct sm_bool {
+    bool e[N];
+    bool operator[](uint i) const { return e[i]; }
+    bool &operator[](uint i) { return e[i]; }
+};
+#define SM_BOOL(N, FIELDS) \
+    struct bool##N { \
+        bool FIELDS; \
+        bool##N() = default; \
+        constexpr SM_INLINE bool##N(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; } \
+        template <class E> SM_INLINE bool##N(sm_vec<E, N> v) { \
+            for (int i = 0; i < N; i++) (*this)[i] = v[i] != 0; } \
+        SM_INLINE bool operator[](uint i) const { return (&x)[i]; } \
+        SM_INLINE bool &operator[](uint i) { return (&x)[i]; } \
+        friend SM_INLINE bool##N operator!(bool##N a) { for (int i = 0; i < N; i++) a[i] = !a[i]; return a; } \
+        friend SM_INLINE bool##N operator~(bool##N a) { return !a; } \
+        SM_BOOL_OP(N, &&, &) SM_BOOL_OP(N, ||, |) SM_BOOL_OP(N, &, &) SM_BOOL_OP(N, |, |) SM_BOOL_OP(N, ^, ^) \
+        SM_BOOL_OP(N, ==, ==) SM_BOOL_OP(N, !=, !=) \
+    }; \
+    template <> struct sm_traits<bool##N> { typedef bool element; enum { count = N }; };
+#define SM_BOOL_OP(N, OP, ELEMENT) \
+    friend SM_INLINE bool##N operator OP(bool##N a, bool##N b) { \
+        for (int i = 0; i < N; i++) a[i] = a[i] ELEMENT b[i]; return a; }
+#define SM_XY x, y
+#define SM_XYZ x, y, z
+#define SM_XYZW x, y, z, w
+SM_BOOL(2, SM_XY)
+SM_BOOL(3, SM_XYZ)
+SM_BOOL(4, SM_XYZW)
+
+// --------------------------------------------------------------------------------------------- conversion
+template <class To, class From> struct sm_convert {          // one value to another type
+    static constexpr SM_INLINE To to(From v) {
+        if constexpr (sm_same<To, From>::value) return v;
+        else if constexpr (sm_traits<To>::count > 1 && sm_traits<From>::count == sm_traits<To>::count) {
+            To r = {};
+            for (int i = 0; i < (int)sm_traits<To>::count; i++) r[i] = (typename sm_traits<To>::element)v[i];
+            return r;
+        } else return (To)v;
+    }
+};
+template <class To> SM_INLINE constexpr To sm_scalar(float v) { return (To)v; }
+
+template <class V, class A> SM_INLINE void sm_append(thread V &v, thread int &at, A a) {
+    typedef typename sm_traits<V>::element E;
+    if constexpr (sm_traits<A>::count > 1)
+        for (int i = 0; i < (int)sm_traits<A>::count; i++) v[at++] = (E)a[i];
+    else v[at++] = (E)a;
+}
+
+template <class T> SM_INLINE constexpr T sm_make() { return T(); }
+template <class T, class A> SM_INLINE constexpr T sm_make(A a) {
+    if constexpr (sm_traits<T>::count > 1 && sm_traits<A>::count == 1) return T((typename sm_traits<T>::element)a);
+    else return sm_convert<T, A>::to(a);
+}
+template <class... A> struct sm_all_scalars;
+template <> struct sm_all_scalars<> { enum { value = 1 }; };
+template <class A, class... B> struct sm_all_scalars<A, B...> {
+    enum { value = sm_is_scalar<A>::value && sm_all_scalars<B...>::value };
+};
+template <class T, class A, class B, class... C> SM_INLINE constexpr T sm_make(A a, B b, C... c) {
+    typedef typename sm_traits<T>::element E;
+    if constexpr (sm_traits<T>::count <= 1) return T(a, b, c...);
+    else if constexpr (sm_all_scalars<A, B, C...>::value && !sm_same<E, bool>::value) {
+        static_assert(sizeof...(C) + 2 == sm_traits<T>::count, "wrong number of elements for this vector type");
+        return T{(E)a, (E)b, (E)c...};
+    } else {
+        T r;
+        int at = 0;
+        sm_append(r, at, a);
+        sm_append(r, at, b);
+        (sm_append(r, at, c), ...);
+        return r;
+    }
+}
+
+template <class T> struct sm_caster {};
+template <class T, class A> SM_INLINE constexpr T operator->*(sm_caster<T>, A a) { return sm_make<T>(a); }
+
+template <class To, class From> SM_INLINE To as_type(From v) {
+    static_assert(sizeof(To) == sizeof(From), "as_type between types of different size");
+    return __builtin_bit_cast(To, v);
+}
+
+// --------------------------------------------------------------------------------- packed vectors, no padding
+template <class T, int N> struct sm_packed {
+    T e[N];
+    sm_packed() = default;
+    constexpr SM_INLINE sm_packed(T v) { for (int i = 0; i < N; i++) e[i] = v; }
+    template <class... A> constexpr SM_INLINE sm_packed(T a, T b, A... c) : e{a, b, (T)c...} {}
+    SM_INLINE sm_packed(sm_vec<T, N> v) { for (int i = 0; i < N; i++) e[i] = v[i]; }
+    SM_INLINE operator sm_vec<T, N>() const {
+        sm_vec<T, N> v;
+        for (int i = 0; i < N; i++) v[i] = e[i];
+        return v;
+    }
+    SM_INLINE T operator[](uint i) const { return e[i]; }
+    SM_INLINE T &operator[](uint i) { return e[i]; }
+    SM_INLINE device T &operator[](uint i) device_method { return ((device T *)e)[i]; }
+#define SM_PACKED_SET(OP) \
+    template <class A> SM_INLINE sm_packed &operator OP##=(A a) { \
+        *this = sm_packed((sm_vec<T, N>)*this OP sm_operand(a)); return *this; }
+    template <class A> static SM_INLINE A sm_operand(A a) { return a; }
+    static SM_INLINE sm_vec<T, N> sm_operand(sm_packed a) { return a; }
+    SM_PACKED_SET(+) SM_PACKED_SET(-) SM_PACKED_SET(*) SM_PACKED_SET(/)
+#define SM_PACKED_OP(OP) \
+    friend SM_INLINE sm_vec<T, N> operator OP(sm_packed a, sm_packed b) { \
+        return (sm_vec<T, N>)a OP (sm_vec<T, N>)b; } \
+    friend SM_INLINE sm_vec<T, N> operator OP(sm_packed a, sm_vec<T, N> b) { return (sm_vec<T, N>)a OP b; } \
+    friend SM_INLINE sm_vec<T, N> operator OP(sm_vec<T, N> a, sm_packed b) { return a OP (sm_vec<T, N>)b; } \
+    friend SM_INLINE sm_vec<T, N> operator OP(sm_packed a, T b) { return (sm_vec<T, N>)a OP b; } \
+    friend SM_INLINE sm_vec<T, N> operator OP(T a, sm_packed b) { return a OP (sm_vec<T, N>)b; }
+    SM_PACKED_OP(+) SM_PACKED_OP(-) SM_PACKED_OP(*) SM_PACKED_OP(/)
+#define SM_PACKED_INTO(OP) \
+    friend SM_INLINE thread sm_vec<T, N> &operator OP##=(thread sm_vec<T, N> &a, sm_packed b) { \
+        a = a OP (sm_vec<T, N>)b; return a; }
+    SM_PACKED_INTO(+) SM_PACKED_INTO(-) SM_PACKED_INTO(*) SM_PACKED_INTO(/)
+};
+template <class T, int N> struct sm_traits<sm_packed<T, N>> { typedef T element; enum { count = N }; };
+
+#define SM_PACKED(T) \
+    typedef sm_packed<T, 2> packed_##T##2; \
+    typedef sm_packed<T, 3> packed_##T##3; \
+    typedef sm_packed<T, 4> packed_##T##4;
+SM_PACKED(char) SM_PACKED(uchar) SM_PACKED(short) SM_PACKED(ushort) SM_PACKED(int) SM_PACKED(uint)
+SM_PACKED(long) SM_PACKED(ulong) SM_PACKED(half) SM_PACKED(float) SM_PACKED(bfloat)
+
+namespace metal {
+template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
+template <class T, int N> using packed_vec = sm_packed<T, N>;
+template <class T, class U> constexpr bool is_same_v = sm_same<T, U>::value;
+template <class T, class U> struct is_same { static constexpr constant bool value = sm_same<T, U>::value; };
+template <class T> constexpr bool is_floating_point_v = sm_is_float<T>::value;
+template <class T> struct is_floating_point { static constexpr constant bool value = sm_is_float<T>::value; };
+template <class T> constexpr bool is_integral_v = sm_traits<T>::count == 1 && !sm_is_float<T>::value;
+template <class T> struct is_integral { static constexpr constant bool value = is_integral_v<T>; };
+template <class T> constexpr bool is_scalar_v = sm_traits<T>::count == 1;
+template <class T> constexpr bool is_signed_v = (T)-1 < (T)0;
+template <class T> constexpr bool is_unsigned_v = !is_signed_v<T>;
+template <bool B, class T = void> struct enable_if {};
+template <class T> struct enable_if<true, T> { typedef T type; };
+template <bool B, class T = void> using enable_if_t = typename enable_if<B, T>::type;
+template <bool B, class T, class F> struct conditional { typedef T type; };
+template <class T, class F> struct conditional<false, T, F> { typedef F type; };
+template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
+template <class T> struct make_scalar { typedef typename sm_traits<T>::element type; };
+template <class T> using make_scalar_t = typename make_scalar<T>::type;
+template <class T> struct remove_reference { typedef T type; };
+template <class T> struct remove_reference<T &> { typedef T type; };
+template <class T> using remove_reference_t = typename remove_reference<T>::type;
+template <class T> struct remove_cv { typedef T type; };
+template <class T> struct remove_cv<const T> { typedef T type; };
+template <class T> using remove_cv_t = typename remove_cv<T>::type;
+template <class T, T V> struct integral_constant {
+    static constexpr constant T value = V;
+    using value_type = T;
+    using type = integral_constant;
+    constexpr operator T() const { return V; }
+};
+template <bool B> using bool_constant = integral_constant<bool, B>;
+typedef bool_constant<true> true_type;
+typedef bool_constant<false> false_type;
+using ::as_type;
+}

@@ -1,0 +1,2 @@
+def find(path: str, pc: int) -> str:
+    return ""

@@ -1,0 +1,581 @@
+// Runs the threads of a threadgroup as fibers on one OS thread, and threadgroups on a pool of OS threads.
+//
+// A fiber's arena (all its stacks and everything that belongs to the threadgroup) is aligned to its size, so
+// "which thread am I" is the stack pointer with some bits cleared: no thread-local storage, no argument.
+// The 32 lanes of a simdgroup run one after another up to the next exchange; the last one to arrive completes
+// it and goes on, so an exchange costs one switch (about 5 ns) per lane.
+#include "runtime.h"
+
+extern "C" {
+int pthread_create(void *, const void *, void *(*)(void *), void *);
+int pthread_detach(sm_ulong);
+int pthread_mutex_lock(void *);
+int pthread_mutex_unlock(void *);
+int pthread_cond_wait(void *, void *);
+int pthread_cond_signal(void *);
+int pthread_cond_broadcast(void *);
+int sigaction(int, const void *, void *);
+int sigaltstack(const void *, void *);
+void sm_enter(void **from, void *to);
+void sm_jump(void *to) __attribute__((noreturn));
+void sm_first(void);
+}
+
+sm_counters sm_count;
+sm_uint sm_validate, sm_counting;
+
+// ---------------------------------------------------------------------------------------------- the switch
+// The entry points that kernels call save the lane's registers, ask C++ which stack to go on with, and leave
+// by an indirect jump, not by `ret`: the next lane may return to another place than this one came from, and
+// the return-address predictor would be wrong every time (12 ns instead of 6).
+#if defined(__x86_64__)
+#define SM_LEAVE "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n popq %rcx\n jmpq *%rcx\n"
+#define SM_SAVE "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+#define SM_STUB(NAME) \
+    asm(".text\n.globl " #NAME "\n" #NAME ":\n" SM_SAVE "movq 48(%rsp), %rsi\n movq %rsp, %rdx\n subq $8, %rsp\n" \
+        "call " #NAME "_next\n movq %rax, %rsp\n" SM_LEAVE);
+asm(".text\n.globl sm_enter\nsm_enter:\n" SM_SAVE "movq %rsp, (%rdi)\n movq %rsi, %rsp\n" SM_LEAVE
+    ".globl sm_jump\nsm_jump:\n movq %rdi, %rsp\n" SM_LEAVE
+    ".globl sm_first\nsm_first:\n xorl %ebp, %ebp\n call sm_lane_main\n ud2\n");
+static void *fresh_stack(char *top) {
+    void **sp = (void **)top - 8;        // six registers, the address, padding: aligned once it is popped
+    sp[6] = (void *)sm_first;
+    return sp;
+}
+#elif defined(__aarch64__)
+#define SM_LEAVE \
+    "ldp x19, x20, [sp, #0]\n ldp x21, x22, [sp, #16]\n ldp x23, x24, [sp, #32]\n ldp x25, x26, [sp, #48]\n" \
+    "ldp x27, x28, [sp, #64]\n ldp x29, x30, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n" \
+    "ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n add sp, sp, #160\n br x30\n"
+#define SM_SAVE \
+    "sub sp, sp, #160\n stp x19, x20, [sp, #0]\n stp x21, x22, [sp, #16]\n stp x23, x24, [sp, #32]\n" \
+    "stp x25, x26, [sp, #48]\n stp x27, x28, [sp, #64]\n stp x29, x30, [sp, #80]\n stp d8, d9, [sp, #96]\n" \
+    "stp d10, d11, [sp, #112]\n stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n"
+#define SM_STUB(NAME) \
+    asm(".text\n.globl " #NAME "\n" #NAME ":\n" SM_SAVE "mov x1, x30\n mov x2, sp\n bl " #NAME "_next\n mov sp, x0\n" \
+        SM_LEAVE);
+asm(".text\n.globl sm_enter\nsm_enter:\n" SM_SAVE "mov x9, sp\n str x9, [x0]\n mov sp, x1\n" SM_LEAVE
+    ".globl sm_jump\nsm_jump:\n mov sp, x0\n" SM_LEAVE
+    ".globl sm_first\nsm_first:\n mov x29, xzr\n bl sm_lane_main\n brk #1\n");
+static void *fresh_stack(char *top) {
+    void **sp = (void **)(top - 160);
+    sp[11] = (void *)sm_first;           // x30
+    return sp;
+}
+#else
+#error "softmetal runs on x86-64 and aarch64"
+#endif
+
+// ------------------------------------------------------------------------------------- a job and its workers
+struct job {
+    sm_dispatch *dispatch;
+    sm_uint next, total, chunk, failed, seed;
+    sm_uint workers, busy;
+};
+
+struct worker {
+    char *arena;
+    void *main_sp;
+    sm_uint stacks;
+};
+
+static_assert(sizeof(sm_lane) == 64 && sizeof(sm_simd) == 4096 && sizeof(sm_phase) == 1600, "addresses are shifts");
+static job current;
+static worker *workers[256];
+static sm_uint worker_count;
+static sm_ulong lock_[8], pool_lock[8], wake[8], idle[8];   // zero is an initialised mutex or condition
+static sm_uint generation;
+static sm_report reports[64];
+static sm_uint report_count;
+static __thread __attribute__((tls_model("initial-exec"))) worker *active;   // set while a kernel runs
+
+static void grow(worker *w, sm_uint lanes) {
+    if (!w->arena) {
+        sm_ulong size = 1ul << SM_ARENA_BITS;
+        char *p = (char *)mmap(0, 2 * size, 0, 0x4022, -1, 0);     // PROT_NONE, private, anonymous, no reserve
+        w->arena = (char *)(((sm_ulong)p + size - 1) & ~(size - 1));
+        mprotect(w->arena + SM_GROUP_AT, size - SM_GROUP_AT, 3);
+    }
+    for (; w->stacks < lanes; w->stacks++)                         // the lowest page of each stays a guard
+        mprotect(w->arena + ((sm_ulong)w->stacks << SM_STACK_BITS) + 4096, (1 << SM_STACK_BITS) - 4096, 3);
+}
+
+sm_report *sm_new_report(sm_uint kind, sm_group *g, sm_lane *l, sm_ulong pc, sm_ulong other_pc) {
+    sm_dispatch *d = g->dispatch;
+    sm_uint kernel = d->kernel_id;
+    pc = pc >= d->code_start && pc < d->code_end ? pc - d->code_start : 0;
+    other_pc = other_pc >= d->code_start && other_pc < d->code_end ? other_pc - d->code_start : 0;
+    for (sm_uint i = 0; i < report_count; i++)
+        if (reports[i].kind == kind && reports[i].kernel == kernel && reports[i].pc == pc &&
+            reports[i].other_pc == other_pc)
+            return 0;
+    sm_uint at = __atomic_fetch_add(&report_count, 1, __ATOMIC_RELAXED);
+    if (at >= 64) {
+        report_count = 64;
+        return 0;
+    }
+    sm_report *r = &reports[at];
+    memset(r, 0, sizeof *r);
+    r->kind = kind;
+    r->kernel = kernel;
+    r->pc = pc;
+    r->other_pc = other_pc;
+    for (int i = 0; i < 3; i++) {
+        r->group[i] = g->position[i];
+        r->thread[i] = l ? l->tid[i] : 0;
+    }
+    r->index = l ? l->index : 0;
+    return r;
+}
+
+void sm_abandon(sm_group *) {
+    current.failed = 1;
+    sm_jump(active->main_sp);
+}
+
+static void on_fault(int number, void *info, void *);
+static unsigned char old_action[2][256];
+
+static void install_handler(void) {
+    struct { void *handler; sm_ulong mask[16]; int flags; void *restorer; } action = {};
+    action.handler = (void *)on_fault;
+    action.flags = 0x4 | 0x08000000 | 0x40000000;   // SA_SIGINFO, SA_ONSTACK, SA_NODEFER
+    sigaction(11, &action, old_action[0]);
+    sigaction(7, &action, old_action[1]);
+}
+
+static void on_fault(int number, void *info, void *context) {
+    if (active) {        // a wild access of a kernel: drop the dispatch, tell which address
+        char *arena = active->arena;
+        sm_group *g = sm_group_of(arena);
+        sm_ulong pc = 0, sp = 0;
+#if defined(__x86_64__)
+        pc = ((sm_ulong *)((char *)context + 40))[16];
+        sp = ((sm_ulong *)((char *)context + 40))[15];
+#elif defined(__aarch64__)
+        pc = *(sm_ulong *)((char *)context + 440);
+        sp = *(sm_ulong *)((char *)context + 432);
+#endif
+        sm_lane *l = sm_lane_of(arena, (sp >> SM_STACK_BITS) & (SM_LANES - 1));
+        if (sm_report *r = sm_new_report(SM_FAULT, g, l, pc, 0)) r->address = *(sm_ulong *)((char *)info + 16);
+        sm_abandon(g);
+    }
+    sigaction(number, old_action[number == 11 ? 0 : 1], 0);        // not ours: the fault happens again
+}
+
+// ------------------------------------------------------------------------------------- lanes and simdgroups
+static inline sm_uint random_below(sm_group *g, sm_uint n) {
+    g->seed = g->seed * 1664525u + 1013904223u;
+    return (sm_uint)(((sm_ulong)g->seed * n) >> 32);
+}
+
+static inline sm_uint pick(sm_group *g, sm_uint bits) {            // the lowest set bit, or with a seed any
+    if (!g->seed) return (sm_uint)__builtin_ctz(bits);
+    for (sm_uint n = random_below(g, (sm_uint)__builtin_popcount(bits)); n; n--) bits &= bits - 1;
+    return (sm_uint)__builtin_ctz(bits);
+}
+
+// Lanes of a simdgroup wait at different places: release those whose place comes first in the program, as
+// the hardware does when paths diverge. The values of the others are kept aside.
+static __attribute__((noinline)) sm_uint untangle(char *arena, sm_simd *s) {
+    sm_lane *lanes = sm_lane_of(arena, s->number * SM_WIDTH);
+    char(*aside)[SM_SLOT] = (char(*)[SM_SLOT])(arena + SM_STRAY_AT) + s->number * SM_WIDTH;
+    void *first = (void *)~0ul;
+    for (sm_uint i = 0; i < SM_WIDTH; i++)
+        if (s->waiting >> i & 1 && lanes[i].site < first) first = lanes[i].site;
+    sm_uint chosen = 0;
+    char *slots = s->phase[s->parity].slots;
+    for (sm_uint i = 0; i < SM_WIDTH; i++) {
+        if (!(s->waiting >> i & 1)) continue;
+        if (lanes[i].site == first) chosen |= 1u << i;
+        else if (!(s->strays >> i & 1)) {
+            lanes[i].stray_size = s->size;
+            memcpy(aside[i], slots + i * s->size, s->size);
+            s->strays |= 1u << i;
+        }
+    }
+    for (sm_uint i = 0; i < SM_WIDTH; i++)
+        if (chosen & s->strays & 1u << i) memcpy(slots + i * lanes[i].stray_size, aside[i], lanes[i].stray_size);
+    s->strays &= ~chosen;
+    s->site = 0;
+    return chosen;
+}
+
+static inline void release(char *arena, sm_simd *s) {
+    sm_uint chosen = s->strays ? untangle(arena, s) : s->waiting;
+    sm_phase *p = &s->phase[s->parity];
+    p->mask = chosen;
+    p->done = 0;
+    s->parity ^= 1;
+    s->run = chosen;
+    s->waiting &= ~chosen;
+}
+
+// The next lane to run when this one cannot: of the same simdgroup first, then another simdgroup; when all
+// wait at the barrier, it opens.
+static sm_lane *next_lane(char *arena, sm_group *g, sm_simd *s) {
+    for (;;) {
+        if (!s->run && s->waiting) release(arena, s);
+        if (s->run && !(g->seed && random_below(g, 8) == 0)) break;
+        if (!s->run) g->ready &= ~(1u << s->number);
+        if (g->ready) {
+            s = sm_simd_of(arena, pick(g, g->ready));
+            if (s->run || s->waiting) {
+                if (!s->run) release(arena, s);
+                break;
+            }
+            g->ready &= ~(1u << s->number);
+            continue;
+        }
+        if (g->finished == g->count) return 0;
+        for (sm_uint i = 0; i < g->simds; i++) {                   // everyone is at the barrier
+            sm_simd *t = sm_simd_of(arena, i);
+            t->run = t->at_barrier;
+            t->at_barrier = 0;
+            if (t->run) g->ready |= 1u << i;
+        }
+        if (sm_validate) sm_validate_barrier(g, 0, 0);
+        if (!(g->ready >> s->number & 1)) s = sm_simd_of(arena, pick(g, g->ready));
+    }
+    sm_uint i = pick(g, s->run);
+    s->run &= ~(1u << i);
+    return sm_lane_of(arena, s->number * SM_WIDTH + i);
+}
+
+// The usual next lane is the next number: its stack pointer is then known without waiting for `run`.
+static inline sm_lane *neighbour(sm_group *g, sm_simd *s, sm_lane *l, sm_uint lane) {
+    sm_uint next = (lane + 1) % SM_WIDTH;
+    if (__builtin_expect(!(s->run >> next & 1) || g->careful, 0)) return 0;
+    s->run &= ~(1u << next);
+    return l - lane + next;
+}
+
+static __attribute__((noinline)) void *simd_complete(char *arena, sm_lane *l, sm_simd *s) {
+    sm_group *g = sm_group_of(arena);
+    if (g->careful) sm_count.simd_ops++;
+    if (s->run || s->strays || g->seed) return next_lane(arena, g, s)->sp;
+    sm_phase *p = &s->phase[s->parity];                            // all are here: go on
+    p->mask = s->waiting;
+    p->done = 0;
+    s->parity ^= 1;
+    s->run = s->waiting & ~(1u << l->lane);
+    s->waiting = 0;
+    return l->sp;
+}
+
+static inline char *slot_for(char *arena, sm_lane *l, sm_simd *s, sm_uint lane, sm_uint size, void *site) {
+    if (!s->waiting) {
+        s->site = site;
+        s->size = size;
+    } else if (__builtin_expect(s->site != site, 0)) {
+        s->strays |= 1u << lane;
+        l->stray_size = size;
+        return arena + SM_STRAY_AT + l->index * SM_SLOT;
+    }
+    return s->phase[s->parity].slots + lane * size;
+}
+
+template <typename T> static inline void *exchange(T value, void *site, void *sp) {
+    char *arena = sm_arena();
+    sm_uint index = sm_index(), lane = index % SM_WIDTH;
+    sm_lane *l = sm_lane_of(arena, index);
+    sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
+    *(T *)slot_for(arena, l, s, lane, sizeof(T), site) = value;
+    s->waiting |= 1u << lane;
+    l->site = site;
+    l->sp = sp;
+    if (sm_lane *next = neighbour(sm_group_of(arena), s, l, lane)) return next->sp;
+    return simd_complete(arena, l, s);
+}
+
+struct bytes16 { sm_ulong x, y; };
+struct bytes32 { sm_ulong x, y, z, w; };
+
+extern "C" {
+// Hands `value` to the other lanes of the simdgroup that reach the same place.
+void *sm_exchange1_next(unsigned char v, void *site, void *sp) { return exchange(v, site, sp); }
+void *sm_exchange2_next(unsigned short v, void *site, void *sp) { return exchange(v, site, sp); }
+void *sm_exchange4_next(sm_uint v, void *site, void *sp) { return exchange(v, site, sp); }
+void *sm_exchange8_next(sm_ulong v, void *site, void *sp) { return exchange(v, site, sp); }
+void *sm_exchange16_next(const bytes16 *v, void *site, void *sp) { return exchange(*v, site, sp); }
+void *sm_exchange32_next(const bytes32 *v, void *site, void *sp) { return exchange(*v, site, sp); }
+SM_STUB(sm_exchange1)
+SM_STUB(sm_exchange2)
+SM_STUB(sm_exchange4)
+SM_STUB(sm_exchange8)
+SM_STUB(sm_exchange16)
+SM_STUB(sm_exchange32)
+
+void sm_fence(sm_uint flags) {                                     // after a simdgroup barrier
+    char *arena = sm_arena();
+    if (sm_validate) sm_validate_simd_barrier(sm_group_of(arena), sm_simd_of(arena, sm_index() / SM_WIDTH), flags);
+}
+
+void *sm_barrier_next(sm_uint flags, void *site, void *sp) {
+    char *arena = sm_arena();
+    sm_group *g = sm_group_of(arena);
+    sm_uint index = sm_index(), lane = index % SM_WIDTH;
+    sm_lane *l = sm_lane_of(arena, index);
+    sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
+    l->site = site;
+    l->state = flags;
+    l->sp = sp;
+    s->at_barrier |= 1u << lane;
+    if (sm_lane *next = neighbour(g, s, l, lane)) return next->sp;
+    if (g->careful) sm_count.barriers++;
+    return next_lane(arena, g, s)->sp;
+}
+SM_STUB(sm_barrier)
+
+void sm_count_matrix(void) {
+    if (sm_counting) sm_count.matrix_ops++;
+}
+
+void *sm_threadgroup(sm_uint index, sm_ulong size) {               // a threadgroup variable of the kernel
+    sm_group *g = sm_group_of(sm_arena());
+    if (void *p = g->tg_table[index]) return p;
+    sm_uint red_zone = sm_validate ? 256 : 0;
+    if (g->tg_used + size + red_zone > SM_TG_ARENA) {
+        sm_new_report(SM_TG_TOO_LARGE, g, sm_self(sm_arena()), (sm_ulong)__builtin_return_address(0), 0);
+        sm_abandon(g);
+    }
+    void *p = sm_arena() + SM_TG_AT + g->tg_used;
+    if (sm_validate) {
+        g->dispatch->ranges[2 * g->dispatch->range_count] = (sm_ulong)p;
+        g->dispatch->ranges[2 * g->dispatch->range_count++ + 1] = size;
+    }
+    g->tg_used += ((sm_uint)size + 63) / 64 * 64 + red_zone;
+    if (index >= g->decl_count) g->decl_count = index + 1;
+    return g->tg_table[index] = p;
+}
+
+void sm_lane_main(void) {
+    char *arena = sm_arena();
+    sm_group *g = sm_group_of(arena);
+    sm_lane *l = sm_self(arena);
+    if (g->dispatch->fibers) {
+        ((void (*)(sm_lane *, sm_group *))g->dispatch->entry)(l, g);
+        sm_simd *s = sm_simd_of(arena, l->simd);
+        g->finished++;
+        s->alive &= ~(1u << l->lane);
+        sm_lane *next = neighbour(g, s, l, l->lane);
+        if (next || (next = next_lane(arena, g, s))) sm_jump(next->sp);
+    } else {
+        ((void (*)(sm_group *))g->dispatch->entry)(g);
+    }
+    sm_jump(active->main_sp);
+}
+}
+
+// ------------------------------------------------------------------------------------------- threadgroups
+static void run_group(worker *w, sm_dispatch *d, sm_uint number) {
+    char *arena = w->arena;
+    sm_group *g = sm_group_of(arena);
+    g->dispatch = d;
+    g->number = number;
+    g->position[0] = number % d->groups[0];
+    g->position[1] = number / d->groups[0] % d->groups[1];
+    g->position[2] = number / d->groups[0] / d->groups[1];
+    bool same = true;
+    for (int i = 0; i < 3; i++) {
+        sm_uint left = d->threads[i] - g->position[i] * d->size[i];
+        g->size[i] = left < d->size[i] ? left : d->size[i];
+        same &= g->size[i] == g->tid_size[i];
+    }
+    g->count = g->size[0] * g->size[1] * g->size[2];
+    if (!d->fibers) {
+        sm_lane *l = sm_lane_of(arena, 0);
+        l->sp = fresh_stack(arena + (1 << SM_STACK_BITS));
+        sm_enter(&w->main_sp, l->sp);
+        return;
+    }
+    g->simds = (g->count + SM_WIDTH - 1) / SM_WIDTH;
+    g->finished = 0;
+    g->seed = current.seed ? (current.seed * 2654435761u ^ number * 40503u) | 1 : 0;
+    g->careful = g->seed || sm_counting || sm_validate;
+    g->ready = g->simds == 32 ? ~0u : (1u << g->simds) - 1;
+    for (sm_uint i = 0; i < g->decl_count; i++) g->tg_table[i] = 0;
+    g->decl_count = 0;
+    if (!same) {
+        sm_uint i = 0;
+        for (sm_uint z = 0; z < g->size[2]; z++)
+            for (sm_uint y = 0; y < g->size[1]; y++)
+                for (sm_uint x = 0; x < g->size[0]; x++, i++) {
+                    sm_lane *l = sm_lane_of(arena, i);
+                    l->tid[0] = x;
+                    l->tid[1] = y;
+                    l->tid[2] = z;
+                    l->index = i;
+                    l->lane = i % SM_WIDTH;
+                    l->simd = i / SM_WIDTH;
+                }
+        for (int k = 0; k < 3; k++) g->tid_size[k] = g->size[k];
+    }
+    for (sm_uint i = 0; i < g->count; i++)       // tops are staggered, or all stacks would share cache sets
+        sm_lane_of(arena, i)->sp = fresh_stack(arena + ((sm_ulong)(i + 1) << SM_STACK_BITS) - i % 32 * 320);
+    for (sm_uint i = 0; i < g->simds; i++) {
+        sm_simd *s = sm_simd_of(arena, i);
+        sm_uint n = g->count - i * SM_WIDTH;
+        s->run = s->alive = n >= SM_WIDTH ? ~0u : (1u << n) - 1;
+        s->waiting = s->at_barrier = s->strays = 0;
+        s->number = i;
+    }
+    g->tg_used = 0;
+    if (sm_validate) sm_validate_start(g);
+    for (sm_uint i = 0; i < SM_MAX_BUFFERS; i++) {
+        if (!d->tg_lengths[i]) continue;
+        g->tg_dynamic[i] = arena + SM_TG_AT + g->tg_used;
+        if (sm_validate) {
+            d->ranges[2 * d->range_count] = (sm_ulong)g->tg_dynamic[i];
+            d->ranges[2 * d->range_count++ + 1] = d->tg_lengths[i];
+        }
+        g->tg_used += (d->tg_lengths[i] + 63) / 64 * 64 + (sm_validate ? 256 : 0);
+    }
+    sm_enter(&w->main_sp, next_lane(arena, g, sm_simd_of(arena, 0))->sp);
+}
+
+static void work(worker *w) {
+    job *j = &current;
+    sm_dispatch *d = j->dispatch;
+    grow(w, d->fibers ? d->size[0] * d->size[1] * d->size[2] : 1);
+    active = w;
+    sm_ulong fixed = d->range_count;
+    while (!j->failed) {
+        sm_uint at = __atomic_fetch_add(&j->next, j->chunk, __ATOMIC_RELAXED);
+        if (at >= j->total) break;
+        for (sm_uint i = at; i < at + j->chunk && i < j->total && !j->failed; i++) {
+            sm_uint number = i;
+            if (j->seed)    // a permutation: the factor is a prime that does not divide the total
+                number = (sm_uint)(((sm_ulong)i * 2654435761ul + j->seed) % j->total);
+            run_group(w, d, number);
+            if (sm_validate) d->range_count = fixed;
+        }
+    }
+    active = 0;
+}
+
+static void *worker_main(void *argument) {
+    worker *w = (worker *)argument;
+    struct { void *sp; int flags; sm_ulong size; } stack = {mmap(0, 65536, 3, 0x22, -1, 0), 0, 65536};
+    sigaltstack(&stack, 0);
+    sm_uint seen = 0;
+    for (;;) {
+        for (int spin = 0; spin < 2000 && __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == seen; spin++)
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#else
+            asm volatile("yield");
+#endif
+        pthread_mutex_lock(pool_lock);
+        while (generation == seen) pthread_cond_wait(wake, pool_lock);
+        seen = generation;
+        bool mine = w == workers[0] || current.busy;   // a late riser finds the job already over
+        if (mine && current.dispatch) current.workers++;
+        else mine = false;
+        pthread_mutex_unlock(pool_lock);
+        if (!mine) continue;
+        work(w);
+        pthread_mutex_lock(pool_lock);
+        if (--current.workers == 0) pthread_cond_signal(idle);
+        pthread_mutex_unlock(pool_lock);
+    }
+    return 0;
+}
+
+static worker *new_worker(void) { return (worker *)mmap(0, 4096, 3, 0x22, -1, 0); }
+
+static __thread __attribute__((tls_model("initial-exec"))) sm_uint has_signal_stack;
+
+static void run_dispatch(sm_dispatch *d, sm_uint seed) {
+    if (d->indirect) {
+        for (int i = 0; i < 3; i++) {
+            d->groups[i] = d->indirect[i];
+            d->threads[i] = d->groups[i] * d->size[i];
+        }
+    }
+    sm_uint total = d->groups[0] * d->groups[1] * d->groups[2];
+    sm_count.dispatches++;
+    sm_count.groups += total;
+    sm_count.threads += (sm_ulong)d->threads[0] * d->threads[1] * d->threads[2];
+    if (!total) return;
+    bool alone = total == 1 || sm_validate || sm_counting || worker_count < 2;
+    pthread_mutex_lock(pool_lock);
+    current.dispatch = d;
+    current.next = 0;
+    current.total = total;
+    current.failed = 0;
+    current.seed = seed;
+    sm_uint chunk = total / (worker_count * 8);
+    current.chunk = chunk ? chunk : 1;
+    current.busy = !alone;
+    if (!alone) {
+        __atomic_store_n(&generation, generation + 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(wake);
+    }
+    pthread_mutex_unlock(pool_lock);
+    work(workers[0]);
+    pthread_mutex_lock(pool_lock);
+    current.busy = 0;
+    while (current.workers) pthread_cond_wait(idle, pool_lock);
+    current.dispatch = 0;
+    pthread_mutex_unlock(pool_lock);
+}
+
+struct sm_op { sm_uint kind, value; void *a, *b; sm_ulong size; };
+enum { SM_OP_DISPATCH, SM_OP_EPOCH, SM_OP_COPY, SM_OP_FILL };
+
+extern "C" {
+void sm_start(sm_uint threads) {
+    install_handler();
+    workers[0] = new_worker();
+    for (worker_count = 1; worker_count < threads && worker_count < 256; worker_count++) {
+        workers[worker_count] = new_worker();
+        sm_ulong thread;
+        if (pthread_create(&thread, 0, worker_main, workers[worker_count])) break;
+        pthread_detach(thread);
+    }
+}
+
+// Runs the operations in order; returns the index of the one that failed, or `count`.
+sm_uint sm_execute(const sm_op *ops, sm_uint count, sm_uint seed) {
+    pthread_mutex_lock(lock_);
+    if (!has_signal_stack) {
+        struct { void *sp; int flags; sm_ulong size; } stack = {mmap(0, 65536, 3, 0x22, -1, 0), 0, 65536};
+        sigaltstack(&stack, 0);
+        has_signal_stack = 1;
+    }
+    sm_uint i = 0;
+    for (; i < count; i++) {
+        const sm_op *op = &ops[i];
+        if (op->kind == SM_OP_DISPATCH) {
+            run_dispatch((sm_dispatch *)op->a, seed ? seed + i : 0);
+            if (current.failed) break;
+        } else if (op->kind == SM_OP_EPOCH) {
+            if (sm_validate) sm_validate_epoch();
+        } else if (op->kind == SM_OP_COPY) {
+            memmove(op->a, op->b, op->size);
+        } else {
+            memset(op->a, (int)op->value, op->size);
+        }
+    }
+    pthread_mutex_unlock(lock_);
+    return i;
+}
+
+sm_uint sm_take_reports(sm_report *out) {
+    sm_uint n = report_count < 64 ? report_count : 64;
+    memcpy(out, reports, n * sizeof *out);
+    report_count = 0;
+    return n;
+}
+
+void sm_read_counters(sm_counters *out, int reset) {
+    memcpy(out, &sm_count, sizeof sm_count);
+    if (reset) memset(&sm_count, 0, sizeof sm_count);
+}
+
+void sm_set_mode(sm_uint validate, sm_uint counting) {
+    sm_validate = validate;
+    sm_counting = counting;
+}
+}
