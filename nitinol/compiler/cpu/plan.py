@@ -276,8 +276,12 @@ class Plan:
             for left, right in axis_groups(source.shape, value.shape):
                 out[right[-1]] = votes[left[-1]]
             return out
-        if op.kind in ("join", "split", "cat", "gather"):
-            return [1.0 if i == rank - 1 else 0.0 for i in range(rank)]
+        if op.kind == "join":
+            return [x + y for x, y in zip(*(self._votes(v, seen) for v in op.operands))] + [0.0]
+        if op.kind == "split":
+            return self._votes(op.operands[0], seen)[:-1]
+        if op.kind == "gather":
+            return self._votes(op.operands[1], seen)
         if op.kind == "reduce":
             votes = self._votes(op.operands[0], seen)
             axis = op.attributes["axis"]
