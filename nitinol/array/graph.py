@@ -22,7 +22,8 @@ from nitinol.language.types import DType, int32, int64
 from nitinol.runtime.device import Buffer
 
 _LIBRARY = tuple(str(Path(__file__).resolve().parent.parent / part) for part in ("array", "kernels"))
-_numbers = itertools.count(1)
+numbers = itertools.count(1)
+unwritten: weakref.WeakSet[Value] = weakref.WeakSet()  # values with updates that have not run yet
 
 Strides = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -32,7 +33,7 @@ class Value:
     """Memory for the elements of `shape`: computed by `node`, or there already in `buffer` (or both still missing:
     uninitialised memory that the nodes in `writes` fill)."""
 
-    __slots__ = ("__weakref__", "buffer", "dtype", "handles", "node", "owner", "readers", "shape", "writes")
+    __slots__ = ("__weakref__", "buffer", "dtype", "handles", "node", "readers", "shape", "writes")
 
     def __init__(self, shape: Shape, dtype: DType, node: Node | None = None, buffer: Buffer | None = None) -> None:
         self.shape = shape
@@ -42,7 +43,6 @@ class Value:
         self.writes: list[Node] = []  # updates in place that have not run yet
         self.readers: weakref.WeakSet[Node] = weakref.WeakSet()  # nodes recorded since the last update
         self.handles = 0  # how many Arrays of the program look at it
-        self.owner: Any = None  # the compiled function whose buffer this is
 
     @property
     def size(self) -> int:
@@ -119,7 +119,7 @@ class Node:
     """Something to compute."""
 
     inputs: tuple[View | Scalar, ...]
-    number: int = field(default_factory=lambda: next(_numbers), init=False)
+    number: int = field(default_factory=lambda: next(numbers), init=False)
     place: tuple[str, int, str] = field(default_factory=lambda: source_line(), init=False)  # file, line, function
     updates: tuple[View, ...] = field(default=(), init=False)  # of values that exist already
     done: bool = field(default=False, init=False)
@@ -202,12 +202,13 @@ def record(node: Node, outputs: Sequence[tuple[Shape, DType]] = (), updates: Seq
             view.value.readers.add(node)
     for view in updates:
         view.value.writes.append(node)
-    for hook in _hooks:
+        unwritten.add(view.value)
+    for hook in hooks:
         hook(node)
     return values
 
 
-_hooks: list[Callable[[Node], None]] = []  # what `compile` adds while it traces
+hooks: list[Callable[[Node], None]] = []  # what `compile` adds while it traces
 
 
 def source_line() -> tuple[str, int, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from nitinol.array.graph import (
     Value,
     View,
     pull_back,
+    unwritten,
     whole,
 )
 from nitinol.compiler.ir import Function
@@ -85,19 +87,20 @@ class Step:
 # --------------------------------------------------------------------------------------------------- what must run
 
 
-def needed(targets: Iterable[Value], nodes: Iterable[Node] = ()) -> list[Node]:
-    """All nodes that must run so that the targets hold their values and the given nodes have run, in order."""
+def needed(targets: Iterable[Value], nodes: Iterable[Node] = (), before: int = 1 << 62) -> list[Node]:
+    """All nodes that must run so that the targets hold their values (as the program had them at number `before`) and
+    the given nodes have run, in order."""
     found: set[Node] = set()
     stack: list[Node] = [node for node in nodes if not node.done]
 
-    def demand(value: Value, before: int) -> None:
-        """What fills the value and updates it, as the program had it at number `before`."""
+    def demand(value: Value, number: int) -> None:
+        """What fills the value and updates it, as the program had it at that number."""
         if value.buffer is None and value.node is not None:
             stack.append(value.node)
-        stack.extend(node for node in value.writes if node.number < before)
+        stack.extend(node for node in value.writes if node.number < number)
 
     for value in targets:
-        demand(value, 1 << 62)
+        demand(value, before)
     while stack:
         node = stack.pop()
         if node in found or node.done:
@@ -294,7 +297,7 @@ def plan_memory(steps: list[Step], kept: set[Value]) -> tuple[dict[Value, int], 
 class Program:
     """Steps with bound buffers: a command list for a device, and the same for the interpreter."""
 
-    def __init__(self, steps: list[Step], kept: Iterable[Value], device: Any) -> None:
+    def __init__(self, steps: list[Step], kept: Iterable[Value], device: Any, arena: Buffer | None = None) -> None:
         self.device = device
         kept = set(kept)
         for step in steps:
@@ -307,7 +310,7 @@ class Program:
                         "make a copy with .copy() first"
                     )
         offsets, size = plan_memory(steps, kept)
-        arena = device.allocate(size) if size else None
+        self.arena = device.allocate(size) if size and arena is None else arena
         self.buffers: dict[Value, Buffer] = {}
         for step in steps:
             for argument in step.arguments:
@@ -316,7 +319,8 @@ class Program:
                     if value.buffer is not None:
                         buffer = value.buffer
                     elif value in offsets:
-                        buffer = arena.view(offsets[value], value.nbytes)
+                        assert self.arena is not None
+                        buffer = self.arena.view(offsets[value], value.nbytes)
                     else:
                         buffer = device.allocate(value.nbytes)
                     self.buffers[value] = buffer
@@ -324,7 +328,6 @@ class Program:
             if value.buffer is None and value not in self.buffers:
                 self.buffers[value] = device.allocate(value.nbytes)
         self.steps = steps
-        self._commands: CommandList | None = None
         self.records: list[Record] = [_record(step) for step in steps]
 
     def run(self) -> None:
@@ -334,13 +337,12 @@ class Program:
         if interpreting():
             self._interpret()
         elif self.steps:
-            if self._commands is None:
-                self._commands = self.commands()
-            self.device.run(self._commands)
+            self.device.run(self.commands)
 
     def address(self, view: View) -> int:
         return self.buffers[view.value].address + view.offset * view.dtype.nbytes
 
+    @cached_property
     def commands(self) -> CommandList:
         """The command list of the steps; a barrier stands only where one touches what an earlier one writes."""
         commands = self.device.command_list()
@@ -468,12 +470,18 @@ def _record(step: Step) -> Record:
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(values: Sequence[Value], nodes: Sequence[Node] = ()) -> None:
+tracing: tuple[int, set[Value]] | None = None  # while `compile` traces: the number it began at, the parameters
+
+
+def evaluate(values: Iterable[Value], nodes: Sequence[Node] = (), before: int = 1 << 62) -> None:
     """Computes values (and runs nodes): one command list, one submission, one wait."""
+    values = list(values)
+    if tracing is not None:
+        _refuse(values)
     values = [value for value in values if value.pending]
     if not values and not nodes:
         return
-    run = needed(values, nodes)
+    run = needed(values, nodes, before)
     alive = [node.outputs for node in run]  # so that they are the same objects throughout
     lost = [v for v in values if v.buffer is None and not v.writes and (v.node is None or v.node.done)]
     if lost:
@@ -494,6 +502,24 @@ def evaluate(values: Sequence[Value], nodes: Sequence[Node] = ()) -> None:
     del alive
 
 
+def evaluate_readers(value: Value) -> None:
+    """Computes what was asked of a value's present contents, which are about to change."""
+    readers = [node for node in value.readers if not node.done]
+    evaluate([output for node in readers for output in node.outputs], [node for node in readers if node.updates])
+
+
+def _refuse(values: Sequence[Value]) -> None:
+    assert tracing is not None
+    start, parameters = tracing
+    for value in values:
+        made = value.node is not None and value.node.number > start
+        if value in parameters or (value.pending and (made or any(w.number > start for w in value.writes))):
+            raise RuntimeError(
+                f"a compiled function asks for the elements of an array of shape {value.shape} while it is traced; "
+                "return the array and look at it outside"
+            )
+
+
 def _lasting(value: Value, run: Sequence[Node], fused: Any) -> bool:
     """Whether a value may be asked for after this run: by the program, or by a node that has not run then."""
     if value.handles:
@@ -511,3 +537,5 @@ def finish(nodes: Iterable[Node]) -> None:
         for view in node.updates:
             if node in view.value.writes:
                 view.value.writes.remove(node)
+                if not view.value.writes:
+                    unwritten.discard(view.value)

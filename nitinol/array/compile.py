@@ -1,0 +1,287 @@
+"""`compile(function)`: trace once, keep the command list, submit it again."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nitinol.array import graph, schedule
+from nitinol.array.array import Array
+from nitinol.array.dtypes import as_dtype
+from nitinol.array.graph import Node, Value, View, whole
+from nitinol.array.schedule import Program, Record
+from nitinol.runtime.device import Timestamp
+
+
+# Sets of output buffers: in `y = step(x)` the last y is still there while the next is computed.
+VARIANTS = 2
+
+
+class Compiled:
+    """A function of arrays that runs as one command list: one submission, one wait, no allocation.
+
+    Arguments may be Arrays, NumPy arrays, constants (numbers, texts, None: another value traces anew), other objects
+    (by identity), and tuples, lists and dicts of these. The function is traced for each combination of shapes and
+    types. Arrays that it finds elsewhere are captured: their memory is used at every call, also for updates in place.
+    NumPy arguments, and Arrays that differ from call to call, are copied into the list's own input buffers.
+
+    Results go to two sets of buffers in turn; the results of the call before the last one, if the program still holds
+    them, are moved away first (which allocates: drop them to avoid that). The function must not need elements while it is
+    traced (`numpy()`, `item()`, `if array:`).
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self._traces: dict[Any, list[_Trace]] = {}
+        self._latest: _Trace | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        leaves: list[Any] = []
+        key: list[Any] = []
+        for argument in arguments:
+            _flatten(argument, leaves, key)
+        for name, argument in keywords.items():
+            key.append(name)
+            _flatten(argument, leaves, key)
+        traces = self._traces.setdefault(tuple(key), [])
+        for trace in traces:
+            if trace.accepts(leaves):
+                break
+        else:
+            copied = {i for trace in traces for i in trace.differing(leaves)}
+            traces[:] = [trace for trace in traces if not trace.differing(leaves)]
+            trace = _Trace(self.function, arguments, keywords, leaves, copied)
+            traces.append(trace)
+        self._latest = trace
+        return trace.run(leaves)
+
+    @property
+    def records(self) -> list[Record]:
+        """The entries of the command list that ran last."""
+        return self._latest.program.records if self._latest is not None else []
+
+    @property
+    def program(self) -> Program | None:
+        """The program that ran last."""
+        return self._latest.program if self._latest is not None else None
+
+    def profile(self, *arguments: Any, **keywords: Any) -> tuple[Any, list[tuple[Record, Timestamp]]]:
+        """Calls the function with time stamps: its result, and when each entry started and ended."""
+        self(*arguments, **keywords)
+        program = self._latest.program  # type: ignore[union-attr]
+        program.commands.profile = True
+        try:
+            result = self(*arguments, **keywords)
+            return result, list(zip(program.records, program.commands.timestamps()))
+        finally:
+            program.commands.profile = False
+
+
+def compile(function: Callable[..., Any]) -> Compiled:
+    """The function as one command list, traced at the first call for each combination of shapes (see `Compiled`)."""
+    return Compiled(function)
+
+
+class _Trace:
+    """One traced call: the program, where its arguments go, and what it returns."""
+
+    def __init__(self, function: Any, arguments: Any, keywords: Any, leaves: list[Any], copied: set[int]) -> None:
+        device = schedule.get_device()
+        self.inputs: list[tuple[int, np.ndarray]] = []  # which leaf is copied into which memory
+        self.fixed: list[tuple[int, View]] = []  # which leaf is used where it lies
+        self.constants = [leaf for leaf in leaves if not isinstance(leaf, (Array, np.ndarray))]  # keeps identities
+        mine: list[Any] = []
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, np.ndarray) or (isinstance(leaf, Array) and i in copied):
+                dtype = leaf.dtype if isinstance(leaf, Array) else as_dtype(leaf.dtype)
+                value = Value(tuple(leaf.shape), dtype)
+                value.buffer = device.allocate(value.nbytes)
+                view = whole(value)
+                self.inputs.append((i, schedule.as_numpy(value.buffer, view)))
+                mine.append(Array(view))
+            elif isinstance(leaf, Array):
+                leaf.evaluate()
+                self.fixed.append((i, leaf.view))
+                mine.append(Array(leaf.view))
+            else:
+                mine.append(leaf)
+        given = iter(mine)
+        self.device = device
+        self._record(
+            lambda: function(
+                *(_rebuild(a, given) for a in arguments), **{k: _rebuild(a, given) for k, a in keywords.items()}
+            ),
+            {a.view.value for a in mine if isinstance(a, Array)},
+        )
+
+    def _record(self, call: Callable[[], Any], parameters: set[Value]) -> None:
+        nodes: list[Node] = []
+        start = next(graph.numbers)
+        before = schedule.tracing
+        schedule.tracing = (start, parameters)
+        graph.hooks.append(nodes.append)
+        try:
+            self.result = call()
+        finally:
+            graph.hooks.remove(nodes.append)
+            schedule.tracing = before
+        leaves: list[Any] = []
+        _flatten(self.result, leaves, [])
+        views = [leaf.view for leaf in leaves if isinstance(leaf, Array)]
+        effects = [
+            node for node in nodes
+            if any(v.value.buffer is not None or (v.value.node and v.value.node.number < start) for v in node.updates)
+        ]  # fmt: skip
+        targets = list(dict.fromkeys(view.value for view in views))
+        run = schedule.needed([t for t in targets if t.pending], effects)
+        alive = [node.outputs for node in run]
+        earlier = [node for node in run if node.number < start]
+        if earlier:  # what was asked for before the call is computed once, now
+            needs = {v.value for node in run for v in (*node.inputs, *node.updates) if isinstance(v, View)}
+            outside = [v for v in (*needs, *targets) if v.node in earlier or any(w in earlier for w in v.writes)]
+            schedule.evaluate(outside, earlier, start)
+            run = [node for node in run if node.number >= start]
+        fresh = {value for value in targets if value.buffer is None}
+        self.steps, _ = schedule.make_steps(run, fresh)
+        self.fresh = fresh
+        self.variants = [_Variant(self.steps, fresh, self.device)]
+        self.updated = {view.value for node in run for view in node.updates if view.value.buffer is not None}
+        self.touched = {v.value for s in self.steps for v in s.arguments if isinstance(v, View) and v.value.buffer}
+        schedule.finish(nodes)
+        for value in self.updated:
+            value.readers = weakref.WeakSet(r for r in value.readers if not r.done)
+        self.views = views
+        self.result = _template(self.result)
+        del alive
+
+    def accepts(self, leaves: list[Any]) -> bool:
+        """Whether the arrays that this trace uses in place are those of the call."""
+        return all(leaves[i].view == view for i, view in self.fixed)
+
+    def differing(self, leaves: list[Any]) -> set[int]:
+        """Which of these arrays are others; none if one of them is updated (then it needs a trace of its own)."""
+        found = {i for i, view in self.fixed if leaves[i].view != view}
+        if any(view.value in self.updated for i, view in self.fixed if i in found):
+            return set()
+        return found | {i for i, _ in self.inputs}
+
+    def run(self, leaves: list[Any]) -> Any:
+        for i, memory in self.inputs:
+            leaf = leaves[i]
+            if isinstance(leaf, np.ndarray):
+                memory[...] = leaf.view(memory.dtype) if leaf.dtype != memory.dtype else leaf
+            else:
+                leaf.evaluate()
+                memory[...] = schedule.as_numpy(leaf.buffer, leaf.view)
+        if graph.unwritten:
+            schedule.evaluate([value for value in self.touched if value.writes])
+        for value in self.updated:
+            if value.readers.data:
+                schedule.evaluate_readers(value)
+        variant = next((v for v in self.variants if not v.held()), None)
+        if variant is None and len(self.variants) < VARIANTS:
+            variant = _Variant(self.steps, self.fresh, self.device, self.variants[0].program.arena)
+            self.variants.append(variant)
+        elif variant is None:
+            self.variants.append(variant := self.variants.pop(0))  # the one that ran longest ago
+            variant.release()
+        self.program = variant.program
+        self.program.run()
+        fresh = variant.results()
+        arrays = iter([
+            Array(View(fresh.get(v.value, v.value), v.dtype, v.shape, v.strides, v.offset)) for v in self.views
+        ])  # fmt: skip
+        return _fill(self.result, arrays)
+
+
+class _Variant:
+    """The program with one set of output buffers, and who still looks at these."""
+
+    def __init__(self, steps: Any, fresh: set[Value], device: Any, arena: Any = None) -> None:
+        self.program = Program(steps, fresh, device, arena)
+        self.outputs = [(value, self.program.buffers[value]) for value in fresh]
+        self.latest: list[weakref.ref[Value]] = []
+
+    def held(self) -> bool:
+        return any(reference() is not None for reference in self.latest)
+
+    def results(self) -> dict[Value, Value]:
+        """A value for each output of the run that has just ended."""
+        fresh = {value: Value(value.shape, value.dtype, None, buffer) for value, buffer in self.outputs}
+        self.latest = [weakref.ref(value) for value in fresh.values()]
+        return fresh
+
+    def release(self) -> None:
+        """Earlier results that are still in use get memory of their own."""
+        for reference in self.latest:
+            held = reference()
+            if held is not None and held.buffer is not None:
+                own = self.program.device.allocate(held.nbytes)
+                own.as_numpy()[...] = held.buffer.as_numpy()
+                held.buffer = own
+
+
+# ---------------------------------------------------------------------------------------- arguments and results
+
+
+def _flatten(value: Any, leaves: list[Any], key: list[Any]) -> None:
+    """The leaves of nested tuples, lists and dicts, and a key of what a trace depends on."""
+    kind = type(value)
+    if kind is Array:
+        leaves.append(value)
+        key.append((value.view.shape, value.view.dtype))
+    elif kind is np.ndarray:
+        leaves.append(value)
+        key.append((value.shape, value.dtype))
+    elif kind is tuple or kind is list:
+        key.append((kind, len(value)))
+        for item in value:
+            _flatten(item, leaves, key)
+    elif kind is dict:
+        key.append((kind, tuple(value)))
+        for item in value.values():
+            _flatten(item, leaves, key)
+    else:
+        leaves.append(value)
+        key.append((kind, value) if kind in (int, float, str, bool, type(None)) else (kind, id(value)))
+
+
+def _rebuild(value: Any, leaves: Any) -> Any:
+    """The same nesting with other leaves."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind(_rebuild(item, leaves) for item in value)
+    if kind is dict:
+        return {name: _rebuild(item, leaves) for name, item in value.items()}
+    return next(leaves)
+
+
+_ARRAY = object()  # where a result has an array
+
+
+def _template(value: Any) -> Any:
+    kind = type(value)
+    if kind is Array:
+        return _ARRAY
+    if kind is tuple or kind is list:
+        return kind(_template(item) for item in value)
+    if kind is dict:
+        return {name: _template(item) for name, item in value.items()}
+    return value
+
+
+def _fill(template: Any, arrays: Any) -> Any:
+    kind = type(template)
+    if template is _ARRAY:
+        return next(arrays)
+    if kind is tuple or kind is list:
+        return kind(_fill(item, arrays) for item in template)
+    if kind is dict:
+        return {name: _fill(item, arrays) for name, item in template.items()}
+    return template
+
