@@ -244,7 +244,8 @@ class LaneBuilder:
             shift = constant_a + size * (constant_b + (base_b if isinstance(base_b, int) else 0))
             return build(pointer, shift, stride_a + stride_b * size, gcd(a.multiple, b.multiple * size))
         if isinstance(types[0], PointerType):
-            return None
+            to_pointer = kind in ("cast", "bitcast") and isinstance(result, PointerType)
+            return a if to_pointer else None
         if kind in ("add", "sub"):
             sign = 1 if kind == "add" else -1
             base = self._binary(kind, base_a, base_b, types[0])
