@@ -158,8 +158,8 @@ class Memory(Values):
         mask = self.find(lambda v: v.type == TileType(int1, shape)) if self.chance(0.3) else None
         return self.masked_load(buffer, pointers, mask)
 
-    def store(self, value: ir.Value) -> None:
-        """To the program's own part of a new or known buffer."""
+    def store(self, value: ir.Value, into: Buffer | None = None) -> None:
+        """To the program's own part of a new or known buffer, `into` if the value fits there."""
         if value.element == int1:
             value = self.cast(value, self.choose([t for t in self.dtypes if not t.is_float] or [int32]))
         element = value.element
@@ -169,7 +169,7 @@ class Memory(Values):
         if value.shape:
             tiles, extent = self.axes(value.shape, injective=True)
         known = [b for b in self.outputs if b.element == element and b.span >= extent]
-        buffer = self.choose(known) if known and self.chance(0.4) else None
+        buffer = into if into in known else self.choose(known) if known and self.chance(0.4) else None
         if buffer is None:
             span = extent + self.between(0, 3)
             buffer = self.buffer(element, self.data(element, span * self.programs), span)
@@ -189,16 +189,27 @@ class Memory(Values):
         self.emit("store", [pointers, value] + ([mask] if mask is not None else []))
 
     def reload(self) -> None:
-        """Reads back what this program instance stored."""
+        """Reads back what this program instance stored; often writes there before the value is used."""
+        if "alias" in self.features and not self.outputs:
+            self.store(self.value(self.dtype(), self.shape()))
         known = [b for b in self.outputs if b.span and not (self.in_loop and b.element.is_float)]
-        if known:
-            buffer = self.choose(known)
-            tiles, extent = self.axes(self.shape(limit=max(1, buffer.span // 2)), injective=False)
-            if extent <= buffer.span:
-                shape = tuple(max(s) for s in zip(*(t.shape for t in tiles)))
-                base = self.base(buffer, buffer.span, self.between(0, buffer.span - extent))
-                value = self.masked_load(buffer, self.pointers(base, tiles, shape), None)
-                self.keep(value, self.bounds[value], self.errors[value])
+        if not known:
+            return
+        buffer, overwrite = self.choose(known), self.chance(0.6)
+        shape = self.shape(limit=max(1, buffer.span))
+        tiles, extent = self.axes(shape, injective=overwrite)
+        if extent > buffer.span:
+            return
+        start = self.between(0, buffer.span - extent)
+        pointers = self.pointers(self.base(buffer, buffer.span, start), tiles, shape)
+        value = self.masked_load(buffer, pointers, None)
+        value = self.keep(value, self.bounds[value], self.errors[value])
+        if overwrite:
+            new = self.value(buffer.element, shape)
+            buffer.bound, buffer.error = max(buffer.bound, self.bounds[new]), max(buffer.error, self.errors[new])
+            self.emit("store", [self.pointers(self.base(buffer, buffer.span, start), tiles, shape), new])
+            if self.chance(0.5):
+                self.store(value)
 
     def atomic(self) -> None:
         """On cells that all program instances share; integers, one kind a buffer: the order does not matter."""

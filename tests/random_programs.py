@@ -259,7 +259,11 @@ class _Builder(Operations):
             (1.5, self.some_store),
         ]
         options = {"views": (3, self.view), "reduce": (2.5, self.reduce), "scan": (1, lambda: self.reduce("scan"))}
-        options |= {"dot": (1.5, self.dot), "atomic": (0.4, self.atomic), "inplace": (0.7, self.reload)}
+        options |= {
+            "dot": (1.5, self.dot),
+            "atomic": (0.4, self.atomic),
+            "inplace": (3 if "alias" in self.features else 1.5, self.reload),
+        }
         if depth < 3:
             options |= {"for": (1.5, self.loop), "while": (0.7, self.while_loop), "if": (1.2, self.branch)}
         choices += [option for name, option in options.items() if name in self.features]

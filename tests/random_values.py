@@ -41,7 +41,7 @@ LIMIT = 64.0  # float magnitudes above are clamped
 Shape = tuple[int, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Buffer:
     """A pointer parameter. `span` elements belong to each program instance if it is written."""
 
@@ -191,7 +191,7 @@ class Values:
 
     def parameter(self, buffer: Buffer) -> ir.Value:
         """One of the parameters for the buffer; another one now and then, if the program may have aliases."""
-        if buffer.span and "alias" in self.features and self.chance(0.2):
+        if buffer.span and "alias" in self.features and len(buffer.names) < 3 and self.chance(0.5):
             parameter = ir.Value(buffer.parameter.type, None, f"alias{len(self.parameters)}")
             self.parameters.append(parameter)
             self.arguments.append(buffer.data)
