@@ -99,22 +99,30 @@ def round_to(x: Array, element: DType | PointerType) -> Array:
     return _round_bfloat16(x)
 
 
+def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """Knuth's exact sum: the rounded one and what it lost."""
+    total = x + y
+    part = total - x
+    return total, (x - (total - part)) + (y - part)
+
+
 def _fma(x: Array, y: Array, z: Array) -> Array:
-    """x * y + z as float64, to be rounded once more. Exact after that for 32 and 16 bits; fp64 is within one ulp."""
+    """x * y + z in float64, such that one more rounding to 32 or 16 bits, or none for fp64, is the only one.
+
+    For fp64 Boldo and Melquiond's way; within one unit in the last place where the product over- or underflows.
+    """
     wide = x.dtype == np.float64
     x, y, z = (np.asarray(v, np.float64) for v in (x, y, z))
     product = x * y  # exact but for fp64
-    lost = np.float64(0)
-    if wide:  # Dekker's exact product, from halves of 26 bits
-        (a, b), (c, d) = (((v * 134217729.0) - ((v * 134217729.0) - v), v) for v in (x, y))
-        b, d = b - a, d - c
-        lost = ((a * c - product) + a * d + b * c) + b * d
-    total = product + z
-    part = total - product
-    error = (product - (total - part)) + (z - part)  # Knuth's exact error of a sum
-    if wide:
-        return np.where(np.isfinite(lost + error), total + (lost + error), total)
-    return _to_odd(total, error)
+    if not wide:
+        return _to_odd(*_two_sum(product, z))
+    (a, b), (c, d) = (((v * 134217729.0) - ((v * 134217729.0) - v), v) for v in (x, y))  # Dekker: halves of 26 bits
+    b, d = b - a, d - c
+    lost = ((a * c - product) + a * d + b * c) + b * d
+    low, low_error = _two_sum(z, lost)
+    total, error = _two_sum(product, low)
+    rest = _to_odd(*_two_sum(error, low_error))
+    return np.where(np.isfinite(rest), total + rest, product + z)
 
 
 def constant(number: Any, element: DType | PointerType) -> Array:
