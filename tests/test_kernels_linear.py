@@ -8,9 +8,11 @@ from kernel_runner import ENGINES, BFloat16, padded, poisoned, run
 
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
-from nitinol.kernels import activations, matvec
+from nitinol.kernels import activations, matmul, matvec
 from nitinol.kernels.quantized import run_arguments
 
+BLOCK_FORMATS = [name for name, format in FORMATS.items() if format.values > 1]
+K_FORMATS = [name for name, format in FORMATS.items() if format.values == 256]
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -45,7 +47,7 @@ def test_quantize_activations(rng, engine, columns):
     x[0, :32] = 0  # a group of zeros has scale 0
     out = activations.Activations(
         poisoned((tokens + 1, columns), np.int8), poisoned((tokens + 1, columns // 32)),
-        poisoned((tokens + 1, columns // 16)),
+        poisoned((tokens + 1, columns // 16), np.int32),
     )  # fmt: skip
     groups = activations.groups_per_program(columns)
     run(engine, activations.quantize_activations_kernel, (tokens, columns // (32 * groups)), x=padded(x),
@@ -98,3 +100,62 @@ def test_matvec(rng, engine, format, rows, columns, tokens):
         )  # fmt: skip
         np.testing.assert_allclose(out[:tokens], expected, **close)
         assert np.isnan(out[tokens]).all()
+
+
+MATMUL_CASES = [("native", format, 37, 512 if format in K_FORMATS else 96, 21) for format in BLOCK_FORMATS] + [
+    ("native", "Q8_0", 64, 256, 64), ("native", "Q2_K", 32, 256, 32), ("native", "Q4_K", 64, 256, 5),
+    ("interpreter", "Q5_1", 9, 64, 5), ("interpreter", "Q6_K", 16, 256, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "format", "rows", "columns", "tokens"), MATMUL_CASES)
+def test_quantized_matmul(rng, engine, format, rows, columns, tokens):
+    x = rng.normal(size=(tokens, columns)).astype(np.float32)
+    data = weights_of(rng, format, rows, columns)
+    bias = rng.normal(size=rows).astype(np.float32)
+    residual, gate = rng.normal(size=(2, tokens, rows)).astype(np.float32)
+    given, arguments = operands(x, format)
+    block_t, block_n = 16, 32
+    even = rows % block_n == 0 and tokens % block_t == 0
+    expected = matvec.matvec_reference(given, data, format, (rows, columns))
+    for use in (False, True):
+        out = poisoned((tokens + 1, rows))
+        run(engine, matmul.quantized_matmul_kernel, (-(-rows // block_n), -(-tokens // block_t)), weights=data,
+            bias=padded(bias) if use else None, residual=padded(residual) if use else None,
+            gate=padded(gate) if use else None, out=out, tokens=tokens, rows=rows, columns=columns,
+            row_bytes=FORMATS[format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, EVEN=even, **arguments,
+            **run_arguments(format, columns))  # fmt: skip
+        if use:
+            expected = gate / (1 + np.exp(-gate.astype(np.float64))) * expected + bias + residual
+        np.testing.assert_allclose(out[:tokens], expected, rtol=1e-5, atol=1e-5 * np.sqrt(columns))
+        assert np.isnan(out[tokens]).all()
+
+
+@pytest.mark.parametrize(
+    ("engine", "m", "n", "k", "transposed", "a_type", "b_type"),
+    [
+        ("native", 64, 64, 128, False, np.float32, np.float32),
+        ("native", 33, 47, 70, False, np.float32, np.float32),
+        ("native", 33, 47, 70, True, np.float32, np.float32),
+        ("native", 64, 32, 40, True, np.float32, np.float16),
+        ("native", 5, 100, 64, False, np.float16, np.float16),
+        ("native", 1, 1, 1, False, np.float32, np.float32),
+        ("interpreter", 18, 33, 20, True, np.float32, np.float16),
+        ("interpreter", 16, 20, 33, False, np.float32, np.float32),
+    ],
+)
+def test_matmul(rng, engine, m, n, k, transposed, a_type, b_type):
+    batches = 2
+    a = rng.normal(size=(batches, m, k)).astype(a_type)
+    b = rng.normal(size=(n, k) if transposed else (k, n)).astype(b_type)  # shared by the batches
+    bias = rng.normal(size=n).astype(np.float32)
+    out = poisoned((batches * m + 1, n))
+    block_m, block_n, block_k = 16, 32, 32
+    run(engine, matmul.matmul_kernel, (-(-n // block_n), -(-m // block_m), batches), a=padded(a), b=padded(b),
+        bias=padded(bias), residual=None, gate=None, out=out, m=m, n=n, k=k, a_batch=m * k, a_m=k, a_k=1, b_batch=0,
+        b_k=1 if transposed else n, b_n=k if transposed else 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        EVEN=m % block_m == 0 and n % block_n == 0, EVEN_K=k % block_k == 0)  # fmt: skip
+    expected = a.astype(np.float64) @ (b.T if transposed else b).astype(np.float64) + bias
+    # k fp32 products summed in fp32: random errors of 6e-8 each, added up
+    np.testing.assert_allclose(out[:-1].reshape(batches, m, n), expected, rtol=1e-5, atol=2e-6 * np.sqrt(k))
+    assert np.isnan(out[-1]).all()

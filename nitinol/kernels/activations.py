@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.array import Array, Output, launch
+from nitinol.array.graph import Launch, whole
 from nitinol.language.jit import jit
 
 
 class Activations(NamedTuple):
     """Quantised activations of T tokens: `values` int8 [T, columns], `scales` float32 [T, columns / 32], and `sums`
-    float32 [T, columns / 16], the sums of every 16 dequantised values (what a weight's minimum is multiplied by)."""
+    int32 [T, columns / 16], the sums of every 16 integers (what a weight's minimum or offset is multiplied by)."""
 
     values: Any
     scales: Any
@@ -32,30 +34,32 @@ def quantize_activations_kernel(x, values, scales, sums, columns, GROUPS: tl.con
     largest = tl.max(tl.max(tl.abs(value), axis=2), axis=1)
     inverse = tl.where(largest > 0, 127.0 / largest, 0.0)
     quant = tl.floor(value * inverse[:, None, None] + 0.5).to(tl.int32)
-    scale = largest / 127.0
     tl.store(values + at, quant.to(tl.int8))
-    tl.store(scales + group, scale)
-    halves = group[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(sums + halves, tl.sum(quant, axis=2).to(tl.float32) * scale[:, None])
+    tl.store(scales + group, largest / 127.0)
+    tl.store(sums + group[:, None] * 2 + tl.arange(0, 2)[None, :], tl.sum(quant, axis=2))
 
 
-def quantize_activations(x: Any) -> Activations:
-    """x float32 [T, columns], columns a multiple of 32, as int8 with a scale per 32 values."""
-    from nitinol.array import Output, launch
+def quantize_activations(x: Array) -> Activations:
+    """x float32 [T, columns], columns a multiple of 32, as int8 with a scale per 32 values.
 
+    Asked again for the same pending array, as by the projections to queries, keys and values, it gives the result
+    that is recorded already.
+    """
     tokens, columns = x.shape
     if columns % 32:
         raise ValueError(f"quantize_activations: rows have {columns} values, expected a multiple of 32")
+    for node in list(x.view.value.readers):
+        same = isinstance(node, Launch) and node.kernel is quantize_activations_kernel and node.inputs == (x.view,)
+        if same and not node.done and all(write.number < node.number for write in x.view.value.writes):
+            return Activations(*(Array(whole(value)) for value in node.outputs))
     groups = groups_per_program(columns)
-    outputs = {
-        "values": Output((tokens, columns), "int8"),
-        "scales": Output((tokens, columns // 32), "float32"),
-        "sums": Output((tokens, columns // 16), "float32"),
-    }
-    grid = (tokens, columns // (32 * groups))
     return Activations(
-        *launch(quantize_activations_kernel, grid, x=x, columns=columns, GROUPS=groups, **outputs)
-    )
+        *launch(
+            quantize_activations_kernel, (tokens, columns // (32 * groups)), x=x, columns=columns, GROUPS=groups,
+            values=Output((tokens, columns), "int8"), scales=Output((tokens, columns // 32), "float32"),
+            sums=Output((tokens, columns // 16), "int32"),
+        )
+    )  # fmt: skip
 
 
 def groups_per_program(columns: int) -> int:
@@ -74,10 +78,9 @@ def quantize_activations_reference(x: np.ndarray) -> Activations:
         inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
     quants = np.floor(groups * inverse + np.float32(0.5)).astype(np.int32)
     scales = largest / np.float32(127)
-    sums = quants.sum(axis=2).astype(np.float32) * scales[:, :, 0]
     tokens, columns = x.shape
     return Activations(
         quants.astype(np.int8).reshape(tokens, columns),
         scales.reshape(tokens, columns // 32),
-        sums.reshape(tokens, columns // 16),
+        quants.sum(axis=2, dtype=np.int32).reshape(tokens, columns // 16),
     )

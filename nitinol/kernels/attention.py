@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.array import Output, launch
 from nitinol.language.jit import jit
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -154,8 +155,6 @@ def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: f
     q float32 [T, heads * head_dim], caches [kv_heads, context, head_dim], position int32 [1]; float32 of q's shape.
     `scale` is 1 / sqrt(head_dim) unless given.
     """
-    from nitinol.array import Output, launch
-
     kv_heads, context, head_dim = k_cache.shape
     tokens, width = q.shape
     if width % (kv_heads * head_dim):
@@ -192,8 +191,6 @@ def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: f
 def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
     """softmax(q k^T * scale, causal) v for q float32 [heads, T, head_dim] and k, v [kv_heads, T, head_dim], contiguous;
     float32 [heads, T, head_dim]."""
-    from nitinol.array import Output, launch
-
     heads, tokens, head_dim = q.shape
     kv_heads = k.shape[0]
     if heads % kv_heads or tuple(k.shape[1:]) != (tokens, head_dim) or tuple(v.shape) != tuple(k.shape):

@@ -14,6 +14,7 @@ import nitinol.language as tl
 from nitinol.formats.quantization import dequantize
 from nitinol.kernels.activations import Activations
 from nitinol.kernels.decode import decode
+from nitinol.kernels.epilogue import finish, silu
 from nitinol.language.jit import jit
 
 
@@ -36,17 +37,8 @@ def matvec_kernel(
     y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES)
     if up is not None:
         right = product(x, x_scales, x_sums, up, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES)
-        y = y / (1.0 + tl.exp(-y)) * right
-    if bias is not None:
-        y += tl.load(bias + source).to(tl.float32)[None, :]
-    at = token[:, None].to(tl.int64) * rows + row[None, :]
-    inside = (token < tokens)[:, None] & (row < rows)[None, :]
-    if residual is not None:
-        y += tl.load(residual + at) if EVEN else tl.load(residual + at, mask=inside)
-    if EVEN:
-        tl.store(out + at, y)
-    else:
-        tl.store(out + at, y, mask=inside)
+        y = silu(y) * right
+    finish(y, out, token, row, tokens, rows, bias, residual, None, EVEN)
 
 
 @jit
@@ -68,10 +60,10 @@ def product(
     for run in range(0, columns // VALUES):
         quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
         dots = lane_dots(quants, tl.load(values + run * VALUES))
-        both = scale[None] * tl.load(scales + run * GROUPS)[:, None, :, None]
-        total += tl.sum(dots.to(tl.float32) * over_lanes(both), axis=2)
+        x_scale = tl.load(scales + run * GROUPS)
+        total += tl.sum(dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None]), axis=2)
         if minimum is not None:
-            low += minimum_term(minimum, tl.load(sums + run * (2 * GROUPS)))
+            low += minimum_term(minimum, tl.load(sums + run * (2 * GROUPS)), x_scale)
     return tl.sum(total, axis=2) + tl.sum(low, axis=2)
 
 
@@ -94,13 +86,16 @@ def over_lanes(scale):
 
 
 @jit
-def minimum_term(minimum, sums):
-    """minimum [rows, groups, parts] times sums [tokens, groups, 2] of 16 values: [tokens, rows, groups]."""
+def minimum_term(minimum, sums, x_scale):
+    """minimum [rows, groups, parts] times the sums of 16 activations: integer sums [tokens, groups, 2] and scales
+    [tokens, groups], to [tokens, rows, groups]."""
     first, second = tl.split(sums)
     if minimum.shape[2] == 1:
-        return tl.reshape(minimum, (1, *minimum.shape[:2])) * (first + second)[:, None, :]
+        total = (first + second).to(tl.float32) * x_scale
+        return tl.reshape(minimum, (1, minimum.shape[0], minimum.shape[1])) * total[:, None, :]
     low, high = tl.split(minimum)
-    return low[None] * first[:, None, :] + high[None] * second[:, None, :]
+    left, right = first.to(tl.float32) * x_scale, second.to(tl.float32) * x_scale
+    return low[None] * left[:, None, :] + high[None] * right[:, None, :]
 
 
 @jit

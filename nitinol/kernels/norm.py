@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.array import Output, launch
 from nitinol.kernels.tiles import load_row, store_row
 from nitinol.language.jit import jit
 
@@ -47,8 +48,6 @@ def rms_norm(x: Any, weight: Any, epsilon: float = 1e-6, residual: Any = None) -
     norm is then taken over runs of that many values, such as the heads of a query (QK-norm). With `residual`, of x's
     shape, the result is a pair: the norm of x + residual, and x + residual.
     """
-    from nitinol.array import Output, launch
-
     columns = _columns("rms_norm", x, weight)
     if residual is not None and tuple(residual.shape) != tuple(x.shape):
         raise ValueError(f"rms_norm: residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}")
@@ -64,8 +63,6 @@ def rms_norm(x: Any, weight: Any, epsilon: float = 1e-6, residual: Any = None) -
 
 def layer_norm(x: Any, weight: Any, bias: Any, epsilon: float = 1e-5) -> Any:
     """(x - mean) / sqrt(variance + epsilon) * weight + bias along the last axis of x; weight and bias [columns]."""
-    from nitinol.array import Output, launch
-
     columns = _columns("layer_norm", x, weight)
     return launch(
         layer_norm_kernel, (_size(x) // columns,), x=x, weight=weight, bias=bias, out=Output(x.shape, "float32"),

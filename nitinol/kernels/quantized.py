@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.array import Output, launch
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize as dequantize_reference
 from nitinol.kernels.decode import blocks_per_run, decode_values
@@ -64,8 +65,6 @@ def run_arguments(format: str, columns: int, values: int = 256) -> dict[str, Any
 def dequantize(weights: Any) -> Any:
     """Weights [rows, columns] of any supported format as an Array of float32, exactly as ggml's reference decodes
     them: one product and one sum per value, rounded each."""
-    from nitinol.array import Output, launch
-
     rows, columns = weights.shape
     return launch(
         dequantize_kernel, (rows,), weights=weights, out=Output(weights.shape, "float32"), columns=columns,
@@ -75,8 +74,6 @@ def dequantize(weights: Any) -> Any:
 
 def embedding(weights: Any, tokens: Any) -> Any:
     """Rows `tokens` (int32 [T]) of weights [vocabulary, columns] as an Array of float32 [T, columns]."""
-    from nitinol.array import Output, launch
-
     vocabulary, columns = weights.shape
     return launch(
         embedding_kernel, (tokens.shape[0],), weights=weights, tokens=tokens,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.array import InPlace, Output, launch
 from nitinol.language.jit import jit
 
 
@@ -97,8 +98,6 @@ def rope_and_cache(
     int32 [1] (of the first token), caches [kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm
     (both [head_dim]) every query and key head goes through RMSNorm first. Positions from `context` on are dropped.
     """
-    from nitinol.array import InPlace, Output, launch
-
     kv_heads, context, head_dim = k_cache.shape
     tokens, width = q.shape
     if tuple(k.shape) != (tokens, kv_heads * head_dim) or tuple(v.shape) != tuple(k.shape) or width % k.shape[1]:

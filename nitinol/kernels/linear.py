@@ -1,0 +1,116 @@
+"""Products with weights [rows, columns] of any format, for arrays: which kernel, which blocks, which operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nitinol.language as tl
+from nitinol.array import Array, Output, Strided, launch
+from nitinol.formats.blocks import FORMATS
+from nitinol.kernels.activations import quantize_activations
+from nitinol.kernels.decode import FLOAT_FORMATS
+from nitinol.kernels.matmul import matmul_kernel, quantized_matmul_kernel
+from nitinol.kernels.matvec import matvec_kernel
+from nitinol.kernels.quantized import run_arguments
+
+FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
+
+
+def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate: Any = None) -> Array:
+    """silu(gate) * (x @ weights^T) + bias + residual, float32 [T, rows]; what is None is left out.
+
+    x float32 [T, columns], weights of shape [rows, columns] in any format, bias [rows], residual and gate [T, rows].
+    With weights of a block format x is rounded to int8, with a scale per 32 values.
+    """
+    tokens, columns = x.shape
+    rows = _rows("linear", x, weights)
+    _like("linear", "bias", bias, (rows,))
+    _like("linear", "residual", residual, (tokens, rows))
+    _like("linear", "gate", gate, (tokens, rows))
+    epilogue = {"bias": bias, "residual": residual, "out": Output((tokens, rows), "float32")}
+    if tokens <= FEW_TOKENS and gate is None:
+        return _matvec(x, weights, None, epilogue)
+    if weights.format in FLOAT_FORMATS:
+        return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
+    parts = quantize_activations(x)
+    block_t = min(64, tl.next_power_of_2(tokens))
+    block_n = 64
+    return launch(
+        quantized_matmul_kernel, (tl.cdiv(rows, block_n), tl.cdiv(tokens, block_t)), x=parts.values,
+        x_scales=parts.scales, x_sums=parts.sums, weights=weights, tokens=tokens, rows=rows, columns=columns,
+        row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, gate=gate,
+        EVEN=rows % block_n == 0 and tokens % block_t == 0, _operations=2 * tokens * rows * columns,
+        **epilogue, **run_arguments(weights.format, columns),
+    )  # fmt: skip
+
+
+def swiglu(x: Array, gate: Any, up: Any) -> Array:
+    """silu(x @ gate^T) * (x @ up^T), the gate of a feed-forward layer (Shazeer, "GLU variants improve transformer",
+    2020): float32 [T, rows]. gate and up are weights of one shape [rows, columns]."""
+    if tuple(gate.shape) != tuple(up.shape):
+        raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected the same")
+    if x.shape[0] <= FEW_TOKENS and gate.format == up.format:
+        rows = _rows("swiglu", x, gate)
+        epilogue = {"bias": None, "residual": None, "out": Output((x.shape[0], rows), "float32")}
+        return _matvec(x, gate, up, epilogue)
+    return linear(x, up, gate=linear(x, gate))
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """a @ b, float32 [..., m, n] of [..., m, k] and [..., k, n]: float32, float16 or bfloat16, transposed views as they
+    are. Leading axes are equal, or missing from one operand."""
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"matmul takes [..., m, k] and [..., k, n], found shapes {a.shape} and {b.shape}")
+    if a.ndim > 2 and b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(f"matmul: the leading axes differ, found shapes {a.shape} and {b.shape}")
+    leading = a.shape[:-2] or b.shape[:-2]
+    left, right = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+    out = _matmul(left, right, {"bias": None, "residual": None, "gate": None, "out": None})
+    return out.reshape(*leading, a.shape[-2], b.shape[-1])
+
+
+def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
+    tokens, columns = x.shape
+    rows = weights.shape[0]
+    plain = weights.format in FLOAT_FORMATS
+    values, scales, sums = (x, None, None) if plain else quantize_activations(x)
+    block_rows = 4
+    block_tokens = tl.next_power_of_2(tokens)
+    return launch(
+        matvec_kernel, (tl.cdiv(rows, block_rows),), x=values, x_scales=scales, x_sums=sums, weights=weights, up=up,
+        tokens=tokens, rows=rows, columns=columns, row_bytes=FORMATS[weights.format].nbytes(columns),
+        ROWS=block_rows, TOKENS=block_tokens, EVEN=rows % block_rows == 0 and tokens == block_tokens,
+        _operations=(2 if up is None else 4) * tokens * rows * columns,
+        **epilogue, **run_arguments(weights.format, columns, 64 if plain else 256),
+    )  # fmt: skip
+
+
+def _matmul(a: Array, b: Array, epilogue: dict[str, Any]) -> Array:
+    """[batch, m, k] @ [batch, k, n], either batch may be 1 for all."""
+    (a_batch, m, k), (b_batch, _, n) = a.shape, b.shape
+    batch = max(a_batch, b_batch)
+    if epilogue["out"] is None:
+        epilogue = {**epilogue, "out": Output((batch, m, n), "float32")}
+    block_m, block_n = min(64, tl.next_power_of_2(m)), min(64, max(16, tl.next_power_of_2(n)))
+    block_k = min(128, max(4, tl.next_power_of_2(k)))
+    return launch(
+        matmul_kernel, (tl.cdiv(n, block_n), tl.cdiv(m, block_m), batch), a=Strided(a), b=Strided(b), m=m, n=n, k=k,
+        a_batch=a.strides[0] if a_batch > 1 else 0, a_m=a.strides[1], a_k=a.strides[2],
+        b_batch=b.strides[0] if b_batch > 1 else 0, b_k=b.strides[1], b_n=b.strides[2],
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=m % block_m == 0 and n % block_n == 0,
+        EVEN_K=k % block_k == 0, _operations=2 * batch * m * n * k, **epilogue,
+    )  # fmt: skip
+
+
+def _rows(name: str, x: Array, weights: Any) -> int:
+    if x.ndim != 2 or len(weights.shape) != 2 or x.shape[1] != weights.shape[1]:
+        raise ValueError(
+            f"{name}: x has shape {x.shape} and the weights {tuple(weights.shape)}, expected [T, columns] and "
+            "[rows, columns]"
+        )
+    return int(weights.shape[0])
+
+
+def _like(name: str, what: str, operand: Any, shape: tuple[int, ...]) -> None:
+    if operand is not None and tuple(operand.shape) != shape:
+        raise ValueError(f"{name}: {what} has shape {tuple(operand.shape)}, expected {shape}")

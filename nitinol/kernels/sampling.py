@@ -1,0 +1,200 @@
+"""The next token, chosen on the device: a decode step leaves the token and its position where the next step reads
+them, so a recorded list of kernels can be submitted again and again with no work on the host in between.
+
+The distribution, in this order:
+1. Repetition penalty r (Keskar et al., "CTRL", 2019): a logit of a token that occurs among the last `window` tokens is
+   divided by r if it is positive and multiplied by r otherwise; once, however often the token occurs.
+2. Weights w = exp((logit - highest logit) / temperature), so the highest is 1. Temperature 0: the token of the highest
+   logit, the first of several, and the rest does not apply.
+3. top-k: w is kept if fewer than k weights are larger.
+4. top-p (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020), of what is left: w is kept if the
+   larger weights sum to less than p of the total; the highest always.
+5. min-p: w is kept if it is at least min_p (times the highest, which is 1).
+6. A kept token is chosen with probability w / sum of kept weights, by one uniform number of Philox(seed, position).
+
+Each of 3 to 5 keeps "all weights from a threshold on", so equal weights stand or fall together: more than k tokens
+stay if several tie at rank k. The thresholds are exact: floats from 0 to 1 are ordered as their bits, and bisection
+over the 2^30 bit patterns ends in 30 passes. Sums are fp32 in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import nitinol.language as tl
+from nitinol.array import InPlace, Output, launch
+from nitinol.kernels.tiles import load_row, store_row
+from nitinol.language.jit import jit
+
+BITS_OF_ONE = tl.constexpr(0x3F800000)
+LARGEST_INT = tl.constexpr(2**31 - 1)
+BLOCK = 128
+
+
+class SamplingState(NamedTuple):
+    """What steps hand on, all on the device.
+
+    token int32 [1]: the latest token. position int32 [1]: where the next token to be processed stands. history int32
+    [context]: every token at its position. options float32 [4]: temperature, top_p (1: off), min_p (0: off),
+    repetition penalty (1: off). limits int64 [3]: seed, top_k (0: off), window (0: off).
+    """
+
+    token: Any
+    position: Any
+    history: Any
+    options: Any
+    limits: Any
+
+
+@jit
+def sample_kernel(
+    logits, weights, token, position, history, options, limits, vocabulary, tokens, context, BLOCK: tl.constexpr
+):
+    """One program. logits float32 [vocabulary] are those of the last of the `tokens` that this step processed;
+    weights is scratch of the same size."""
+    temperature = tl.load(options)
+    place = tl.load(position) + tokens
+    at = tl.arange(0, BLOCK)
+    for start in range(0, vocabulary, BLOCK):
+        value = load_row(logits + start, at, vocabulary - start, False)
+        store_row(weights + start, at, vocabulary - start, value, False)
+    penalty = tl.load(options + 3)
+    if penalty != 1.0:
+        penalise(logits, weights, history, place, tl.load(limits + 2), penalty, vocabulary, context, BLOCK)
+    highest, choice = greedy(weights, vocabulary, BLOCK)
+    if temperature > 0:
+        for start in range(0, vocabulary, BLOCK):
+            value = load_row(weights + start, at, vocabulary - start, False)
+            value = tl.exp((value - highest) / temperature)
+            store_row(weights + start, at, vocabulary - start, tl.where(value >= 0, value, 0.0), False)
+        seed, top_k = tl.load(limits), tl.load(limits + 1)
+        lowest = lowest_kept(weights, top_k, tl.load(options + 1), tl.load(options + 2), vocabulary, BLOCK)
+        uniform = tl.rand(seed, place)
+        choice = draw(weights, uniform, lowest, vocabulary, BLOCK)
+    tl.store(token, choice)
+    if place < context:
+        tl.store(history + place, choice)
+    tl.store(position, place)
+
+
+@jit
+def penalise(logits, weights, history, place, window, penalty, vocabulary, context, BLOCK: tl.constexpr):
+    """weights[t] = penalised logits[t] for tokens t at positions place - window .. place - 1. Written from the
+    untouched logits, so a token that occurs twice is penalised once."""
+    last = tl.minimum(place, context)
+    first = tl.maximum(place.to(tl.int64) - window, 0).to(tl.int32)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        seen = tl.load(history + at, mask=at < last, other=-1)
+        known = (seen >= 0) & (seen < vocabulary)
+        value = tl.load(logits + seen, mask=known, other=0.0)
+        tl.store(weights + seen, tl.where(value > 0, value / penalty, value * penalty), mask=known)
+
+
+@jit
+def greedy(values, count, BLOCK: tl.constexpr):
+    """The highest value and the first place where it stands (0 if all are NaN)."""
+    lane = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        value = load_row(values + start, lane, count - start, False, float("-inf"))
+        higher = value > best
+        best = tl.where(higher, value, best)
+        place = tl.where(higher, start + lane, place)
+    highest = tl.max(best)
+    return highest, tl.minimum(tl.min(tl.where(best == highest, place, LARGEST_INT)), count - 1)
+
+
+@jit
+def kept(weights, lowest, count, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many weights are at least `lowest`, or with MASS their sum; float32 (a count is exact up to 2^24 a lane)."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        value = load_row(weights + start, lane, count - start, False, -1.0)
+        total += tl.where(value >= lowest, value if MASS else 1.0, 0.0)
+    return tl.sum(total)
+
+
+@jit
+def threshold(weights, wanted, floor, count, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest threshold from `floor` to 1 that keeps at least `wanted`; `floor` must keep as much."""
+    low = floor.to(tl.int32, bitcast=True)
+    high = low * 0 + (BITS_OF_ONE + 1)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        enough = kept(weights, middle.to(tl.float32, bitcast=True), count, MASS, BLOCK) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low.to(tl.float32, bitcast=True)
+
+
+@jit
+def lowest_kept(weights, top_k, top_p, min_p, count, BLOCK: tl.constexpr):
+    """The lowest weight that top-k, top-p and min-p all keep."""
+    lowest = top_p * 0.0
+    if (top_k > 0) & (top_k < count):
+        lowest = threshold(weights, top_k.to(tl.float32), lowest, count, False, BLOCK)
+    if top_p < 1.0:
+        total = kept(weights, lowest, count, True, BLOCK)
+        lowest = threshold(weights, tl.maximum(top_p, 0.0) * total, lowest, count, True, BLOCK)
+    return tl.maximum(lowest, tl.minimum(min_p, 1.0))
+
+
+@jit
+def draw(weights, uniform, lowest, count, BLOCK: tl.constexpr):
+    """The first token at which the running sum of kept weights exceeds uniform * total: in blocks, then in the block.
+
+    Where rounding leaves none, the last kept token of the last block that has any.
+    """
+    lane = tl.arange(0, BLOCK)
+    target = uniform * kept(weights, lowest, count, True, BLOCK)
+    before = target * 0.0
+    passed = target * 0.0
+    block = count * 0
+    for start in range(0, count, BLOCK):
+        value = load_row(weights + start, lane, count - start, False, -1.0)
+        mass = tl.sum(tl.where(value >= lowest, value, 0.0))
+        here = (mass > 0) & (passed <= target)
+        block = tl.where(here, start, block)
+        before = tl.where(here, passed, before)
+        passed += mass
+    value = load_row(weights + block, lane, count - block, False, -1.0)
+    chosen = (value >= lowest) & (value > 0)
+    running = before + tl.cumsum(tl.where(chosen, value, 0.0))
+    first = tl.min(tl.where(chosen & (running > target), lane, LARGEST_INT))
+    last = tl.max(tl.where(chosen, lane, 0))
+    return block + tl.minimum(first, last)
+
+
+def sample(logits: Any, state: SamplingState, tokens: int = 1) -> Any:
+    """Chooses the token after the `tokens` tokens that a step has processed, from the last one's logits (float32
+    [vocabulary] or [1, vocabulary]); updates state.token, state.position (by `tokens`) and state.history. Returns the
+    updated (token, position, history)."""
+    vocabulary = logits.shape[-1]
+    _, *updated = launch(
+        sample_kernel, (1,), logits=logits, weights=Output((vocabulary,), "float32"), token=InPlace(state.token),
+        position=InPlace(state.position), history=InPlace(state.history), options=state.options, limits=state.limits,
+        vocabulary=vocabulary, tokens=tokens, context=state.history.shape[0], BLOCK=BLOCK,
+    )  # fmt: skip
+    return tuple(updated)
+
+
+def sampling_reference(
+    logits: np.ndarray, recent: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> np.ndarray:
+    """The probabilities of all tokens, float64, for temperature > 0; `recent` are the last `window` tokens."""
+    values = logits.astype(np.float64).copy()
+    repeated = np.unique(recent)
+    values[repeated] = np.where(values[repeated] > 0, values[repeated] / penalty, values[repeated] * penalty)
+    weights = np.exp((values - values.max()) / temperature)
+    if 0 < top_k < len(weights):
+        weights = np.where(weights >= np.sort(weights)[-top_k], weights, 0)
+    if top_p < 1:
+        larger = np.array([weights[weights > w].sum() for w in weights])
+        weights = np.where((larger < top_p * weights.sum()) | (larger == 0), weights, 0)
+    weights = np.where(weights >= min_p, weights, 0)
+    return weights / weights.sum()
