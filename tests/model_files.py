@@ -13,7 +13,7 @@ from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.formats.quantization import dequantize
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import make_random_model as random_model  # noqa: E402
+import make_random_model as random_model
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -41,7 +41,8 @@ def transformers_model(arch: str, seed: int, *, tied: bool = False, rope: dict[s
         sizes.setdefault("head_dim", 32)  # not width / heads
     parameters = {"rope_type": "default", "rope_theta": 10000.0} | (rope or {})
     kinds = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    config = getattr(transformers, f"{kinds[arch]}Config")(tie_word_embeddings=tied, rope_parameters=parameters, **sizes)
+    make_config = getattr(transformers, f"{kinds[arch]}Config")
+    config = make_config(tie_word_embeddings=tied, rope_parameters=parameters, **sizes)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{kinds[arch]}ForCausalLM")(config).eval()
     with torch.no_grad():  # far from the initial values, under which an omitted norm or bias would not show

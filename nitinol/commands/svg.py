@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nitinol.commands.trace import Limits, Phase, Row, count
+from nitinol.commands.trace import Limits, Phase, Row, shorten
+from nitinol.models.config import gigabytes
 
-WIDTH, MARGIN, BAR, STEP = 960, 40, 22, 34
+WIDTH, MARGIN, BAR, STEP = 960, 40, 24, 42
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), then greys.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F", "#BFBFBF")
 
@@ -18,6 +19,7 @@ class Share:
     """All launches of one kernel from one line of the model."""
 
     title: str
+    source: str
     launches: int
     time_us: float
     bytes: int
@@ -30,13 +32,13 @@ def shares(rows: Sequence[Row]) -> list[Share]:
     for row in rows:
         found.setdefault((row.line, row.kernel), []).append(row)
     everything = sorted(
-        (Share(f"{line}  {kernel.removesuffix('_kernel')}", len(group), sum(r.time_us for r in group),
-               sum(r.bytes for r in group), sum(r.operations for r in group))
+        (Share(f"{line}  {kernel.removesuffix('_kernel')}", group[0].operation, len(group),
+               sum(r.time_us for r in group), sum(r.bytes for r in group), sum(r.operations for r in group))
          for (line, kernel), group in found.items()), key=lambda share: -share.time_us)
     most = len(COLOURS) - 1
     kept, rest = everything[:most], everything[most:]
     if rest:
-        kept.append(Share(f"{len(rest)} others", sum(s.launches for s in rest), sum(s.time_us for s in rest),
+        kept.append(Share(f"{len(rest)} others", "", sum(s.launches for s in rest), sum(s.time_us for s in rest),
                           sum(s.bytes for s in rest), sum(s.operations for s in rest)))
     return kept
 
@@ -70,19 +72,21 @@ def draw(phase: Phase, limits: Limits, model: str, machine: str) -> str:
         parts.append(f'<line x1="{x:.1f}" y1="120" x2="{x:.1f}" y2="126" stroke="#999"/>')
         parts.append(_text(x, 140, f"{end * tick / 4 / 1e3:.2f} ms", anchor=anchor, colour="#666", size=11))
     longest = found[0].time_us if found else 1.0
-    left, room = MARGIN + 250, inner - 250 - 250
+    left, room = MARGIN + 280, inner - 280 - 230
     for i, share in enumerate(found):
         y = top + STEP * i
         width = room * share.time_us / longest
         rate = share.bytes / share.time_us / 1e3 if share.time_us else 0.0
-        parts.append(_text(MARGIN, y + 15, share.title))
+        parts.append(_text(MARGIN, y + 11, share.title))
+        parts.append(_text(MARGIN, y + 25, shorten(share.source, 46), size=10, colour="#777"))
         parts.append(f'<rect x="{left}" y="{y}" width="{max(width, 1):.1f}" height="{BAR}" rx="2" '
                      f'fill="{COLOURS[i]}"/>')
-        parts.append(_text(left + width + 8, y + 15, f"{100 * share.time_us / busy:.0f}%  {share.time_us / 1e3:.2f} ms  "
-                                                     f"{share.launches}×  {rate:.1f} GB/s", colour="#444"))
+        figures = (f"{100 * share.time_us / busy:.0f}%  {share.time_us / 1e3:.2f} ms  {share.launches}×  "
+                   f"{rate:.1f} GB/s")
+        parts.append(_text(left + width + 8, y + 16, figures, colour="#444"))
     rate = phase.bytes / phase.wall_us / 1e3
     parts.append(_text(MARGIN, height - 24,
-                       f"{count(phase.bytes)}B read and written at {rate:.1f} GB/s: "
+                       f"{gigabytes(phase.bytes)} read and written at {rate:.1f} GB/s: "
                        f"{100 * rate / limits.bandwidth_gb_s:.0f}% of the {limits.bandwidth_gb_s:.1f} GB/s that this "
                        "machine was measured to read.", colour="#444"))
     return "\n".join([*parts, "</svg>", ""])

@@ -11,6 +11,7 @@ from typing import Any
 
 from nitinol.commands.output import Progress, print_json, print_table
 from nitinol.commands.run import Settings
+from nitinol.models.config import gigabytes
 from nitinol.runtime.bandwidth import measure_read_bandwidth
 from nitinol.runtime.peak import measure_peak_rates
 
@@ -126,7 +127,8 @@ def print_phase(phase: Phase, limits: Limits) -> None:
         numbers=(5, 6, 7, 8, 9, 10))
     busy = sum(row.time_us for row in phase.rows)
     counters = phase.counters
-    print(f"total: {phase.wall_us:.0f} us ({busy:.0f} us in kernels), {count(phase.bytes)}B, {count(phase.operations)}op, "
+    print(f"total: {phase.wall_us:.0f} us ({busy:.0f} us in kernels), {gigabytes(phase.bytes)}, "
+          f"{count(phase.operations)} operations, "
           f"{phase.bytes / phase.wall_us / 1e3:.1f} GB/s of {limits.bandwidth_gb_s:.1f}, "
           f"{phase.operations / phase.wall_us / 1e3:.1f} GFLOP/s of {limits.float32_gop_s:.0f} (float32) or "
           f"{limits.int8_gop_s:.0f} (int8); submits {counters['submits']}, waits {counters['waits']}, allocations "

@@ -89,9 +89,10 @@ def read_config(file: GGUF) -> Config:
     head_dim = integer("attention.key_length", hidden // heads)
     if integer("attention.value_length", head_dim) != head_dim:
         raise fail(f"keys have {head_dim} components but values {integer('attention.value_length')}, expected as many")
-    if integer("rope.dimension_count", head_dim) != head_dim or head_dim % 2:
-        raise fail(f"{arch}.rope.dimension_count is {integer('rope.dimension_count', head_dim)} for heads of {head_dim} "
-                   "components, expected as many, and an even number; partial rotation is not supported")
+    rotated = integer("rope.dimension_count", head_dim)
+    if rotated != head_dim or head_dim % 2:
+        raise fail(f"{arch}.rope.dimension_count is {rotated} for heads of {head_dim}, expected as many, and an even "
+                   "number; partial rotation is not supported")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         found = "is missing" if embedding is None else f"has shape {embedding.shape}"

@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from nitinol.array import array as array_of
+from nitinol.array.quantized import QuantizedArray
 from nitinol.formats.blocks import FORMATS
-from nitinol.formats.gguf import GGUF, FormatError, Tensor
+from nitinol.formats.gguf import GGUF, FormatError
+from nitinol.kernels.rope import rope_frequencies
 from nitinol.models.config import Config
 
 FLOATS = ("F32", "F16", "BF16")
@@ -58,6 +63,9 @@ def check_tensors(file: GGUF, config: Config) -> None:
         if tensor.format not in FORMATS:
             raise fail(f"tensor {name!r} has format {tensor.format}, which is not supported; use a file with "
                        f"{', '.join(FORMATS)}")
+        if tensor.offset % 4:
+            raise fail(f"tensor {name!r} lies at byte {tensor.offset}, expected a multiple of 4; convert the model "
+                       "with the usual alignment")
         if len(shape) == 1 and tensor.format not in FLOATS:
             raise fail(f"tensor {name!r} has format {tensor.format}, but a vector is expected in {', '.join(FLOATS)}")
     for name in file.tensors:
@@ -67,15 +75,22 @@ def check_tensors(file: GGUF, config: Config) -> None:
                        "variant is not supported, or the file is damaged")
 
 
-def wrap_weights(file: GGUF, device: Any) -> SimpleNamespace:
-    """Arrays over the mapped file, nothing copied: `token_embd`, `output_norm`, `output`, `rope_freqs` and
-    `blocks`, one namespace a layer with `attn_q`, `attn_q_bias`, ...; what the file lacks is None."""
+def wrap_weights(file: GGUF, config: Config, device: Any) -> SimpleNamespace:
+    """Arrays over the mapped file, nothing copied: `token_embd`, `output_norm`, `output`, and `blocks`, a namespace for
+    each with `attn_q`, `attn_q_bias`, ... Also `rope`, the frequencies in radians a position, float32 [head_dim / 2].
+    """
     parts = [device.wrap(part) for part in file.parts]
-    top: dict[str, Any] = {"output": None, "rope_freqs": None}
-    blocks: dict[int, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    blocks: list[dict[str, Any]] = [{} for _ in range(config.layers)]
     for name, tensor in file.tensors.items():
-        array = _wrap(parts[tensor.part], tensor)
+        array = QuantizedArray(parts[tensor.part].view(tensor.offset, tensor.nbytes), tensor.format, tensor.shape)
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        place, short = (blocks.setdefault(int(match[1]), {}), match[2]) if match else (top, name)
-        place[short.removesuffix(".weight").replace(".", "_")] = array
-    return SimpleNamespace(**top, blocks=[SimpleNamespace(**blocks[layer]) for layer in sorted(blocks)])
+        place, short = (blocks[int(match[1])], match[2]) if match else (top, name)
+        place[short.removesuffix(".weight").replace(".", "_")] = array if array.ndim == 2 else array.data
+    top.setdefault("output", top["token_embd"])
+    factors = top["rope_freqs"].numpy() if "rope_freqs" in top else 1.0
+    if not np.all(np.isfinite(factors)) or np.any(np.less_equal(factors, 0)):
+        raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has values that are not above 0; it is damaged")
+    factors = np.broadcast_to(np.multiply(factors, config.rope_divisor), config.head_dim // 2)
+    rope = array_of(rope_frequencies(config.head_dim, config.rope_base, factors), device=device)
+    return SimpleNamespace(**top, blocks=[SimpleNamespace(**block) for block in blocks], rope=rope)

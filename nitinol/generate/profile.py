@@ -1,0 +1,73 @@
+"""A prompt's way through the model with time stamps, for `nitinol trace`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nitinol.generate.model import Model
+from nitinol.generate.options import Options
+from nitinol.models.config import PREFILL_CHUNK
+
+COUNTED = ("submits", "waits", "allocations", "dispatches")
+REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command list: its entries' records and time stamps (see nitinol.array.compile), the time from the
+    submission to the end of the wait, and what it added to the device's counters."""
+
+    name: str
+    tokens: int
+    records: Sequence[Any]
+    timestamps: Sequence[Any]
+    wall_ns: int
+    counters: dict[str, int]
+
+
+def profile(model: Model, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> list[Run]:
+    """The prefill of `ids` (of its last chunk, where it is longer than one) and one decode step after it.
+
+    Each is run a few times, so that what is compiled, mapped and cached at first use does not count; the quickest run
+    is returned.
+    """
+    if len(ids) >= model.context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, but the context has {model.context}, with the answer")
+    options, total = Options(), 2 * REPETITIONS + 1
+    model.begin(None)
+    model.cache.move(0)
+    model.prefill(ids, options)  # all of it: from now on only the last chunk
+    start = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    runs: list[list[Run]] = [[], []]
+
+    def measured(name: str, tokens: int, work: Callable[[], Any], compiled: Any) -> Run:
+        commands = compiled.program.commands
+        commands.profile = True
+        model.device.synchronize()
+        before = {key: getattr(model.device.counters, key) for key in COUNTED}
+        begun = time.perf_counter_ns()
+        work()
+        wall = time.perf_counter_ns() - begun
+        spent = {key: getattr(model.device.counters, key) - before[key] for key in COUNTED}
+        stamps = commands.timestamps()
+        commands.profile = False
+        return Run(name, tokens, compiled.records, stamps, wall, spent)
+
+    def prefill() -> None:
+        model.cache.move(start)
+        model.prefill(ids, options)
+
+    def step() -> None:
+        model.cache.move(len(ids))
+        model.step()
+
+    step()
+    for i in range(REPETITIONS):
+        runs[0].append(measured("prefill", len(ids) - start, prefill, model.prefill_list(len(ids) - start, True)))
+        runs[1].append(measured("decode", 1, step, model.decode_list))
+        if progress is not None:
+            progress(2 * i + 2, total)
+    return [min(found, key=lambda run: run.wall_ns) for found in runs]
