@@ -907,7 +907,9 @@ def reads_a_global(p):
 
 
 def test_a_changed_global_is_noticed(run):
+    """From the moment that the key of compiled code has been taken."""
     global CHANGING
+    assert reads_a_global.cache_key
     out = np.zeros(1, np.int32)
     run(reads_a_global, (1,), out)
     CHANGING = tl.constexpr(1)  # another object, the same value

@@ -19,8 +19,7 @@ Call = Callable[["Builder", Any, Sequence[Any], dict[str, Any]], Any]
 class Builder:
     """Appends operations to `block`, at the location of the syntax node `node` of `function`.
 
-    `stack` holds (function, node) of the calls being inlined, outermost first; `used_globals` the constexpr globals
-    that were read.
+    `stack` holds (function, node) of the calls being inlined, outermost first.
     """
 
     def __init__(self, function: JITFunction, call: Call) -> None:
@@ -28,7 +27,6 @@ class Builder:
         self.function = function
         self.node: ast.AST = function.tree
         self.stack: list[tuple[JITFunction, ast.AST]] = []
-        self.used_globals: dict[tuple[Any, str], Any] = {}
         self._call = call
         self._located: tuple[ast.AST | None, Location] = (None, self.location_of(function, function.tree))
 

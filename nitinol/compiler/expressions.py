@@ -105,11 +105,8 @@ class Expressions:
             if name in BUILTINS:
                 return BUILTINS[name]
             raise self.builder.error(f"the name {name} is not defined", node)
-        if isinstance(value, core.constexpr):
-            self.builder.used_globals[self.function, name] = value
-            return value.value
-        if isinstance(value, (JITFunction, DType, PointerType, ModuleType)) or value is None:
-            return value
+        if isinstance(value, (core.constexpr, JITFunction, DType, PointerType, ModuleType)) or value is None:
+            return unwrap(value)
         if callable(value):  # tile operations, @jit wrappers, plain functions and classes
             return value
         raise self.builder.error(

@@ -40,7 +40,6 @@ def build_ir(kernel: JITFunction, signature: Signature) -> Function:
             )
     finally:
         core.set_builder(previous)
-    kernel.used_globals.update(builder.used_globals)
     location = builder.location_of(kernel, kernel.tree)
     function = Function(kernel.__name__, parameters, builder.block, divisible, location, kernel.source)
     verify(function)

@@ -84,7 +84,6 @@ class JITFunction(Source):
         super().__init__(function)
         self._unspecialised = frozenset(do_not_specialize)
         self._unaligned = frozenset(do_not_specialize_on_alignment)
-        self.used_globals: dict[tuple[Source, str], Any] = {}  # what compiled code has read, noted by the front end
 
     # ---------------------------------------------------------------------------------------------- running
 
@@ -204,13 +203,8 @@ def specialise(kernel: JITFunction, arguments: Mapping[str, Any] | Sequence[Any]
         arguments = [arguments[p.name] for p in parameters]
     elif len(arguments) != len(parameters):
         raise TypeError(f"{kernel.__name__} takes {len(parameters)} arguments, found {len(arguments)}")
-    for (function, name), value in kernel.used_globals.items():
-        now = function.lookup(name, None)
-        if now is not value and known_text(now) != known_text(value):
-            raise RuntimeError(
-                f"the global {name} was {core.unwrap(value)!r} when {kernel.__name__} was compiled and is now "
-                f"{core.unwrap(now)!r}: pass what changes as a constexpr argument"
-            )
+    if kernel.used_globals:
+        kernel.check_globals()
     tags: list[str] = []
     constants: dict[str, Any] = {}
     values: list[Any] = []

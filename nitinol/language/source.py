@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +29,7 @@ class Source:
         self.__module__ = function.__module__
         self.__doc__ = function.__doc__
         self.file = function.__code__.co_filename
+        self.used_globals: list[tuple[Source, ast.AST, Any]] = []  # filled by `cache_key`
 
     def __repr__(self) -> str:
         return f"<jit function {self.__module__}.{self.__qualname__}>"
@@ -88,16 +91,32 @@ class Source:
 
     @cached_property
     def cache_key(self) -> str:
-        """A hash of the source and of all that it refers to: @jit and other functions, constexpr globals.
-
-        The tile language itself is not part of it.
-        """
-        digest = hashlib.sha256()
-        _add_source(self, digest, set())
+        """A hash of the source and of all that it refers to: other functions, constexpr globals, the tile language."""
+        digest = hashlib.sha256(_language_version())
+        _add_source(self, digest, set(), self.used_globals)
         return digest.hexdigest()
 
+    def check_globals(self) -> None:
+        """RuntimeError if a constexpr global that is part of `cache_key` has another value since."""
+        for function, node, value in self.used_globals:
+            now = function.resolve(node)
+            if now is not value and known_text(now) != known_text(value):
+                raise RuntimeError(
+                    f"the global {ast.unparse(node)} was {unwrap(value)!r} when {self.__name__} was compiled and is "
+                    f"now {unwrap(now)!r}: pass what changes as a constexpr argument"
+                )
 
-def _add_source(function: Source, digest: Any, seen: set[Any]) -> None:
+
+@functools.cache
+def _language_version() -> bytes:
+    """Changes whenever the tile language's own source does; 1 ms, once."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _add_source(function: Source, digest: Any, seen: set[Any], used: list[Any]) -> None:
     if function in seen:
         return
     seen.add(function)
@@ -110,11 +129,13 @@ def _add_source(function: Source, digest: Any, seen: set[Any]) -> None:
         value = function.resolve(node)
         value = getattr(value, "jit_function", value)
         if isinstance(value, Source):
-            _add_source(value, digest, seen)
+            _add_source(value, digest, seen, used)
         elif inspect.isfunction(value) and not value.__module__.startswith("nitinol.language"):
             digest.update(_function_text(value).encode())
         elif isinstance(value, (constexpr, DType)):
             digest.update(f"{ast.unparse(node)}={known_text(value)}".encode())
+            if isinstance(value, constexpr):
+                used.append((function, node, value))
 
 
 def _function_text(function: Any) -> str:
