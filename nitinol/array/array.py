@@ -11,7 +11,7 @@ import numpy as np
 
 from nitinol.array import schedule
 from nitinol.array.dtypes import as_dtype, from_bfloat16_bits, numpy_dtype, to_bfloat16_bits
-from nitinol.array.graph import Scalar, Value, View, broadcast_view, reshape_view, row_major, whole
+from nitinol.array.graph import Value, View, broadcast_view, reshape_view, row_major, whole
 from nitinol.language.types import DType, bfloat16, int1
 from nitinol.runtime.device import Buffer
 
@@ -81,7 +81,7 @@ class Array:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        if not self.evaluated:
+        if not self.evaluated and schedule.tracing is not None:
             return f"Array(shape={self.shape}, dtype={self.dtype}, not evaluated)"
         text = np.array2string(self.numpy(), separator=", ", prefix="Array(", threshold=200)
         return f"Array({text}, shape={self.shape}, dtype={self.dtype})"
@@ -99,7 +99,7 @@ class Array:
 
     def __index__(self) -> int:
         if not self.dtype.is_int or self.size != 1:
-            raise TypeError(f"an array of shape {self.shape} and type {self.dtype} is not an index; expected one integer")
+            raise TypeError(f"an array of shape {self.shape} and type {self.dtype} is no index; expected one integer")
         return int(self.item())
 
     def __iter__(self) -> Iterator[Array]:
@@ -147,7 +147,7 @@ class Array:
     def item(self) -> Any:
         """The only element as a Python number."""
         if self.size != 1:
-            raise ValueError(f"item() of an array of shape {self.shape}: expected exactly one element, it has {self.size}")
+            raise ValueError(f"item() of an array of shape {self.shape}, which has {self.size} elements; expected one")
         return self.numpy(copy=False).item()
 
     def tolist(self) -> Any:
@@ -301,9 +301,7 @@ class Array:
         result = self._with(shape, strides, offset)
         if gather is None:
             return result
-        from nitinol.array.indexing import take
-
-        return take(result, gather[1], gather[0])
+        return _operations.take(result, gather[1], gather[0])
 
     # --------------------------------------------------------------------------------------- state in place
 
@@ -312,9 +310,7 @@ class Array:
 
         Other arrays that view the same memory see the new elements; operations recorded before see the old ones.
         """
-        from nitinol.array.elementwise import assign
-
-        assign(self, value)
+        _operations.assign(self, value)
         return self
 
     def __setitem__(self, index: Index, value: Any) -> None:
@@ -324,6 +320,200 @@ class Array:
         if target.view.value is not self.view.value:
             raise IndexError("assignment through an integer array is not supported; assign slice by slice")
         target.assign(value)
+
+    # ------------------------------------------------------------------------- operations (elementwise.py and others)
+
+    def __add__(self, other: Any) -> Array:
+        return _operations.add(self, other) if _fits(other) else NotImplemented
+
+    def __radd__(self, other: Any) -> Array:
+        return _operations.add(other, self) if _fits(other) else NotImplemented
+
+    def __sub__(self, other: Any) -> Array:
+        return _operations.subtract(self, other) if _fits(other) else NotImplemented
+
+    def __rsub__(self, other: Any) -> Array:
+        return _operations.subtract(other, self) if _fits(other) else NotImplemented
+
+    def __mul__(self, other: Any) -> Array:
+        return _operations.multiply(self, other) if _fits(other) else NotImplemented
+
+    def __rmul__(self, other: Any) -> Array:
+        return _operations.multiply(other, self) if _fits(other) else NotImplemented
+
+    def __truediv__(self, other: Any) -> Array:
+        return _operations.divide(self, other) if _fits(other) else NotImplemented
+
+    def __rtruediv__(self, other: Any) -> Array:
+        return _operations.divide(other, self) if _fits(other) else NotImplemented
+
+    def __floordiv__(self, other: Any) -> Array:
+        return _operations.floor_divide(self, other) if _fits(other) else NotImplemented
+
+    def __rfloordiv__(self, other: Any) -> Array:
+        return _operations.floor_divide(other, self) if _fits(other) else NotImplemented
+
+    def __mod__(self, other: Any) -> Array:
+        return _operations.mod(self, other) if _fits(other) else NotImplemented
+
+    def __rmod__(self, other: Any) -> Array:
+        return _operations.mod(other, self) if _fits(other) else NotImplemented
+
+    def __pow__(self, other: Any) -> Array:
+        return _operations.power(self, other) if _fits(other) else NotImplemented
+
+    def __rpow__(self, other: Any) -> Array:
+        return _operations.power(other, self) if _fits(other) else NotImplemented
+
+    def __and__(self, other: Any) -> Array:
+        return _operations.bitwise_and(self, other) if _fits(other) else NotImplemented
+
+    def __rand__(self, other: Any) -> Array:
+        return _operations.bitwise_and(other, self) if _fits(other) else NotImplemented
+
+    def __or__(self, other: Any) -> Array:
+        return _operations.bitwise_or(self, other) if _fits(other) else NotImplemented
+
+    def __ror__(self, other: Any) -> Array:
+        return _operations.bitwise_or(other, self) if _fits(other) else NotImplemented
+
+    def __xor__(self, other: Any) -> Array:
+        return _operations.bitwise_xor(self, other) if _fits(other) else NotImplemented
+
+    def __rxor__(self, other: Any) -> Array:
+        return _operations.bitwise_xor(other, self) if _fits(other) else NotImplemented
+
+    def __lshift__(self, other: Any) -> Array:
+        return _operations.left_shift(self, other) if _fits(other) else NotImplemented
+
+    def __rlshift__(self, other: Any) -> Array:
+        return _operations.left_shift(other, self) if _fits(other) else NotImplemented
+
+    def __rshift__(self, other: Any) -> Array:
+        return _operations.right_shift(self, other) if _fits(other) else NotImplemented
+
+    def __rrshift__(self, other: Any) -> Array:
+        return _operations.right_shift(other, self) if _fits(other) else NotImplemented
+
+    def __matmul__(self, other: Any) -> Array:
+        return _operations.matmul(self, other) if _fits(other) else NotImplemented
+
+    def __rmatmul__(self, other: Any) -> Array:
+        return _operations.matmul(other, self) if _fits(other) else NotImplemented
+
+    def __eq__(self, other: Any) -> Array:  # type: ignore[override]
+        return _operations.equal(self, other) if _fits(other) else NotImplemented
+
+    def __ne__(self, other: Any) -> Array:  # type: ignore[override]
+        return _operations.not_equal(self, other) if _fits(other) else NotImplemented
+
+    def __lt__(self, other: Any) -> Array:
+        return _operations.less(self, other) if _fits(other) else NotImplemented
+
+    def __le__(self, other: Any) -> Array:
+        return _operations.less_equal(self, other) if _fits(other) else NotImplemented
+
+    def __gt__(self, other: Any) -> Array:
+        return _operations.greater(self, other) if _fits(other) else NotImplemented
+
+    def __ge__(self, other: Any) -> Array:
+        return _operations.greater_equal(self, other) if _fits(other) else NotImplemented
+
+    def __neg__(self) -> Array:
+        return _operations.negative(self)
+
+    def __abs__(self) -> Array:
+        return _operations.abs(self)
+
+    def __invert__(self) -> Array:
+        return _operations.invert(self)
+
+    def exp(self) -> Array:
+        return _operations.exp(self)
+
+    def log(self) -> Array:
+        return _operations.log(self)
+
+    def sqrt(self) -> Array:
+        return _operations.sqrt(self)
+
+    def rsqrt(self) -> Array:
+        return _operations.rsqrt(self)
+
+    def sin(self) -> Array:
+        return _operations.sin(self)
+
+    def cos(self) -> Array:
+        return _operations.cos(self)
+
+    def tanh(self) -> Array:
+        return _operations.tanh(self)
+
+    def sigmoid(self) -> Array:
+        return _operations.sigmoid(self)
+
+    def square(self) -> Array:
+        return _operations.square(self)
+
+    def copy(self) -> Array:
+        return _operations.copy(self)
+
+    def contiguous(self) -> Array:
+        return _operations.contiguous(self)
+
+    def clip(self, low: Any = None, high: Any = None) -> Array:
+        return _operations.clip(self, low, high)
+
+    def astype(self, dtype: Any) -> Array:
+        """The elements converted to another type."""
+        return _operations.astype(self, dtype)
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.sum(self, axis, keepdims)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.mean(self, axis, keepdims)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.max(self, axis, keepdims)
+
+    def min(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.min(self, axis, keepdims)
+
+    def prod(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.prod(self, axis, keepdims)
+
+    def any(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.any(self, axis, keepdims)
+
+    def all(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.all(self, axis, keepdims)
+
+    def var(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.var(self, axis, keepdims)
+
+    def std(self, axis: Any = None, keepdims: bool = False) -> Array:
+        return _operations.std(self, axis, keepdims)
+
+    def argmax(self, axis: int | None = None, keepdims: bool = False) -> Array:
+        return _operations.argmax(self, axis, keepdims)
+
+    def argmin(self, axis: int | None = None, keepdims: bool = False) -> Array:
+        return _operations.argmin(self, axis, keepdims)
+
+    def take(self, indices: Any, axis: int = 0) -> Array:
+        return _operations.take(self, indices, axis)
+
+    def update_slice(self, value: Array, start: Any, axis: int = 0) -> Array:
+        """Replaces a slice along an axis in place (see `update_slice`); returns the array."""
+        return _operations.update_slice(self, value, start, axis)
+
+    def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
+        """The memory for another library, without a copy (see dlpack.py); in-place updates show on both sides."""
+        return _operations.to_dlpack(self)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
 
     def _axis(self, axis: Any, what: str) -> int:
         place = operator.index(axis)
@@ -360,9 +550,7 @@ def array(values: Any, dtype: Any = None, device: Any = None) -> Array:
     if isinstance(values, Array):
         return values.astype(dtype) if dtype is not None else values.copy()
     if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
-        from nitinol.array.dlpack import from_dlpack
-
-        found = from_dlpack(values)
+        found = _operations.from_dlpack(values)
         return found.astype(dtype) if dtype is not None and as_dtype(dtype) != found.dtype else found.copy()
     python = not isinstance(values, (np.ndarray, np.generic))
     data = np.asarray(values)
@@ -411,27 +599,22 @@ def as_operand(value: Any) -> Array | None:
     raise TypeError(f"expected an array or a number, found {value!r} of type {type(value).__name__}")
 
 
-__all__ = ["Array", "Scalar", "array", "empty", "evaluate", "from_numpy"]
+
+def asarray(values: Any, dtype: Any = None) -> Array:
+    """An Array on the memory of NumPy's or another library's array where possible (no copy), else a new one."""
+    if isinstance(values, np.ndarray):
+        found = from_numpy(values)
+    elif isinstance(values, Array) or hasattr(values, "__dlpack__"):
+        found = _operations.from_dlpack(values)
+    else:
+        return array(values, dtype)
+    return found if dtype is None else found.astype(dtype)
 
 
-def _install() -> None:
-    """The operators, which elementwise.py defines on arrays."""
-    from nitinol.array import elementwise as e
+def _fits(value: Any) -> bool:
+    """Whether an operator takes it; else Python tries the other operand's method."""
+    return isinstance(value, (Array, bool, int, float, np.ndarray, np.generic, list)) or hasattr(value, "__dlpack__")
 
-    binary = {
-        "add": e.add, "sub": e.subtract, "mul": e.multiply, "truediv": e.divide, "floordiv": e.floor_divide,
-        "mod": e.mod, "pow": e.power, "and": e.bitwise_and, "or": e.bitwise_or, "xor": e.bitwise_xor,
-        "lshift": e.left_shift, "rshift": e.right_shift,
-    }  # fmt: skip
-    compared = {
-        "eq": e.equal, "ne": e.not_equal, "lt": e.less, "le": e.less_equal, "gt": e.greater, "ge": e.greater_equal
-    }
-    for name, function in binary.items():
-        setattr(Array, f"__{name}__", lambda x, y, f=function: f(x, y))
-        setattr(Array, f"__r{name}__", lambda x, y, f=function: f(y, x))
-    for name, function in compared.items():
-        setattr(Array, f"__{name}__", lambda x, y, f=function: f(x, y))
-    for name, function in {"neg": e.negative, "abs": e.abs, "invert": e.invert, "pos": lambda x: x}.items():
-        setattr(Array, f"__{name}__", lambda x, f=function: f(x))
-    for name in "exp log sqrt rsqrt sin cos tanh sigmoid square abs clip astype copy contiguous".split():
-        setattr(Array, name, getattr(e, name))
+
+# The functions on arrays live in modules that need `Array`, so this import comes last.
+from nitinol.array import operations as _operations  # noqa: E402

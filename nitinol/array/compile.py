@@ -30,8 +30,8 @@ class Compiled:
     NumPy arguments, and Arrays that differ from call to call, are copied into the list's own input buffers.
 
     Results go to two sets of buffers in turn; the results of the call before the last one, if the program still holds
-    them, are moved away first (which allocates: drop them to avoid that). The function must not need elements while it is
-    traced (`numpy()`, `item()`, `if array:`).
+    them, are moved away first (which allocates: drop them to avoid that). The function must not need elements while it
+    is traced (`numpy()`, `item()`, `if array:`).
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -73,13 +73,16 @@ class Compiled:
     def profile(self, *arguments: Any, **keywords: Any) -> tuple[Any, list[tuple[Record, Timestamp]]]:
         """Calls the function with time stamps: its result, and when each entry started and ended."""
         self(*arguments, **keywords)
-        program = self._latest.program  # type: ignore[union-attr]
-        program.commands.profile = True
+        variants = [variant.program.commands for variant in self._latest.variants]  # type: ignore[union-attr]
+        for commands in variants:
+            commands.profile = True
         try:
             result = self(*arguments, **keywords)
+            program = self._latest.program  # type: ignore[union-attr]
             return result, list(zip(program.records, program.commands.timestamps()))
         finally:
-            program.commands.profile = False
+            for commands in variants:
+                commands.profile = False
 
 
 def compile(function: Callable[..., Any]) -> Compiled:
@@ -181,7 +184,7 @@ class _Trace:
         if graph.unwritten:
             schedule.evaluate([value for value in self.touched if value.writes])
         for value in self.updated:
-            if value.readers.data:
+            if len(value.readers):
                 schedule.evaluate_readers(value)
         variant = next((v for v in self.variants if not v.held()), None)
         if variant is None and len(self.variants) < VARIANTS:

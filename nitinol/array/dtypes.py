@@ -18,7 +18,7 @@ def as_dtype(dtype: Any) -> DType:
     "float32" or "fp32". Python's int is int32 and float is float32, as in the tile language."""
     if isinstance(dtype, DType):
         return dtype
-    if dtype in (bool, int, float):
+    if dtype is bool or dtype is int or dtype is float:
         return {bool: int1, int: DTYPES["int32"], float: float32}[dtype]
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.") if "torch" in str(dtype) else None
     if name is None:

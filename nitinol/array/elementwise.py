@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nitinol.array.array import Array, as_operand
@@ -13,7 +14,7 @@ from nitinol.array.graph import Map, Operation, Scalar, View, broadcast_view, re
 from nitinol.language import math as tl
 from nitinol.language import semantic
 from nitinol.language.core import tensor
-from nitinol.language.types import DType, float32, int1, int32
+from nitinol.language.types import DType, float32, int1
 
 # ------------------------------------------------------------------------------------------------- recording
 
@@ -37,7 +38,7 @@ def broadcast_shapes(name: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
 def number_dtype(name: str, value: Any, dtype: DType, symbol: str = "+") -> DType:
     """The type in which a Python number meets an array of `dtype`."""
     result = semantic.promote(semantic.number_type(value), dtype, symbol, True, False)
-    if result.is_int and not result.kind == "bool":
+    if result.kind in ("int", "uint"):
         low, high = semantic.integer_limits(result)
         if not low <= value <= high:
             raise ValueError(f"{name}: the number {value} is out of range for {result} ({low} to {high})")
@@ -54,8 +55,9 @@ def apply(operation: Operation, *operands: Any, symbol: str = "+", free: int = 0
         dtypes = [max(numbers, key=lambda t: (semantic.KIND[t.kind], t.bits))]
     common = dtypes[0]
     for dtype in dtypes[1:]:
-        common = _checked(name, lambda d=dtype, c=common: semantic.promote(c, d, symbol), dtypes)
-    shape = broadcast_shapes(name, *(a.shape for a in arrays if a is not None)) if any(arrays_of(arrays)) else ()
+        common = _checked(name, partial(semantic.promote, common, dtype, symbol), dtypes)
+    shapes = [a.shape for a in arrays if a is not None]
+    shape = broadcast_shapes(name, *shapes) if shapes else ()
     inputs: list[View | Scalar] = []
     for position, (a, value) in enumerate(zip(arrays, operands)):
         if a is not None:
@@ -64,10 +66,6 @@ def apply(operation: Operation, *operands: Any, symbol: str = "+", free: int = 0
             inputs.append(Scalar(value, int1 if position < free else number_dtype(name, value, common, symbol)))
     dtype = _checked(name, lambda: infer(operation, tuple(i.dtype for i in inputs)), [i.dtype for i in inputs])
     return make(operation, inputs, shape, dtype)
-
-
-def arrays_of(arrays: list[Array | None]) -> list[bool]:
-    return [a is not None for a in arrays]
 
 
 def make(operation: Operation, inputs: list[View | Scalar], shape: tuple[int, ...], dtype: DType) -> Array:
@@ -252,8 +250,9 @@ def _power(x: tensor, y: tensor) -> tensor:
     return semantic.cast(result, narrow)
 
 
-_ADD, _SUB, _MUL = Operation("add", semantic.add), Operation("subtract", semantic.sub), Operation("multiply", semantic.mul)
-_DIV, _FLOORDIV = Operation("divide", semantic.truediv), Operation("floordiv", _floor_divide, 4)
+_ADD, _SUB = Operation("add", semantic.add), Operation("subtract", semantic.sub)
+_MUL, _DIV = Operation("multiply", semantic.mul), Operation("divide", semantic.truediv)
+_FLOORDIV = Operation("floordiv", _floor_divide, 4)
 _MODULO, _POWER = Operation("mod", _mod, 4), Operation("power", _power, 12)
 _MAXIMUM = Operation("maximum", lambda x, y: tl.maximum(x, y, True))
 _MINIMUM = Operation("minimum", lambda x, y: tl.minimum(x, y, True))
@@ -400,6 +399,3 @@ def assign(target: Array, value: Any) -> None:
     dtype = view.dtype
     operation = _COPY if operand.dtype == dtype else Operation(f"astype:{dtype}", lambda t: semantic.cast(t, dtype))
     record(Map((operand,), operation, view.shape, dtype), (), [view])
-
-
-__all__ = ["apply", "assign", "int32"]

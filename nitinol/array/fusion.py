@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import nitinol.language as tl
-from nitinol.array.graph import INDEX, Operation, Reduce, Scalar, Shape, View, collapse
+from nitinol.array.graph import INDEX, Operation, Reduce, Scalar, Shape, Strides, View, collapse
 from nitinol.compiler.ir import Block, Function, Op, Value, create
 from nitinol.language import semantic
 from nitinol.language.core import set_builder, tensor
@@ -187,7 +187,8 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
     if group.reduce is None:
         rows, walked = collapse(group.shape, [*strides, group.output.strides])
         loops: Shape = ()
-        row_strides, loop_strides = walked, [()] * len(walked)
+        row_strides: list[Strides] = walked
+        loop_strides: list[Strides] = [()] * len(walked)
         over_tile = False
     else:
         axes = group.reduce.axes
@@ -248,7 +249,7 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
     for i, view in enumerate(all_views):
         if view.value is INDEX:
             integers.append(view.offset)
-        integers += [s for s in (*row_strides[i], *loop_strides[i]) if s]
+        integers += [stride for stride in (*row_strides[i], *loop_strides[i]) if stride]
         if described[i].inner == 2:
             integers.append(inner_strides[i])
     grid = (-(-inner // tile) if tile and not over_tile else 1, -(-row_count // tile_rows), 1)
@@ -323,7 +324,7 @@ class _Kernel:
         divides = any(operation.name in ("floordiv", "mod") for operation in self.operations)
 
         # Offsets: the part that depends on the row and the strides of the rest.
-        places = []
+        places: list[Any] = []
         for leaf, base in zip((*plan.leaves, plan.output), (*arguments, out)):
             if leaf.kind == "scalar":
                 places.append(None)
@@ -426,7 +427,7 @@ class _Kernel:
         def step(state: Sequence[tensor], new: tuple[tensor, tensor]) -> list[tensor]:
             if not reduction.with_index:
                 return [reduction.combine(state[0], new[0])]
-            better = (new[0] > state[0]) if plan.reduce == "argmax" else (new[0] < state[0])
+            better = semantic.compare("gt" if plan.reduce == "argmax" else "lt", new[0], state[0])
             if new[0].dtype.is_float:  # type: ignore[union-attr]
                 better = better | (unordered(new[0]) & ~unordered(state[0]))  # the first NaN wins
             return [tl.where(better, new[0], state[0]), tl.where(better, new[1], state[1])]
@@ -457,7 +458,7 @@ class _Kernel:
             best = tl.reduce(state[0], axis, reduction.combine, keep_dims=keep)
             if reduction.with_index:
                 spread = semantic.broadcast_to(best, shape, "a reduction") if keep else best
-                equal = state[0] == spread
+                equal = semantic.compare("eq", state[0], spread)
                 if best.dtype.is_float:
                     equal = equal | (unordered(state[0]) & unordered(spread))
                 last = semantic.constant(2**31 - 1, int32)

@@ -1,0 +1,167 @@
+"""Arrays made of nothing: constants, ranges, masks, random numbers. All are elementwise operations on indices, so they
+fuse into what uses them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nitinol.array import elementwise as e
+from nitinol.array.array import Array, as_operand
+from nitinol.array.dtypes import as_dtype
+from nitinol.array.graph import Operation, Scalar, index_view, row_major
+from nitinol.language import random as philox
+from nitinol.language import semantic
+from nitinol.language.core import tensor
+from nitinol.language.types import DType, float32, int64, uint32
+
+Shape = int | Sequence[int]
+
+
+def as_shape(shape: Shape) -> tuple[int, ...]:
+    """A tuple of a shape or one extent; ValueError for negative extents."""
+    extents = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+    if builtin_any(n < 0 for n in extents):
+        raise ValueError(f"a shape of {extents}: extents must be 0 or more")
+    return extents
+
+
+def builtin_any(values: Any) -> bool:
+    return True in values
+
+
+_FULL = Operation("full", lambda x: x, 0)
+
+
+def full(shape: Shape, value: Any, dtype: Any = None) -> Array:
+    """An array filled with one number (fp32 for a float, int32 for an integer unless `dtype` says otherwise)."""
+    target = semantic.number_type(value) if dtype is None else as_dtype(dtype)
+    extents = as_shape(shape)
+    if target.is_int and target.kind != "bool":
+        low, high = semantic.integer_limits(target)
+        if not low <= value <= high:
+            raise ValueError(f"full: the number {value} is out of range for {target} ({low} to {high})")
+    return e.make(_FULL, [Scalar(value, target)], extents, target)
+
+
+def zeros(shape: Shape, dtype: Any = "fp32") -> Array:
+    """An array of zeros."""
+    return full(shape, 0, dtype)
+
+
+def ones(shape: Shape, dtype: Any = "fp32") -> Array:
+    """An array of ones."""
+    return full(shape, 1, dtype)
+
+
+def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> Array:
+    """start, start + step, ... before stop; int32 of integers, fp32 if there is a float among the arguments."""
+    start, stop = (0, start) if stop is None else (start, stop)
+    if step == 0:
+        raise ValueError("arange: the step is 0, expected any other number")
+    count = builtin_max(0, math.ceil((stop - start) / step))
+    whole = all(isinstance(n, int) for n in (start, stop, step))
+    if dtype is not None:
+        target = as_dtype(dtype)
+    else:
+        last = start + (count - 1) * step if count else start
+        target = semantic.number_type(builtin_max(start, last, key=abs)) if whole else float32
+    name = "arange" if whole else "linspace"
+    if whole:
+        index = index_view((count,), (step,), start)
+        return e.make(Operation(f"{name}:{target}", lambda i: semantic.cast(i, target), 1), [index], (count,), target)
+
+    def line(i: tensor, first: tensor, by: tensor) -> tensor:
+        return semantic.cast(semantic.cast(i, first.dtype) * by + first, target)  # type: ignore[arg-type]
+
+    scalars = [Scalar(float(n), float32) for n in (start, step)]
+    return e.make(Operation(f"{name}:{target}", line, 2), [index_view((count,), (1,)), *scalars], (count,), target)
+
+
+def builtin_max(*values: Any, key: Any = None) -> Any:
+    return sorted(values, key=key)[-1]
+
+
+def eye(rows: int, columns: int | None = None, dtype: Any = "fp32") -> Array:
+    """Ones on the main diagonal, zeros elsewhere."""
+    target = as_dtype(dtype)
+    columns = rows if columns is None else columns
+    row, column = index_view((rows, columns), (1, 0)), index_view((rows, columns), (0, 1))
+    operation = Operation(f"eye:{target}", lambda i, j: semantic.cast(semantic.compare("eq", i, j), target))
+    return e.make(operation, [row, column], (rows, columns), target)
+
+
+def _below(shape: tuple[int, ...], diagonal: int) -> Array:
+    """Where column - row <= diagonal in the last two axes."""
+    if len(shape) < 2:
+        raise ValueError(f"tril and triu take two axes or more, found shape {shape}")
+    distance = index_view(shape, (*(0,) * (len(shape) - 2), -1, 1))
+    bound = Scalar(diagonal, distance.dtype)
+    operation = Operation("diagonal", lambda d, k: semantic.compare("le", d, k))
+    return e.make(operation, [distance, bound], shape, as_dtype(bool))
+
+
+def tril(x: Array, diagonal: int = 0) -> Array:
+    """The elements on and below a diagonal of the last two axes, zeros above."""
+    return e.where(_below(x.shape, diagonal), x, 0)
+
+
+def triu(x: Array, diagonal: int = 0) -> Array:
+    """The elements on and above a diagonal of the last two axes, zeros below."""
+    return e.where(_below(x.shape, diagonal - 1), 0, x)
+
+
+# ------------------------------------------------------------------------------------------------- random numbers
+
+
+def uniform(
+    shape: Shape, low: float = 0.0, high: float = 1.0, seed: int | Array = 0, offset: int = 0, dtype: Any = "fp32"
+) -> Array:
+    """Random numbers in [low, high), a function of seed and offset (Philox 4x32-10, as the tile language's `rand`).
+
+    Element i uses the counter offset + i. A seed as an Array of one int64 may change from call to call of a compiled
+    function; a number is fixed there.
+    """
+    target = as_dtype(dtype)
+
+    def function(i: tensor, s: tensor, a: tensor, b: tensor) -> tensor:
+        return semantic.cast(philox.rand(s, i) * (b - a) + a, target)
+
+    return _random("uniform", function, shape, seed, offset, (low, high), target, 80)
+
+
+def normal(
+    shape: Shape, mean: float = 0.0, deviation: float = 1.0, seed: int | Array = 0, offset: int = 0,
+    dtype: Any = "fp32",
+) -> Array:  # fmt: skip
+    """Normally distributed random numbers; seed and offset as in `uniform`."""
+    target = as_dtype(dtype)
+
+    def function(i: tensor, s: tensor, m: tensor, d: tensor) -> tensor:
+        return semantic.cast(philox.randn(s, i) * d + m, target)
+
+    return _random("normal", function, shape, seed, offset, (mean, deviation), target, 100)
+
+
+def random_bits(shape: Shape, seed: int | Array = 0, offset: int = 0) -> Array:
+    """Random uint32 words; seed and offset as in `uniform`."""
+    return _random("random_bits", lambda i, s: philox.randint(s, i), shape, seed, offset, (), uint32, 70)
+
+
+def _random(
+    name: str, function: Any, shape: Shape, seed: int | Array, offset: int, numbers: tuple[float, ...], dtype: DType,
+    cost: int,
+) -> Array:  # fmt: skip
+    extents = as_shape(shape)
+    index = index_view(extents, row_major(extents), offset)
+    if isinstance(seed, int):
+        key: Any = Scalar(seed, int64)
+    else:
+        found = as_operand(seed)
+        assert found is not None
+        if found.size != 1 or not found.dtype.is_int:
+            raise TypeError(f"{name}: the seed has shape {found.shape} and type {found.dtype}, expected one integer")
+        key = found.reshape(()).broadcast_to(extents).view
+    scalars = [Scalar(float(n), float32) for n in numbers]
+    return e.make(Operation(f"{name}:{dtype}", function, cost), [index, key, *scalars], extents, dtype)
