@@ -4,7 +4,8 @@
 from nitinol.array.array import Array, array, asarray, empty, evaluate, from_numpy
 from nitinol.array.compile import Compiled, compile
 from nitinol.array.dtypes import as_dtype
+from nitinol.array.evaluation import get_device, set_device
 from nitinol.array.launch import InPlace, Output, Strided, launch
-from nitinol.array.operations import *
+from nitinol.array.operations import *  # noqa: F403
+from nitinol.array.program import Record
 from nitinol.array.quantized import QuantizedArray
-from nitinol.array.schedule import Record, get_device, set_device

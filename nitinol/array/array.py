@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.array import schedule
+from nitinol.array import evaluation
 from nitinol.array.dtypes import as_dtype, from_bfloat16_bits, numpy_dtype, to_bfloat16_bits
 from nitinol.array.graph import Value, View, broadcast_view, reshape_view, row_major, whole
+from nitinol.array.program import as_numpy
 from nitinol.language.types import DType, bfloat16, int1
 from nitinol.runtime.device import Buffer
 
@@ -81,7 +82,7 @@ class Array:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        if not self.evaluated and schedule.tracing is not None:
+        if not self.evaluated and evaluation.tracing is not None:
             return f"Array(shape={self.shape}, dtype={self.dtype}, not evaluated)"
         text = np.array2string(self.numpy(), separator=", ", prefix="Array(", threshold=200)
         return f"Array({text}, shape={self.shape}, dtype={self.dtype})"
@@ -109,7 +110,7 @@ class Array:
 
     def evaluate(self) -> Array:
         """Computes the elements now: one submission, one wait. Returns the array itself."""
-        schedule.evaluate([self.view.value])
+        evaluation.evaluate([self.view.value])
         return self
 
     @property
@@ -131,7 +132,7 @@ class Array:
         copy=False: a read-only window on the memory where the type allows, for reading at once: a compiled function's
         next call overwrites its results, and in-place updates show.
         """
-        raw = schedule.as_numpy(self.buffer, self.view)
+        raw = as_numpy(self.buffer, self.view)
         if self.dtype == bfloat16:
             return from_bfloat16_bits(raw)
         raw = raw.view(np.bool_) if self.dtype == int1 else raw
@@ -533,7 +534,7 @@ def from_numpy(values: np.ndarray, device: Any = None) -> Array:
     """A NumPy array as an Array on the same memory, without a copy where it is contiguous, native and (for writing in
     place) writable; else a copy. Later changes of the NumPy array show."""
     dtype = as_dtype(values.dtype)
-    device = schedule.get_device() if device is None else device
+    device = evaluation.get_device() if device is None else device
     if dtype == bfloat16:
         values = values.view(np.uint16)
     values = np.ascontiguousarray(values).reshape(values.shape)
@@ -565,7 +566,7 @@ def array(values: Any, dtype: Any = None, device: Any = None) -> Array:
         data = data.astype(numpy_dtype(target))
     else:
         data = data.view(np.uint16)
-    device = schedule.get_device() if device is None else device
+    device = evaluation.get_device() if device is None else device
     buffer = device.allocate(data.nbytes)
     buffer.as_numpy(data.dtype, data.shape)[...] = data
     return Array(whole(Value(data.shape, target, None, buffer)))
@@ -575,13 +576,13 @@ def empty(shape: Sequence[int], dtype: Any = "fp32", device: Any = None) -> Arra
     """Uninitialised memory as an evaluated array: state to be written in place."""
     target = as_dtype(dtype)
     value = Value(tuple(int(n) for n in shape), target)
-    value.buffer = (schedule.get_device() if device is None else device).allocate(value.nbytes)
+    value.buffer = (evaluation.get_device() if device is None else device).allocate(value.nbytes)
     return Array(whole(value))
 
 
 def evaluate(*arrays: Array) -> None:
     """Computes several arrays in one command list: one submission, one wait."""
-    schedule.evaluate([array.view.value for array in arrays])
+    evaluation.evaluate([array.view.value for array in arrays])
 
 
 def as_operand(value: Any) -> Array | None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.array import graph, schedule
+from nitinol.array import evaluation, graph, schedule
 from nitinol.array.array import Array
 from nitinol.array.dtypes import as_dtype
 from nitinol.array.graph import Node, Value, View, whole
-from nitinol.array.schedule import Program, Record
+from nitinol.array.program import Program, Record, as_numpy
 from nitinol.runtime.device import Timestamp
-
 
 # Sets of output buffers: in `y = step(x)` the last y is still there while the next is computed.
 VARIANTS = 2
@@ -94,7 +93,7 @@ class _Trace:
     """One traced call: the program, where its arguments go, and what it returns."""
 
     def __init__(self, function: Any, arguments: Any, keywords: Any, leaves: list[Any], copied: set[int]) -> None:
-        device = schedule.get_device()
+        device = evaluation.get_device()
         self.inputs: list[tuple[int, np.ndarray]] = []  # which leaf is copied into which memory
         self.fixed: list[tuple[int, View]] = []  # which leaf is used where it lies
         self.constants = [leaf for leaf in leaves if not isinstance(leaf, (Array, np.ndarray))]  # keeps identities
@@ -105,7 +104,7 @@ class _Trace:
                 value = Value(tuple(leaf.shape), dtype)
                 value.buffer = device.allocate(value.nbytes)
                 view = whole(value)
-                self.inputs.append((i, schedule.as_numpy(value.buffer, view)))
+                self.inputs.append((i, as_numpy(value.buffer, view)))
                 mine.append(Array(view))
             elif isinstance(leaf, Array):
                 leaf.evaluate()
@@ -125,14 +124,14 @@ class _Trace:
     def _record(self, call: Callable[[], Any], parameters: set[Value]) -> None:
         nodes: list[Node] = []
         start = next(graph.numbers)
-        before = schedule.tracing
-        schedule.tracing = (start, parameters)
+        before = evaluation.tracing
+        evaluation.tracing = (start, parameters)
         graph.hooks.append(nodes.append)
         try:
             self.result = call()
         finally:
             graph.hooks.remove(nodes.append)
-            schedule.tracing = before
+            evaluation.tracing = before
         leaves: list[Any] = []
         _flatten(self.result, leaves, [])
         views = [leaf.view for leaf in leaves if isinstance(leaf, Array)]
@@ -147,7 +146,7 @@ class _Trace:
         if earlier:  # what was asked for before the call is computed once, now
             needs = {v.value for node in run for v in (*node.inputs, *node.updates) if isinstance(v, View)}
             outside = [v for v in (*needs, *targets) if v.node in earlier or any(w in earlier for w in v.writes)]
-            schedule.evaluate(outside, earlier, start)
+            evaluation.evaluate(outside, earlier, start)
             run = [node for node in run if node.number >= start]
         fresh = {value for value in targets if value.buffer is None}
         self.steps, _ = schedule.make_steps(run, fresh)
@@ -155,7 +154,7 @@ class _Trace:
         self.variants = [_Variant(self.steps, fresh, self.device)]
         self.updated = {view.value for node in run for view in node.updates if view.value.buffer is not None}
         self.touched = {v.value for s in self.steps for v in s.arguments if isinstance(v, View) and v.value.buffer}
-        schedule.finish(nodes)
+        evaluation.finish(nodes)
         for value in self.updated:
             value.readers = weakref.WeakSet(r for r in value.readers if not r.done)
         self.views = views
@@ -180,12 +179,12 @@ class _Trace:
                 memory[...] = leaf.view(memory.dtype) if leaf.dtype != memory.dtype else leaf
             else:
                 leaf.evaluate()
-                memory[...] = schedule.as_numpy(leaf.buffer, leaf.view)
+                memory[...] = as_numpy(leaf.buffer, leaf.view)
         if graph.unwritten:
-            schedule.evaluate([value for value in self.touched if value.writes])
+            evaluation.evaluate([value for value in self.touched if value.writes])
         for value in self.updated:
             if len(value.readers):
-                schedule.evaluate_readers(value)
+                evaluation.evaluate_readers(value)
         variant = next((v for v in self.variants if not v.held()), None)
         if variant is None and len(self.variants) < VARIANTS:
             variant = _Variant(self.steps, self.fresh, self.device, self.variants[0].program.arena)

@@ -9,7 +9,7 @@ import ctypes
 import math
 from typing import Any
 
-from nitinol.array import schedule
+from nitinol.array import evaluation
 from nitinol.array.array import Array
 from nitinol.array.graph import Value, View
 from nitinol.language.types import DTYPES, DType, bfloat16
@@ -125,7 +125,7 @@ def from_dlpack(tensor: Any) -> Array:
     reach = [(n - 1) * s for n, s in zip(shape, strides)] if size else []
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1 if size else 0
     start = (found.data or 0) + found.byte_offset + low * dtype.nbytes
-    buffer = Buffer(schedule.get_device(), start, (high - low) * dtype.nbytes, owner=owner)
+    buffer = Buffer(evaluation.get_device(), start, (high - low) * dtype.nbytes, owner=owner)
     value = Value((high - low,), dtype, None, buffer)
     return Array(View(value, dtype, shape, strides, -low))
 

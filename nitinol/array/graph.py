@@ -92,7 +92,7 @@ def index_view(shape: Shape, strides: Strides, offset: int = 0) -> View:
     """Elements that are computed: offset + i * strides[0] + ..."""
     view = View(INDEX, int64, shape, strides, offset)
     low, high = view.span()
-    return View(INDEX, int32, shape, strides, offset) if -(2**31) <= low and high <= 2**31 else view
+    return View(INDEX, int32, shape, strides, offset) if low >= -(2**31) and high <= 2**31 else view
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,96 @@
+"""Evaluating arrays: the device, and the run of everything that some values need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nitinol.array.graph import Node, Value, View, unwritten
+from nitinol.array.program import Program
+from nitinol.array.schedule import make_steps, needed
+
+_device: Any = None
+
+
+def set_device(device: Any) -> None:
+    """Evaluate on this device from now on (None: the default CPU device)."""
+    global _device
+    _device = device
+
+
+def get_device() -> Any:
+    """The device that arrays are made and evaluated on."""
+    from nitinol.runtime import default_device
+
+    return default_device() if _device is None else _device
+
+
+tracing: tuple[int, set[Value]] | None = None  # while `compile` traces: the number it began at, the parameters
+
+
+def evaluate(values: Iterable[Value], nodes: Sequence[Node] = (), before: int = 1 << 62) -> None:
+    """Computes values (and runs nodes): one command list, one submission, one wait."""
+    values = list(values)
+    if tracing is not None:
+        _refuse(values)
+    values = [value for value in values if value.pending]
+    if not values and not nodes:
+        return
+    run = needed(values, nodes, before)
+    alive = [node.outputs for node in run]  # so that they are the same objects throughout
+    lost = [v for v in values if v.buffer is None and not v.writes and (v.node is None or v.node.done)]
+    if lost:
+        raise ValueError(
+            f"an array of shape {lost[0].shape} was computed inside a compiled function and is not one of its "
+            "results; return it from the function"
+        )
+    targets = set(values) | {view.value for node in run for view in node.updates if _lasting(view.value, run, {})}
+    steps, fused = make_steps(run, targets)
+    computed = {a.value for step in steps for a in step.arguments if isinstance(a, View) and a.value.buffer is None}
+    kept = targets | {value for value in computed if _lasting(value, run, fused)}
+    program = Program(steps, kept, get_device())
+    program.run()
+    for value in kept:
+        if value.buffer is None:
+            value.buffer, value.node = program.buffers[value], None
+    finish(node for node in run if node not in fused)
+    del alive
+
+
+def evaluate_readers(value: Value) -> None:
+    """Computes what was asked of a value's present contents, which are about to change."""
+    readers = [node for node in value.readers if not node.done]
+    evaluate([output for node in readers for output in node.outputs], [node for node in readers if node.updates])
+
+
+def _refuse(values: Sequence[Value]) -> None:
+    assert tracing is not None
+    start, parameters = tracing
+    for value in values:
+        made = value.node is not None and value.node.number > start
+        if value in parameters or (value.pending and (made or any(w.number > start for w in value.writes))):
+            raise RuntimeError(
+                f"a compiled function asks for the elements of an array of shape {value.shape} while it is traced; "
+                "return the array and look at it outside"
+            )
+
+
+def _lasting(value: Value, run: Sequence[Node], fused: Any) -> bool:
+    """Whether a value may be asked for after this run: by the program, or by a node that has not run then."""
+    if value.handles:
+        return True
+    return any(
+        not reader.done and (reader not in run or (reader in fused and _lasting(reader.outputs[0], run, fused)))
+        for reader in list(value.readers)
+    )
+
+
+def finish(nodes: Iterable[Node]) -> None:
+    """Notes that these nodes have run."""
+    for node in nodes:
+        node.done = True
+        for view in node.updates:
+            if node in view.value.writes:
+                view.value.writes.remove(node)
+                if not view.value.writes:
+                    unwritten.discard(view.value)

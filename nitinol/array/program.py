@@ -1,0 +1,240 @@
+"""Launches with bound buffers, as one command list; memory for intermediate results, planned by their lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nitinol.array.graph import Launch, Value, View
+from nitinol.array.schedule import Step
+from nitinol.compiler.semantics import memory_dtype
+from nitinol.language.jit import specialise
+from nitinol.language.types import DType
+from nitinol.runtime.device import Buffer, CommandList, DeviceError
+
+ALIGNMENT = 64  # of every buffer, also of those inside the arena
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a command list, for people: `nitinol trace` prints these.
+
+    shapes and dtypes: of the array arguments in order. nbytes: what the arguments hold. operations: arithmetic, if
+    the kernel's author or the fusion knows. place: file, line, function of the program that asked for it.
+    """
+
+    name: str
+    place: tuple[str, int, str]
+    grid: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    nbytes: int
+    operations: int | None
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def plan_memory(steps: list[Step], kept: set[Value]) -> tuple[dict[Value, int], int]:
+    """Offsets of the intermediate values in one arena, and its size: largest first, at the lowest offset that is free
+    during the value's life."""
+    lives: dict[Value, tuple[int, int]] = {}
+    for index, step in enumerate(steps):
+        for argument in step.arguments:
+            if isinstance(argument, View) and argument.value.buffer is None and argument.value not in kept:
+                first, _ = lives.get(argument.value, (index, index))
+                lives[argument.value] = (first, index)
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    offsets: dict[Value, int] = {}
+    for value in sorted(lives, key=lambda v: -v.nbytes):
+        first, last = lives[value]
+        size = -(-max(value.nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        offset = 0
+        for begin, end, other_first, other_last in sorted(placed):
+            if other_first <= last and first <= other_last:
+                if begin - offset >= size:
+                    break
+                offset = max(offset, end)
+        placed.append((offset, offset + size, first, last))
+        offsets[value] = offset
+    return offsets, max((end for _, end, _, _ in placed), default=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- programs
+
+
+class Program:
+    """Steps with bound buffers: a command list for a device, and the same for the interpreter."""
+
+    def __init__(self, steps: list[Step], kept: Iterable[Value], device: Any, arena: Buffer | None = None) -> None:
+        self.device = device
+        kept = set(kept)
+        for step in steps:
+            for position in step.writes:
+                view = step.arguments[position]
+                assert isinstance(view, View)
+                if view.value.buffer is not None and view.value.buffer.read_only:
+                    raise DeviceError(
+                        f"{step.node.name} updates an array of shape {view.shape} in place whose memory is read-only; "
+                        "make a copy with .copy() first"
+                    )
+        offsets, size = plan_memory(steps, kept)
+        self.arena = device.allocate(size) if size and arena is None else arena
+        self.buffers: dict[Value, Buffer] = {}
+        for step in steps:
+            for argument in step.arguments:
+                if isinstance(argument, View) and argument.value not in self.buffers:
+                    value = argument.value
+                    if value.buffer is not None:
+                        buffer = value.buffer
+                    elif value in offsets:
+                        assert self.arena is not None
+                        buffer = self.arena.view(offsets[value], value.nbytes)
+                    else:
+                        buffer = device.allocate(value.nbytes)
+                    self.buffers[value] = buffer
+        for value in kept:
+            if value.buffer is None and value not in self.buffers:
+                self.buffers[value] = device.allocate(value.nbytes)
+        self.steps = steps
+        self.records: list[Record] = [_record(step) for step in steps]
+
+    def run(self) -> None:
+        """All steps, finished when this returns: one submission and one wait (none if there is nothing to do)."""
+        from nitinol.runtime.launch import interpreting
+
+        if interpreting():
+            self._interpret()
+        elif self.steps:
+            self.device.run(self.commands)
+
+    def address(self, view: View) -> int:
+        return self.buffers[view.value].address + view.offset * view.dtype.nbytes
+
+    @cached_property
+    def commands(self) -> CommandList:
+        """The command list of the steps; a barrier stands only where one touches what an earlier one writes."""
+        commands = self.device.command_list()
+        reads: list[tuple[int, int]] = []
+        writes: list[tuple[int, int]] = []
+        for step, record in zip(self.steps, self.records):
+            executable, slots = self._compile(step)
+            ours = [(self._range(a), i in step.writes) for i, a in enumerate(step.arguments) if isinstance(a, View)]
+            barrier = any(
+                low < end and start < high
+                for (low, high), written in ours
+                for start, end in (reads + writes if written else writes)
+            )
+            if barrier:
+                reads, writes = [], []
+            for span, written in ours:
+                (writes if written else reads).append(span)
+            commands.launch(executable, step.grid, (*slots, self.device.status_address), barrier=barrier,
+                            label=record.name)  # fmt: skip
+            for value in {a.value for a in step.arguments if isinstance(a, View)}:
+                commands._use(self.buffers[value])
+        return commands
+
+    def _range(self, view: View) -> tuple[int, int]:
+        low, high = view.span()
+        start = self.buffers[view.value].address
+        return start + low * view.dtype.nbytes, start + high * view.dtype.nbytes
+
+    def _compile(self, step: Step) -> tuple[Any, list[int | bytes]]:
+        """The executable and the slots of its arguments."""
+        from nitinol.compiler.driver import compile_function, compile_kernel
+        from nitinol.runtime.launch import encode
+
+        function, signature, values, positions = self._resolve(step)
+        aliases = self._aliases(step, len(values), positions)
+        if signature is not None:
+            slots = [encode(value, type) for value, (_, type, _) in zip(values, signature.parameters)]
+            return compile_kernel(step.node.kernel, signature, aliases), slots  # type: ignore[attr-defined]
+        executable = _executables.get((function, aliases))
+        if executable is None:
+            executable = _executables[function, aliases] = compile_function(function, aliases, str(function))
+        return executable, [encode(value, parameter.type) for value, parameter in zip(values, function.parameters)]
+
+    def _resolve(self, step: Step) -> tuple[Any, Any, list[Any], list[int]]:
+        """The generated function, or the kernel's signature; the values of the run-time parameters; which of these
+        are the arrays."""
+        if step.function is not None:
+            values = [self.address(a) if isinstance(a, View) else a[0] for a in step.arguments]
+            return step.function, None, values, [i for i, a in enumerate(step.arguments) if isinstance(a, View)]
+        node = step.node
+        assert isinstance(node, Launch)
+        bound = dict(step.constants)
+        for name, view in zip(step.names, step.arguments):
+            assert isinstance(view, View)
+            bound[name] = _Pointer(self.address(view), view.dtype)
+        signature, values = specialise(node.kernel, bound)
+        order = [name for name, _, _ in signature.parameters]
+        return None, signature, values, [order.index(name) for name in step.names]
+
+    def _aliases(self, step: Step, count: int, positions: list[int]) -> tuple[int, ...]:
+        """A number per run-time parameter; equal where one array is written and another overlaps it."""
+        classes = list(range(count))
+        seen: list[tuple[int, int, bool, int]] = []
+        views = ((i, a) for i, a in enumerate(step.arguments) if isinstance(a, View))
+        for position, (i, view) in zip(positions, views):
+            low, high = self._range(view)
+            written = i in step.writes
+            for start, end, other_written, other in seen:
+                if (written or other_written) and low < end and start < high:
+                    mine, theirs = classes[position], classes[other]
+                    classes = [theirs if c == mine else c for c in classes]
+            seen.append((low, high, written, position))
+        return tuple(classes)
+
+    def _interpret(self) -> None:
+        from nitinol.compiler import interpreter
+        from nitinol.compiler.driver import tile_ir
+
+        for step in self.steps:
+            function, signature, values, positions = self._resolve(step)
+            if function is None:
+                function = tile_ir(step.node.kernel, signature)  # type: ignore[attr-defined]
+            views = [a for a in step.arguments if isinstance(a, View)]
+            for position, view in zip(positions, views):
+                values[position] = self.memory(view)
+            interpreter.run(function, step.grid, values)
+
+    def memory(self, view: View) -> np.ndarray:
+        """The elements of a view in place, in the dtype that holds them in memory."""
+        return as_numpy(self.buffers[view.value], view)
+
+
+_executables: dict[Any, Any] = {}
+
+
+class _Pointer:
+    """An array argument as `specialise` wants it."""
+
+    def __init__(self, address: int, dtype: DType) -> None:
+        self.__nitinol_pointer__ = (address, dtype)
+
+
+def as_numpy(buffer: Buffer, view: View) -> np.ndarray:
+    """The elements of a view in place; bf16 as uint16, int1 as uint8."""
+    dtype = memory_dtype(view.dtype)
+    raw = buffer.as_numpy()
+    strides = tuple(s * dtype.itemsize for s in view.strides)
+    if not view.size:
+        return np.empty(view.shape, dtype)
+    return np.ndarray(view.shape, dtype, raw, view.offset * dtype.itemsize, strides)
+
+
+def _record(step: Step) -> Record:
+    views = [a for a in step.arguments if isinstance(a, View)]
+    name = step.function.name if step.function is not None else step.node.name
+    nbytes = step.nbytes
+    if nbytes is None:
+        nbytes = sum((high - low) * view.dtype.nbytes for view in views for low, high in [view.span()])
+    return Record(
+        name, step.node.place, step.grid, tuple(v.shape for v in views), tuple(v.dtype.name for v in views), nbytes,
+        step.operations,
+    )  # fmt: skip
