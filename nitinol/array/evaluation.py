@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nitinol.array.graph import Node, Value, View, unwritten
+from nitinol.array.graph import Map, Node, Value, View, unwritten
 from nitinol.array.program import Program
 from nitinol.array.schedule import make_steps, needed
 
@@ -38,16 +38,22 @@ def evaluate(values: Iterable[Value], nodes: Sequence[Node] = (), before: int = 
         return
     run = needed(values, nodes, before)
     alive = [node.outputs for node in run]  # so that they are the same objects throughout
-    lost = [v for v in values if v.buffer is None and not v.writes and (v.node is None or v.node.done)]
+    lost = [v for v in values if v.buffer is None and v.size and not v.writes and (v.node is None or v.node.done)]
     if lost:
         raise ValueError(
             f"an array of shape {lost[0].shape} was computed inside a compiled function and is not one of its "
             "results; return it from the function"
         )
-    targets = set(values) | {view.value for node in run for view in node.updates if _lasting(view.value, run, {})}
+    lasting = Lasting(run)
+    targets = set(values) | {view.value for node in run for view in node.updates if view.value in lasting}
+    for node in run:  # what reads the old contents of something that is updated cannot be computed again later
+        readers = [reader for view in node.updates for reader in list(view.value.readers) if reader in lasting.run]
+        stale = [reader for reader in readers if reader.number < node.number]
+        targets.update(output for reader in stale for output in reader.outputs if output in lasting)
+    targets.update(output for node in nodes for output in node.outputs if output in lasting)
     steps, fused = make_steps(run, targets)
     computed = {a.value for step in steps for a in step.arguments if isinstance(a, View) and a.value.buffer is None}
-    kept = targets | {value for value in computed if _lasting(value, run, fused)}
+    kept = targets | {value for value in computed if value in lasting}
     program = Program(steps, kept, get_device())
     program.run()
     for value in kept:
@@ -75,14 +81,23 @@ def _refuse(values: Sequence[Value]) -> None:
             )
 
 
-def _lasting(value: Value, run: Sequence[Node], fused: Any) -> bool:
-    """Whether a value may be asked for after this run: by the program, or by a node that has not run then."""
-    if value.handles:
-        return True
-    return any(
-        not reader.done and (reader not in run or (reader in fused and _lasting(reader.outputs[0], run, fused)))
-        for reader in list(value.readers)
-    )
+class Lasting:
+    """Which values may be asked for after a run of these nodes: by the program, or by a node that has not run then."""
+
+    def __init__(self, run: Iterable[Node]) -> None:
+        self.run = set(run)
+        self._known: dict[Value, bool] = {}
+
+    def __contains__(self, value: Value) -> bool:
+        found = self._known.get(value)
+        if found is None:
+            readers = [reader for reader in list(value.readers) if not reader.done]
+            found = self._known[value] = value.handles > 0 or any(
+                reader not in self.run
+                or (isinstance(reader, Map) and not reader.updates and reader.outputs[0] in self)  # perhaps fused
+                for reader in readers
+            )
+        return found
 
 
 def finish(nodes: Iterable[Node]) -> None:

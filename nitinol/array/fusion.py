@@ -260,7 +260,7 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
 
 
 def _build(plan: Plan, operations: list[Operation]) -> Function:
-    """The tile IR. Parameters: leaves that are loaded or scalar, the output's pointer, then integers as `lower` lists."""
+    """The tile IR. Parameters: leaves that are loaded or scalar, the output's pointer, integers as `lower` lists them."""
     from nitinol.compiler.passes import simplify
 
     emitter = Emitter()

@@ -254,10 +254,9 @@ def whole(value: Value) -> View:
 def broadcast_view(view: View, shape: Shape) -> View:
     """A view in which missing axes and extents of 1 are repeated; the caller has checked that the shapes fit."""
     missing = len(shape) - len(view.shape)
-    strides = (0,) * missing + tuple(
-        0 if have == 1 and want != 1 else stride for have, want, stride in zip(view.shape, shape[missing:], view.strides)
-    )
-    return View(view.value, view.dtype, shape, strides, view.offset)
+    extents = zip(view.shape, shape[missing:], view.strides)
+    strides = tuple(0 if have == 1 and want != 1 else stride for have, want, stride in extents)
+    return View(view.value, view.dtype, shape, (0,) * missing + strides, view.offset)
 
 
 def reshape_view(view: View, shape: Shape) -> View | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from nitinol.array import elementwise as e
@@ -94,7 +95,7 @@ def split(x: Array, parts: int | Sequence[int], axis: int = 0) -> list[Array]:
         places = [operator.index(p) for p in parts]
     bounds = [0, *places, extent]
     before = (slice(None),) * axis
-    return [x[(*before, slice(a, b))] for a, b in zip(bounds, bounds[1:])]
+    return [x[(*before, slice(a, b))] for a, b in pairwise(bounds)]
 
 
 def repeat(x: Array, count: int, axis: int) -> Array:

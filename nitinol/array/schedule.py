@@ -75,9 +75,10 @@ def group_nodes(nodes: list[Node], targets: set[Value]) -> dict[Node, tuple[Node
         if not isinstance(node, Map) or node.updates or node.outputs[0] in targets or node.outputs[0].writes:
             continue
         seen = {place for consumer in consumers.get(node.outputs[0], ()) for place in _seen(consumer, node, fused)}
-        if len(seen) != 1 or None in seen:
+        place = seen.pop() if seen else None
+        if place is None or seen:
             continue
-        root, view = next(iter(seen))
+        root, view = place
         operands = [v for v in node.inputs if isinstance(v, View)]
         pulled = pull_back(view, node.shape, operands)
         if pulled is None or _overwritten(pulled, node, root):

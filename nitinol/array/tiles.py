@@ -1,6 +1,7 @@
 """The tile kernels of array operations that are not generated: rows by index, prefix sums, matrix products."""
 
-# mypy: ignore-errors  (kernels are checked by the tile compiler; to Python they are not ordinary functions)
+# mypy: ignore-errors
+# Kernels are checked by the tile compiler; to Python they are not ordinary functions.
 from __future__ import annotations
 
 import nitinol.language as tl
