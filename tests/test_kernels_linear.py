@@ -102,9 +102,11 @@ def test_matvec(rng, engine, format, rows, columns, tokens):
         assert np.isnan(out[tokens]).all()
 
 
-MATMUL_CASES = [("native", format, 37, 512 if format in K_FORMATS else 96, 21) for format in BLOCK_FORMATS] + [
-    ("native", "Q8_0", 64, 256, 64), ("native", "Q2_K", 32, 256, 32), ("native", "Q4_K", 64, 256, 5),
-    ("interpreter", "Q5_1", 9, 64, 5), ("interpreter", "Q6_K", 16, 256, 5),
+MATMUL_CASES = [
+    ("native", format, *((16, 512, 9) if format in K_FORMATS else (37, 96, 21))) for format in BLOCK_FORMATS
+] + [
+    ("native", "Q8_0", 64, 256, 64), ("native", "Q4_K", 21, 256, 32), ("interpreter", "Q5_1", 9, 64, 5),
+    ("interpreter", "Q6_K", 16, 256, 5),
 ]  # fmt: skip
 
 
@@ -115,16 +117,16 @@ def test_quantized_matmul(rng, engine, format, rows, columns, tokens):
     bias = rng.normal(size=rows).astype(np.float32)
     residual, gate = rng.normal(size=(2, tokens, rows)).astype(np.float32)
     given, arguments = operands(x, format)
-    block_t, block_n = 16, 32
-    even = rows % block_n == 0 and tokens % block_t == 0
+    block_t, block_n = 16, 16 if rows == 16 else 32
     expected = matvec.matvec_reference(given, data, format, (rows, columns))
     for use in (False, True):
         out = poisoned((tokens + 1, rows))
         run(engine, matmul.quantized_matmul_kernel, (-(-rows // block_n), -(-tokens // block_t)), weights=data,
             bias=padded(bias) if use else None, residual=padded(residual) if use else None,
             gate=padded(gate) if use else None, out=out, tokens=tokens, rows=rows, columns=columns,
-            row_bytes=FORMATS[format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, EVEN=even, **arguments,
-            **run_arguments(format, columns))  # fmt: skip
+            row_bytes=FORMATS[format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n,
+            EVEN_T=tokens % block_t == 0, EVEN_N=rows % block_n == 0, **arguments,
+            **run_arguments(format, columns, 64))  # fmt: skip
         if use:
             expected = gate / (1 + np.exp(-gate.astype(np.float64))) * expected + bias + residual
         np.testing.assert_allclose(out[:tokens], expected, rtol=1e-5, atol=1e-5 * np.sqrt(columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import nitinol.language as tl
@@ -34,13 +35,13 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
         return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
     parts = quantize_activations(x)
     block_t = min(64, tl.next_power_of_2(tokens))
-    block_n = 64
+    block_n = max(16, math.gcd(rows, 64))
     return launch(
         quantized_matmul_kernel, (tl.cdiv(rows, block_n), tl.cdiv(tokens, block_t)), x=parts.values,
         x_scales=parts.scales, x_sums=parts.sums, weights=weights, tokens=tokens, rows=rows, columns=columns,
         row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, gate=gate,
-        EVEN=rows % block_n == 0 and tokens % block_t == 0, _operations=2 * tokens * rows * columns,
-        **epilogue, **run_arguments(weights.format, columns),
+        EVEN_T=tokens % block_t == 0, EVEN_N=rows % block_n == 0, _operations=2 * tokens * rows * columns,
+        **epilogue, **run_arguments(weights.format, columns, 64),
     )  # fmt: skip
 
 

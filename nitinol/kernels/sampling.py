@@ -170,17 +170,15 @@ def draw(weights, uniform, lowest, count, BLOCK: tl.constexpr):
     return block + tl.minimum(first, last)
 
 
-def sample(logits: Any, state: SamplingState, tokens: int = 1) -> Any:
+def sample(logits: Any, state: SamplingState, tokens: int = 1) -> None:
     """Chooses the token after the `tokens` tokens that a step has processed, from the last one's logits (float32
-    [vocabulary] or [1, vocabulary]); updates state.token, state.position (by `tokens`) and state.history. Returns the
-    updated (token, position, history)."""
+    [vocabulary] or [1, vocabulary]): state.token, state.position (by `tokens`) and state.history change in place."""
     vocabulary = logits.shape[-1]
-    _, *updated = launch(
+    launch(
         sample_kernel, (1,), logits=logits, weights=Output((vocabulary,), "float32"), token=InPlace(state.token),
         position=InPlace(state.position), history=InPlace(state.history), options=state.options, limits=state.limits,
         vocabulary=vocabulary, tokens=tokens, context=state.history.shape[0], BLOCK=BLOCK,
     )  # fmt: skip
-    return tuple(updated)
 
 
 def sampling_reference(

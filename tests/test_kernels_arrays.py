@@ -1,0 +1,149 @@
+"""The library's functions on arrays: shapes, the choice of kernels and blocks, one decoder layer's worth of steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nitinol import array as na
+from nitinol.formats.blocks import FORMATS
+from nitinol.formats.quantization import dequantize, quantize
+from nitinol.kernels import activations, attention, linear, norm, quantized, rope, sampling
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def weights_of(values, format):
+    """A QuantizedArray and the float32 values that it stands for."""
+    data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
+    buffer = na.get_device().wrap(data)
+    return na.QuantizedArray(buffer, format, values.shape), dequantize(data, format, values.shape)
+
+
+def test_norms(rng):
+    x, weight, bias, residual = normal(rng, 3, 96), normal(rng, 96), normal(rng, 96), normal(rng, 3, 96)
+    found = norm.rms_norm(na.array(x), na.array(weight), 1e-5).numpy()
+    np.testing.assert_allclose(found, norm.rms_norm_reference(x, weight, 1e-5), rtol=1e-5, atol=1e-5)
+    normed, total = norm.rms_norm(na.array(x), na.array(weight), 1e-5, na.array(residual))
+    np.testing.assert_array_equal(total.numpy(), x + residual)
+    expected = norm.rms_norm_reference(x + residual, weight, 1e-5)
+    np.testing.assert_allclose(normed.numpy(), expected, rtol=1e-5, atol=1e-5)
+    heads = norm.rms_norm(na.array(x), na.array(weight[:24])).numpy()
+    np.testing.assert_allclose(heads, norm.rms_norm_reference(x, weight[:24]), rtol=1e-5, atol=1e-5)
+    found = norm.layer_norm(na.array(x), na.array(weight), na.array(bias)).numpy()
+    np.testing.assert_allclose(found, norm.layer_norm_reference(x, weight, bias), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="weight has shape"):
+        norm.rms_norm(na.array(x), na.array(weight[:7]))
+    with pytest.raises(ValueError, match="residual has shape"):
+        norm.rms_norm(na.array(x), na.array(weight), residual=na.array(bias))
+
+
+@pytest.mark.parametrize("format", ["F32", "F16", "BF16", "Q4_0", "Q6_K"])
+def test_dequantize_and_embedding(rng, format):
+    columns = 70 if FORMATS[format].values == 1 else 256
+    weights, values = weights_of(normal(rng, 9, columns), format)
+    np.testing.assert_array_equal(quantized.dequantize(weights).numpy(), values)
+    tokens = np.array([8, 0, 3, 3], np.int32)
+    np.testing.assert_array_equal(quantized.embedding(weights, na.array(tokens)).numpy(), values[tokens])
+
+
+@pytest.mark.parametrize("format", ["F32", "F16", "BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_linear_and_swiglu(rng, format, tokens):
+    rows, columns = 40, 256
+    x, bias, residual = normal(rng, tokens, columns), normal(rng, rows), normal(rng, tokens, rows)
+    weights, values = weights_of(normal(rng, rows, columns), format)
+    up, up_values = weights_of(normal(rng, rows, columns), format)
+    given = x.astype(np.float64)
+    if FORMATS[format].values > 1:
+        parts = activations.quantize_activations_reference(x)
+        given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
+    y = given @ values.T.astype(np.float64)
+    close = {"rtol": 2e-5, "atol": 2e-4}  # 256 products of size 1, in fp32
+    found = linear.linear(na.array(x), weights, na.array(bias), na.array(residual)).numpy()
+    np.testing.assert_allclose(found, y + bias + residual, **close)
+    found = linear.swiglu(na.array(x), weights, up).numpy()
+    np.testing.assert_allclose(found, y / (1 + np.exp(-y)) * (given @ up_values.T.astype(np.float64)), rtol=1e-4,
+                               atol=1e-3)  # fmt: skip
+
+
+def test_linear_refuses_shapes_that_do_not_fit(rng):
+    weights, _ = weights_of(normal(rng, 8, 64), "Q8_0")
+    with pytest.raises(ValueError, match=r"linear: x has shape \(2, 32\) and the weights \(8, 64\)"):
+        linear.linear(na.array(normal(rng, 2, 32)), weights)
+    with pytest.raises(ValueError, match="bias has shape"):
+        linear.linear(na.array(normal(rng, 2, 64)), weights, bias=na.array(normal(rng, 4)))
+
+
+def test_activations_are_quantised_once_for_several_products(rng):
+    x = na.array(normal(rng, 1, 64)) * 2.0
+    first = activations.quantize_activations(x)
+    assert activations.quantize_activations(x).values.view.value is first.values.view.value
+    state = na.array(normal(rng, 1, 64)).evaluate()
+    before = activations.quantize_activations(state)
+    state.assign(state * 3.0)
+    after = activations.quantize_activations(state)
+    np.testing.assert_allclose(after.scales.numpy(), before.scales.numpy() * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((40, 50), (50, 30)), ((3, 20, 16), (16, 24)), ((2, 7, 5), (2, 5, 9))])
+def test_matmul(rng, shapes):
+    a, b = (normal(rng, *s) for s in shapes)
+    np.testing.assert_allclose(linear.matmul(na.array(a), na.array(b)).numpy(), a @ b, rtol=1e-4, atol=1e-4)
+    turned = na.array(np.ascontiguousarray(b.swapaxes(-1, -2))).swapaxes(-1, -2)
+    np.testing.assert_allclose(linear.matmul(na.array(a), turned).numpy(), a @ b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kv_heads", "cache"), [(2, np.float16), (16, np.float32)])
+def test_a_prompt_and_then_a_token(rng, kv_heads, cache):
+    """Prefill of 5 tokens and decode of the sixth give what attention over all six gives."""
+    group, head_dim, context = 2, 32, 16
+    heads = kv_heads * group
+    q = normal(rng, 6, heads * head_dim)
+    k, v = normal(rng, 2, 6, kv_heads * head_dim)
+    frequencies = rope.rope_frequencies(head_dim)
+    caches = [na.array(np.zeros((kv_heads, context, head_dim), cache)).evaluate() for _ in range(2)]
+    results = []
+    for start, stop in ((0, 5), (5, 6)):
+        position = na.array(np.array([start], np.int32))
+        parts = (na.array(np.ascontiguousarray(x[start:stop])) for x in (q, k, v))
+        turned = rope.rope_and_cache(*parts, na.array(frequencies), position, *caches, interleaved=False)
+        results.append(attention.cached_attention(turned, *caches, position).numpy())
+    places = np.arange(6)
+    q_turned, k_turned = (
+        rope.rope_reference(x.reshape(6, -1, head_dim), places, frequencies, False).transpose(1, 0, 2) for x in (q, k)
+    )
+    values = v.reshape(6, kv_heads, head_dim).transpose(1, 0, 2)
+    expected = attention.attention_reference(q_turned, k_turned, values, 0, head_dim**-0.5)
+    found = np.concatenate(results).reshape(6, heads, head_dim).transpose(1, 0, 2)
+    tolerance = 2e-3 if cache == np.float16 else 1e-5  # keys and values rounded to 11 bits
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_causal_attention(rng):
+    q, k, v = normal(rng, 4, 70, 32), normal(rng, 2, 70, 32), normal(rng, 2, 70, 32)
+    found = attention.causal_attention(na.array(q), na.array(k), na.array(v)).numpy()
+    np.testing.assert_allclose(found, attention.attention_reference(q, k, v, 0, 32**-0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_steps_hand_on_token_and_position(rng):
+    context = 8
+    state = sampling.SamplingState(
+        *(na.array(np.zeros(n, np.int32)).evaluate() for n in (1, 1, context)),
+        na.array(np.array([0, 1, 0, 1], np.float32)), na.array(np.array([1, 0, 0], np.int64)),
+    )  # fmt: skip
+    chosen = []
+    for tokens in (3, 1, 1):
+        logits = normal(rng, 1, 300)
+        sampling.sample(na.array(logits), state, tokens)
+        chosen.append(int(logits.argmax()))
+        assert state.token.numpy()[0] == chosen[-1]
+    assert state.position.numpy()[0] == 5
+    np.testing.assert_array_equal(state.history.numpy(), [0, 0, 0, *chosen, 0, 0])
