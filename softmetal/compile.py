@@ -29,6 +29,12 @@ DIALECT = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-ext=+all"),
     *("-cl-single-precision-constant", "-ffp-contract=fast", "-fno-math-errno", "-w"),
 ]
+# A call of the runtime is one place in the program: machine code must neither merge two nor copy one.
+ONE_PLACE = [
+    "-fno-optimize-sibling-calls",
+    *(x for flag in ("-enable-tail-merge=0", "-disable-tail-duplicate", "-disable-early-taildup", "-tail-dup-placement=0")
+      for x in ("-mllvm", flag)),
+]  # fmt: skip
 # Clang leaves one access of every vectorised pair out when it instruments, hence no vectoriser there.
 INSTRUMENTED = [
     *("-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-gdwarf-4", "-gline-tables-only", "-DSM_INSTRUMENTED"),
@@ -141,7 +147,7 @@ class Compiled:
 
     def flags(self, instrumented: bool) -> list[str]:
         return [
-            *(*DIALECT, "-O2", *FREESTANDING, *target(), "-include", str(HERE / "include" / "metal.h")),
+            *(*DIALECT, "-O2", *ONE_PLACE, *FREESTANDING, *target(), "-include", str(HERE / "include" / "metal.h")),
             *(INSTRUMENTED if instrumented else ()),
         ]
 

@@ -69,16 +69,13 @@ template <> struct sm_is_float<bfloat> { enum { value = 1 }; };
 template <class T> struct sm_is_scalar { enum { value = sm_traits<T>::count == 1 }; };
 
 // Comparisons of vectors give vectors of integers; a boolN is what a program keeps them in.
-template <int N> struct sm_bool {
-    bool e[N];
-    bool operator[](uint i) const { return e[i]; }
-    bool &operator[](uint i) { return e[i]; }
-};
 #define SM_BOOL(N, FIELDS) \
     struct bool##N { \
         bool FIELDS; \
         bool##N() = default; \
-        constexpr SM_INLINE bool##N(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; } \
+        SM_INLINE bool##N(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; } \
+        template <class... A> SM_INLINE bool##N(bool a, bool b, A... c) { \
+            bool all[] = {a, b, (bool)c...}; for (int i = 0; i < N; i++) (*this)[i] = all[i]; } \
         template <class E> SM_INLINE bool##N(sm_vec<E, N> v) { \
             for (int i = 0; i < N; i++) (*this)[i] = v[i] != 0; } \
         SM_INLINE bool operator[](uint i) const { return (&x)[i]; } \
@@ -110,8 +107,6 @@ template <class To, class From> struct sm_convert {          // one value to ano
         } else return (To)v;
     }
 };
-template <class To> SM_INLINE constexpr To sm_scalar(float v) { return (To)v; }
-
 template <class V, class A> SM_INLINE void sm_append(thread V &v, thread int &at, A a) {
     typedef typename sm_traits<V>::element E;
     if constexpr (sm_traits<A>::count > 1)

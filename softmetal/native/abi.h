@@ -72,4 +72,4 @@ struct sm_group {
 
 enum { SM_DEVICE = 0, SM_CONSTANT = 1, SM_THREADGROUP = 2 };
 enum { SM_GROUP_AT = 1 << 26, SM_SIMD_AT = SM_GROUP_AT + (1 << 16), SM_LANE_AT = SM_GROUP_AT + (1 << 18),
-       SM_STRAY_AT = SM_GROUP_AT + (1 << 19), SM_TG_AT = SM_GROUP_AT + (1 << 20) };
+       SM_STRAY_AT = SM_GROUP_AT + (1 << 19), SM_TG_AT = SM_GROUP_AT + (1 << 20), SM_DISPATCH_AT = SM_GROUP_AT + (1 << 15) };

@@ -234,7 +234,7 @@ static sm_lane *next_lane(char *arena, sm_group *g, sm_simd *s) {
             t->at_barrier = 0;
             if (t->run) g->ready |= 1u << i;
         }
-        if (sm_validate) sm_validate_barrier(g, 0, 0);
+        if (sm_validate) sm_validate_barrier(g);
         if (!(g->ready >> s->number & 1)) s = sm_simd_of(arena, pick(g, g->ready));
     }
     sm_uint i = pick(g, s->run);
@@ -436,7 +436,9 @@ static void run_group(worker *w, sm_dispatch *d, sm_uint number) {
 
 static void work(worker *w) {
     job *j = &current;
-    sm_dispatch *d = j->dispatch;
+    grow(w, 1);
+    sm_dispatch *d = (sm_dispatch *)(w->arena + SM_DISPATCH_AT);   // a copy, so that all a kernel reads is known
+    memcpy(d, j->dispatch, sizeof *d);
     grow(w, d->fibers ? d->size[0] * d->size[1] * d->size[2] : 1);
     active = w;
     sm_ulong fixed = d->range_count;

@@ -49,6 +49,6 @@ static inline sm_lane *sm_self(char *arena) { return sm_lane_of(arena, sm_index(
 sm_report *sm_new_report(sm_uint kind, sm_group *, sm_lane *, sm_ulong pc, sm_ulong other_pc);
 void sm_abandon(sm_group *);               // gives up the dispatch; does not return
 void sm_validate_start(sm_group *);        // a threadgroup begins
-void sm_validate_barrier(sm_group *, sm_uint flags, void *site);
+void sm_validate_barrier(sm_group *);      // all wait at one; it opens
 void sm_validate_simd_barrier(sm_group *, sm_simd *, sm_uint flags);
 void sm_validate_epoch(void);              // everything before is ordered before everything after
