@@ -22,7 +22,7 @@ from nitinol.runtime.device import DeviceError
 from nitinol.runtime.memory import available_memory
 
 if TYPE_CHECKING:
-    from nitinol.array.compile import Compiled
+    from nitinol.array import Compiled
 
 DEFAULT_CONTEXT = 4096
 REPEAT_WINDOW = 64  # how many of the latest tokens the repetition penalty looks at
@@ -222,7 +222,7 @@ class Model:
     @cached_property
     def decode_list(self) -> Compiled:
         """The command list of one step."""
-        from nitinol.array.compile import compile
+        from nitinol.array import compile
         from nitinol.kernels.sampling import sample
 
         def decode() -> None:
@@ -233,7 +233,7 @@ class Model:
 
     def prefill_list(self, count: int, last: bool) -> Compiled:
         """The command list for `count` tokens of a prompt; only the last chunk's last token needs logits."""
-        from nitinol.array.compile import compile
+        from nitinol.array import compile
         from nitinol.kernels.sampling import sample
 
         def prefill(tokens: Any) -> None:
@@ -268,11 +268,11 @@ class Model:
     @contextmanager
     def _on_device(self) -> Iterator[None]:
         """Arrays are evaluated on this model's device."""
-        from nitinol.array import schedule
+        from nitinol.array import get_device, set_device
 
-        before = schedule._device
-        schedule.set_device(self.device)
+        before = get_device()
+        set_device(self.device)
         try:
             yield
         finally:
-            schedule.set_device(before)
+            set_device(before)

@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.array import array as array_of
-from nitinol.array.quantized import QuantizedArray
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf import GGUF, FormatError
-from nitinol.kernels.rope import rope_frequencies
 from nitinol.models.config import Config
 
 FLOATS = ("F32", "F16", "BF16")
@@ -79,6 +76,10 @@ def wrap_weights(file: GGUF, config: Config, device: Any) -> SimpleNamespace:
     """Arrays over the mapped file, nothing copied: `token_embd`, `output_norm`, `output`, and `blocks`, a namespace for
     each with `attn_q`, `attn_q_bias`, ... Also `rope`, the frequencies in radians a position, float32 [head_dim / 2].
     """
+    from nitinol.array import array as array_of  # late: `nitinol inspect` needs no arrays and no compiler
+    from nitinol.array.quantized import QuantizedArray
+    from nitinol.kernels.rope import rope_frequencies
+
     parts = [device.wrap(part) for part in file.parts]
     top: dict[str, Any] = {}
     blocks: list[dict[str, Any]] = [{} for _ in range(config.layers)]
