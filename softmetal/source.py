@@ -479,7 +479,7 @@ def rewrite_threadgroup_variables(code: Code, chunk: Chunk) -> None:
         names = []
         for a, b in zip(declarators, declarators[1:]):
             bracket = next((k for k in range(a, b) if p[k] == "["), b - 1)
-            names.append(p[bracket - 1])
+            names.append(t[bracket - 1].text)
         t[start].text = f"struct sm_tg{count} {{ " + ("" if start == i else t[start].text)
         if start != i:
             t[i].text = ""

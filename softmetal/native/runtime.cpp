@@ -38,7 +38,7 @@ asm(".text\n.globl sm_enter\nsm_enter:\n" SM_SAVE "movq %rsp, (%rdi)\n movq %rsi
     ".globl sm_jump\nsm_jump:\n movq %rdi, %rsp\n" SM_LEAVE
     ".globl sm_first\nsm_first:\n xorl %ebp, %ebp\n call sm_lane_main\n ud2\n");
 static void *fresh_stack(char *top) {
-    void **sp = (void **)top - 8;        // six registers, the address, padding: aligned once it is popped
+    void **sp = (void **)top - 9;        // six registers, the address, padding: 16-byte aligned once popped
     sp[6] = (void *)sm_first;
     return sp;
 }
