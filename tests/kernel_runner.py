@@ -1,17 +1,14 @@
-"""Runs a kernel of the library on NumPy arrays, natively or in the interpreter, below arrays and devices."""
+"""Runs a kernel of the library on NumPy arrays, natively or in the interpreter, and poisons what it may not touch."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
-import native
 import numpy as np
 
-from nitinol.compiler import interpreter
-from nitinol.compiler.byte_casts import sink_byte_casts
-from nitinol.compiler.driver import tile_ir
-from nitinol.language.jit import specialise
 from nitinol.language.types import bfloat16
+from nitinol.runtime.launch import interpret
 
 ENGINES = ("native", "interpreter")
 
@@ -26,16 +23,8 @@ class BFloat16:
 
 def run(engine: str, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Every program instance of the kernel; results are written to the arrays among the arguments."""
-    bound = kernel.bind((), arguments)
-    signature, _ = specialise(kernel, bound)
-    function = tile_ir(kernel, signature)
-    sink_byte_casts(function)
-    values = [getattr(bound[name], "array", bound[name]) for name, _, _ in signature.parameters]
-    extents = (*grid, 1, 1)[:3]
-    if engine == "native":
-        native.run(function, extents, values)
-    else:
-        interpreter.run(function, extents, values)
+    with interpret() if engine == "interpreter" else nullcontext():
+        kernel[grid](**arguments)
 
 
 def poisoned(shape: Any, dtype: Any = np.float32) -> np.ndarray:

@@ -119,13 +119,13 @@ def test_quantized_matmul(rng, engine, format, rows, columns, tokens):
     given, arguments = operands(x, format)
     block_t, block_n = 16, 16 if rows == 16 else 32
     expected = matvec.matvec_reference(given, data, format, (rows, columns))
-    for use in (False, True):
+    for use in (False, True) if format == "Q8_0" else (True,):  # each compiles a kernel
         out = poisoned((tokens + 1, rows))
         run(engine, matmul.quantized_matmul_kernel, (-(-rows // block_n), -(-tokens // block_t)), weights=data,
             bias=padded(bias) if use else None, residual=padded(residual) if use else None,
             gate=padded(gate) if use else None, out=out, tokens=tokens, rows=rows, columns=columns,
             row_bytes=FORMATS[format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n,
-            EVEN_T=tokens % block_t == 0, EVEN_N=rows % block_n == 0, **arguments,
+            EVEN_N=rows % block_n == 0, **arguments,
             **run_arguments(format, columns, 64))  # fmt: skip
         if use:
             expected = gate / (1 + np.exp(-gate.astype(np.float64))) * expected + bias + residual

@@ -8,6 +8,9 @@ into a fixed number of parts, so that the result does not depend on how many thr
 Scores are kept in units of log2(e), which spares exp2 a product per value.
 """
 
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +24,7 @@ from nitinol.language.jit import jit
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@jit
+@jit(do_not_specialize=["tokens"])
 def prefill_attention_kernel(
     q, k, v, position, out, tokens, context, q_token, q_head, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -12,6 +12,9 @@ so one float decode and one integer product serve every format. Bytes are loaded
 them into planes and putting planes side by side is a matter of which register is asked for, nothing is moved.
 """
 
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
 from __future__ import annotations
 
 import nitinol.language as tl

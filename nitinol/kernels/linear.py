@@ -15,6 +15,7 @@ from nitinol.kernels.matvec import matvec_kernel
 from nitinol.kernels.quantized import run_arguments
 
 FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
+DECODE_COST = 12  # decoding and packing a block of weights takes as long as its products with about so many tokens
 
 
 def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate: Any = None) -> Array:
@@ -34,13 +35,13 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
     if weights.format in FLOAT_FORMATS:
         return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
     parts = quantize_activations(x)
-    block_t = min(64, tl.next_power_of_2(tokens))
+    block_t = min((8, 16, 32, 64), key=lambda block: tl.cdiv(tokens, block) * (block + DECODE_COST))
     block_n = max(16, math.gcd(rows, 64))
     return launch(
         quantized_matmul_kernel, (tl.cdiv(rows, block_n), tl.cdiv(tokens, block_t)), x=parts.values,
         x_scales=parts.scales, x_sums=parts.sums, weights=weights, tokens=tokens, rows=rows, columns=columns,
         row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, gate=gate,
-        EVEN_T=tokens % block_t == 0, EVEN_N=rows % block_n == 0, _operations=2 * tokens * rows * columns,
+        EVEN_N=rows % block_n == 0, _operations=2 * tokens * rows * columns,
         **epilogue, **run_arguments(weights.format, columns, 64),
     )  # fmt: skip
 

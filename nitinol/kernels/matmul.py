@@ -6,6 +6,9 @@ products take unsigned weights and signed activations, which is what the dot ins
 weights are moved up by 128 and the sum starts at -128 times the sum of the activations, exactly.
 """
 
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
 from __future__ import annotations
 
 import nitinol.language as tl
@@ -15,18 +18,19 @@ from nitinol.kernels.tiles import part
 from nitinol.language.jit import jit
 
 
-@jit
+@jit(do_not_specialize=["tokens"])
 def quantized_matmul_kernel(
     x, x_scales, x_sums, weights, bias, residual, gate, out, tokens, rows, columns, row_bytes,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_T: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """Program (n, t): BLOCK_N rows of the weights for BLOCK_T tokens. out [tokens, rows] = x @ weights^T, finished as
-    epilogue.finish says. EVEN_T, EVEN_N: tokens, rows are a multiple of the block."""
+    epilogue.finish says. EVEN_N: rows is a multiple of BLOCK_N. Of tokens nothing is known, so that prompts of all
+    lengths share the compiled kernels."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     source = row if EVEN_N else tl.minimum(row, rows - 1)
-    reader = token if EVEN_T else tl.minimum(token, tokens - 1)
+    reader = tl.minimum(token, tokens - 1)
     pointers = weights + source.to(tl.int64) * row_bytes
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for run in range(0, columns // VALUES):
@@ -47,7 +51,7 @@ def quantized_matmul_kernel(
                 if minimum is not None:
                     low = tl.reshape(part(tl.reshape(minimum, (BLOCK_N, VALUES // length, 1)), index), (1, BLOCK_N))
                     acc += (total.to(tl.float32) * x_scale)[:, None] * low
-    finish(acc, out, token, row, tokens, rows, bias, residual, gate, EVEN_T and EVEN_N)
+    finish(acc, out, token, row, tokens, rows, bias, residual, gate, False)
 
 
 @jit

@@ -1,5 +1,8 @@
 """Whole tensors of quantised weights to float32, and rows of them by token: the embedding."""
 
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
 from __future__ import annotations
 
 from typing import Any

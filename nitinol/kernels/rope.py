@@ -5,6 +5,9 @@ Pair i of a head turns by the angle position * frequencies[i]. Which two values 
 interleaved layout of GGUF's `llama`, (i, i + head_dim / 2) in the half-split layout of `qwen2` and `qwen3`.
 """
 
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
 from __future__ import annotations
 
 from typing import Any
