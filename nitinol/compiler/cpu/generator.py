@@ -20,7 +20,7 @@ from typing import Any
 from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
-from nitinol.compiler.cpu import dot, memory, reduction, views
+from nitinol.compiler.cpu import dot, memory, prefetch, reduction, views
 from nitinol.compiler.cpu.lanes import (
     I8,
     I32,
@@ -403,6 +403,7 @@ class Generator(LaneBuilder):
             for argument, phi, value in zip(scalars, phis, [v for v in op.operands[3:] if not v.shape]):
                 known = self._carried_multiple(argument, value, region)
                 self.scalars[argument] = Uniform(phi, known)
+            prefetch.emit(self, region)
             self.block(region)
             following = self._carry_on(region.arguments[1:], region.terminator.operands, buffers)
             counter.add_incoming(b.add(counter, by), b.block)
