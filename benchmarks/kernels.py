@@ -1,0 +1,272 @@
+#!/usr/bin/env python
+"""The library's kernels beside PyTorch's: the same inputs, threads and machine, in turn, medians of several rounds.
+
+    python benchmarks/kernels.py [--threads N] [--rounds N] [--quick] [--json FILE] [CASE ...]
+
+Each side runs as its users run it: Nitinol as a compiled function of arrays, whose outputs have their buffers;
+PyTorch in eager mode, with `out=` where it has that, and where it has several ways, the fastest here. All results are
+compared with float64 first. A time includes everything from the call to its return.
+
+The floor of a case is what the machine needs at least: bytes read and written over the measured speed of a hand-written
+loop (limits.py), or operations over the measured peak of the multiply-add units (nitinol.runtime.peak). Cases that fit
+the caches have no floor of the first kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from common import NOT_MEASURED, alternate, describe, machine, median, parser, percent, seconds_per_call, table
+from common import write_json as write
+from limits import stream_bandwidth
+
+IN_CACHE = 24 << 20  # bytes: less than the last cache of most servers, more than that of a small machine
+
+
+@dataclass
+class Case:
+    """One operation on one size. nbytes: read and written; operations: multiplications and additions.
+
+    tolerance: of the largest error against float64, relative to the largest value of the result."""
+
+    name: str
+    function: Callable[..., Any]  # of nitinol Arrays
+    inputs: list[np.ndarray]
+    reference: Callable[..., np.ndarray]  # in float64
+    peers: dict[str, Callable[[], Any]]  # PyTorch's ways
+    nbytes: int
+    operations: int
+    reads: int  # streams that are read
+    tolerance: float
+
+
+def cases(quick: bool) -> dict[str, Callable[[np.random.Generator], Case]]:
+    """By name; quick: sizes that take no time, for trying out."""
+    shrink = 64 if quick else 1
+    return {
+        "add": lambda rng: add(rng, 1 << (16 if quick else 25)),
+        "softmax": lambda rng: softmax(rng, 8192 // shrink, 2000),
+        "softmax-cache": lambda rng: softmax(rng, 512 // shrink, 2000),
+        "rms_norm": lambda rng: rms_norm(rng, 8192 // shrink, 2048),
+        "rms_norm-cache": lambda rng: rms_norm(rng, 512 // shrink, 2048),
+        "layer_norm": lambda rng: layer_norm(rng, 8192 // shrink, 2048),
+        "layer_norm-cache": lambda rng: layer_norm(rng, 512 // shrink, 2048),
+        "matmul-1024": lambda rng: matmul(rng, 64 if quick else 1024),
+        "matmul-2048": lambda rng: matmul(rng, 128 if quick else 2048),
+        "attention": lambda rng: attention(rng, 8, 64 if quick else 2048, 64),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def add(rng: np.random.Generator, n: int) -> Case:
+    import torch
+
+    x, y = normal(rng, n), normal(rng, n)
+    a, b, out = tensors(x, y, np.empty_like(x))
+    return Case(f"vector add, {n / 2**20:g} Mi", lambda x, y: x + y, [x, y], lambda x, y: x + y,
+                {"add(out=)": lambda: torch.add(a, b, out=out)}, 12 * n, n, 2, 1e-6)
+
+
+def softmax(rng: np.random.Generator, rows: int, columns: int) -> Case:
+    import torch
+
+    import nitinol
+
+    x = normal(rng, rows, columns)
+    a, out = tensors(x, np.empty_like(x))
+
+    def reference(x: np.ndarray) -> np.ndarray:
+        power = np.exp(x - x.max(axis=-1, keepdims=True))
+        return power / power.sum(axis=-1, keepdims=True)
+
+    return Case(f"softmax, {rows} × {columns}", nitinol.softmax, [x], reference,
+                {"softmax(out=)": lambda: torch.softmax(a, -1, out=out), "softmax": lambda: torch.softmax(a, -1)},
+                8 * x.size, 5 * x.size, 1, 1e-5)
+
+
+def rms_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
+    import torch
+
+    from nitinol.kernels.norm import rms_norm, rms_norm_reference
+
+    x, weight = normal(rng, rows, columns), normal(rng, columns)
+    a, w = tensors(x, weight)
+    return Case(f"RMSNorm, {rows} × {columns}", lambda x, weight: rms_norm(x, weight, 1e-5), [x, weight],
+                lambda x, weight: rms_norm_reference(x, weight, 1e-5),
+                {"rms_norm": lambda: torch.nn.functional.rms_norm(a, (columns,), w, 1e-5)},
+                8 * x.size, 4 * x.size, 1, 1e-5)
+
+
+def layer_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
+    import torch
+
+    from nitinol.kernels.norm import layer_norm, layer_norm_reference
+
+    x, weight, bias = normal(rng, rows, columns), normal(rng, columns), normal(rng, columns)
+    a, w, b, out = tensors(x, weight, bias, np.empty_like(x))
+    mean, scale = torch.empty(rows, 1), torch.empty(rows, 1)
+    native = torch.ops.aten.native_layer_norm.out
+    return Case(f"layer norm, {rows} × {columns}", lambda x, w, b: layer_norm(x, w, b, 1e-5), [x, weight, bias],
+                lambda x, w, b: layer_norm_reference(x, w, b, 1e-5),
+                {"layer_norm": lambda: torch.nn.functional.layer_norm(a, (columns,), w, b, 1e-5),
+                 "native_layer_norm(out=)": lambda: native(a, [columns], w, b, 1e-5, out0=out, out1=mean, out2=scale)},
+                8 * x.size, 8 * x.size, 1, 1e-5)
+
+
+def matmul(rng: np.random.Generator, n: int) -> Case:
+    import torch
+
+    import nitinol
+
+    x, y = normal(rng, n, n), normal(rng, n, n)
+    a, b, out = tensors(x, y, np.empty_like(x))
+    # Sums of n products, in fp32: errors grow about as √n · 6e-8, values as √n.
+    return Case(f"matmul, {n}³", nitinol.matmul, [x, y], lambda x, y: x @ y,
+                {"matmul(out=)": lambda: torch.matmul(a, b, out=out)}, 12 * n * n, 2 * n**3, 2, 1e-5)
+
+
+def attention(rng: np.random.Generator, heads: int, tokens: int, head_dim: int) -> Case:
+    import torch
+
+    from nitinol.kernels.attention import attention_reference, causal_attention
+
+    q, k, v = (normal(rng, heads, tokens, head_dim) for _ in range(3))
+    a, b, c = (x[None] for x in tensors(q, k, v))
+    # Half of all pairs of positions, with the diagonal: a product each for scores and values.
+    operations = 4 * heads * head_dim * tokens * (tokens + 1) // 2
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return Case(f"causal attention, {heads} × {tokens} × {head_dim}", causal_attention, [q, k, v],
+                lambda q, k, v: attention_reference(q, k, v, 0, head_dim**-0.5),
+                {"scaled_dot_product_attention": lambda: attend(a, b, c, is_causal=True)},
+                16 * q.size, operations, 3, 1e-5)
+
+
+def tensors(*arrays: np.ndarray) -> list[Any]:
+    """The same memory for PyTorch: NumPy puts large arrays on huge pages, as Nitinol does."""
+    import torch
+
+    return [torch.from_numpy(array) for array in arrays]
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """Checks both sides, then times them in turn."""
+    import nitinol
+
+    arrays = [nitinol.from_numpy(x) for x in case.inputs]
+    compiled = nitinol.compile(case.function)
+    reference = case.reference(*(x.astype(np.float64) for x in case.inputs))
+    errors = {"nitinol": error(compiled(*arrays).numpy(), reference)}
+    for name, peer in case.peers.items():
+        result = peer()
+        result = result[0] if isinstance(result, tuple) else result
+        errors[name] = error(result.numpy().reshape(reference.shape), reference)
+    for name, found in errors.items():
+        if not found <= case.tolerance:
+            raise SystemExit(f"{case.name}: {name} is wrong by {found:.2g} of the largest value, more than "
+                             f"{case.tolerance:g}; no time is worth reporting")  # fmt: skip
+    del reference
+    peer = min(case.peers, key=lambda name: min(seconds_per_call(case.peers[name], 1) for _ in range(3)))
+    times = alternate({"nitinol": lambda: compiled(*arrays), "torch": case.peers[peer]}, rounds, seconds)
+    return {"name": case.name, "nbytes": case.nbytes, "operations": case.operations, "reads": case.reads, "peer": peer,
+            "errors": errors, "seconds": times, "nitinol_s": median(times["nitinol"]),
+            "torch_s": median(times["torch"])}  # fmt: skip
+
+
+def error(result: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.abs(result - reference).max() / np.abs(reference).max())
+
+
+def floor(result: dict[str, Any], limits: dict[str, float]) -> tuple[float | None, str]:
+    """The least time in seconds, and what sets it; None for what fits the caches and computes little."""
+    compute = result["operations"] / limits["float32_gflop_s"] / 1e9
+    stream = limits["read_write_gb_s"] if result["reads"] == 1 else limits["read_read_write_gb_s"]
+    memory = result["nbytes"] / stream / 1e9 if result["nbytes"] > IN_CACHE else 0.0
+    if result["operations"] / result["nbytes"] > 10:
+        return max(compute, memory), "peak"
+    return (memory, "memory") if memory else (None, "")
+
+
+def rows(results: list[dict[str, Any]], limits: dict[str, float]) -> list[list[str]]:
+    found = []
+    for result in results:
+        least, _ = floor(result, limits)
+        ours, theirs = result["nitinol_s"], result["torch_s"]
+        computes = result["operations"] / result["nbytes"] > 10
+        rate, unit = (result["operations"], "GFLOP/s") if computes else (result["nbytes"], "GB/s")
+        found.append([
+            result["name"], f"{least * 1e3:.2f} ms" if least else NOT_MEASURED, f"{ours * 1e3:.2f} ms",
+            f"{rate / ours / 1e9:.0f} {unit}", percent(least, ours), f"{theirs * 1e3:.2f} ms", f"{theirs / ours:.2f}×",
+        ])  # fmt: skip
+    return found
+
+
+HEAD = ["case", "floor", "Nitinol", "rate", "of the floor's rate", "PyTorch", "ratio"]
+
+
+def render(document: dict[str, Any]) -> str:
+    """The tables for docs/performance.md."""
+    limits = document["limits"]
+    stores = ", ".join(f"{name} {value:.1f}" for name, value in limits["stores_gb_s"].items())
+    return "\n".join([
+        table(HEAD, rows(document["results"], limits)), "",
+        f"Limits, {document['threads']} threads: {limits['float32_gflop_s']:.0f} GFLOP/s of fp32 multiply-add; reading "
+        f"one stream and writing one {limits['read_write_gb_s']:.1f} GB/s; reading two and writing one "
+        f"{limits['read_read_write_gb_s']:.1f} GB/s ({stores}).",
+    ])  # fmt: skip
+
+
+def measure_limits(device: Any, nbytes: int) -> dict[str, Any]:
+    from nitinol.runtime.peak import measure_peak_rates
+
+    one, two = (stream_bandwidth(device, reads, nbytes) for reads in (1, 2))
+    stores = {f"{name} stores": value for name, value in two.items()}
+    return {"float32_gflop_s": measure_peak_rates(device)["float32"], "read_write_gb_s": max(one.values()),
+            "read_read_write_gb_s": max(two.values()), "stores_gb_s": stores}  # fmt: skip
+
+
+def main() -> None:
+    options = parser("The library's kernels beside PyTorch's.")
+    options.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases(False))} (default: all)")
+    options.add_argument("--rounds", type=int, default=9, help="default: 9")
+    options.add_argument("--seconds", type=float, default=0.15, help="for one side in one round (default: 0.15)")
+    options.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    given = options.parse_args()
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit("this comparison needs PyTorch: pip install torch==2.13.0") from None
+    import nitinol
+
+    device = nitinol.CpuDevice(given.threads)
+    nitinol.set_device(device)
+    torch.set_num_threads(device.threads)
+    makers = cases(given.quick)
+    unknown = [name for name in given.cases if name not in makers]
+    if unknown:
+        options.error(f"there is no case {unknown[0]!r}; choose from {', '.join(makers)}")
+    print(describe(machine()) + f"; {device.threads} threads", file=sys.stderr)
+    rng, results = np.random.default_rng(), []
+    for name in given.cases or makers:
+        results.append(measure(makers[name](rng), given.rounds, 0.001 if given.quick else given.seconds))
+        print(f"{results[-1]['name']}: {results[-1]['torch_s'] / results[-1]['nitinol_s']:.2f}×", file=sys.stderr)
+    limits = measure_limits(device, (1 << 20) if given.quick else (128 << 20))
+    document = {"benchmark": "kernels", "threads": device.threads, "limits": limits, "results": results}
+    print(render(document))
+    write(given.json, document)
+
+
+if __name__ == "__main__":
+    main()
