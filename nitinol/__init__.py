@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nitinol.array import *
+    from nitinol.generate.model import Model, load
+    from nitinol.generate.options import Options
     from nitinol.language.jit import jit
     from nitinol.runtime.cpu import CpuDevice
     from nitinol.runtime.launch import interpret
@@ -23,6 +25,9 @@ _PLACES = {
     "jit": "nitinol.language.jit",
     "interpret": "nitinol.runtime.launch",
     "CpuDevice": "nitinol.runtime.cpu",
+    "load": "nitinol.generate.model",
+    "Model": "nitinol.generate.model",
+    "Options": "nitinol.generate.options",
 }
 
 

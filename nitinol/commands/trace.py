@@ -11,6 +11,7 @@ from typing import Any
 
 from nitinol.commands.output import Progress, print_json, print_table
 from nitinol.commands.run import Settings
+from nitinol.generate.profile import Run, profile
 from nitinol.models.config import gigabytes
 from nitinol.runtime.bandwidth import measure_read_bandwidth
 from nitinol.runtime.peak import measure_peak_rates
@@ -66,8 +67,6 @@ class Phase:
 
 def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None, svg: Path | None,
                 as_json: bool) -> None:
-    from nitinol.generate.profile import profile
-
     for target in (chrome, svg):
         if target is not None and not target.resolve().parent.is_dir():
             raise ValueError(f"{str(target)!r} cannot be written, because its folder does not exist")
@@ -77,8 +76,8 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
         device = model.device
         rates = measure_peak_rates(device)
         limits = Limits(measure_read_bandwidth(device), rates["float32"], rates["int8"])
-        phases = [Phase(run.name, run.tokens, rows_of(run.records, run.timestamps, limits), run.wall_ns / 1e3,
-                        run.counters) for run in profile(model, ids, progress)]
+        phases = [Phase(run.name, run.tokens, rows_of(run, limits), run.wall_ns / 1e3, run.counters)
+                  for run in profile(model, ids, progress)]
     if chrome is not None:
         chrome.write_text(json.dumps(chrome_trace(phases)))
     if svg is not None:
@@ -100,19 +99,19 @@ def device_line(device: Any) -> str:
     return f"{processor_name()}, {device.threads} threads"
 
 
-def rows_of(records: Sequence[Any], timestamps: Sequence[Any], limits: Limits) -> list[Row]:
-    """Records of a command list with the times of one run."""
-    start = min((stamp.start for stamp in timestamps), default=0)
+def rows_of(run: Run, limits: Limits) -> list[Row]:
+    """A row for each entry of a command list."""
+    start = min((stamp.start for stamp in run.timestamps), default=0)
     rows = []
-    for record, stamp in zip(records, timestamps):
+    for record, nbytes, stamp in zip(run.records, run.nbytes, run.timestamps):
         file, number, _ = record.place
         seconds = max(stamp.end - stamp.start, 1) / 1e9
         operations = record.operations or 0
-        gb_s, gop_s = record.nbytes / seconds / 1e9, operations / seconds / 1e9
+        gb_s, gop_s = nbytes / seconds / 1e9, operations / seconds / 1e9
         peak = limits.int8_gop_s if "int8" in record.dtypes else limits.float32_gop_s
         rows.append(Row(
             f"{Path(file).name}:{number}", linecache.getline(file, number).strip(), record.name, tuple(record.grid),
-            tuple(record.shapes), tuple(record.dtypes), record.nbytes, operations, (stamp.start - start) / 1e3,
+            tuple(record.shapes), tuple(record.dtypes), nbytes, operations, (stamp.start - start) / 1e3,
             seconds * 1e6, gb_s, gop_s, 100 * max(gb_s / limits.bandwidth_gb_s, gop_s / peak)))
     return rows
 

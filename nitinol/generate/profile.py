@@ -17,12 +17,13 @@ REPETITIONS = 3
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a command list: its entries' records and time stamps (see nitinol.array.compile), the time from the
-    submission to the end of the wait, and what it added to the device's counters."""
+    """One run of a command list: its entries' records and time stamps (see nitinol.array.compile), the bytes that each
+    moves, the time from the submission to the end of the wait, and what it added to the device's counters."""
 
     name: str
     tokens: int
     records: Sequence[Any]
+    nbytes: Sequence[int]
     timestamps: Sequence[Any]
     wall_ns: int
     counters: dict[str, int]
@@ -43,10 +44,10 @@ def profile(model: Model, ids: Sequence[int], progress: Callable[[int, int], Non
     start = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
     runs: list[list[Run]] = [[], []]
 
-    def measured(name: str, tokens: int, work: Callable[[], Any], compiled: Any) -> Run:
+    def measured(name: str, position: int, tokens: int, work: Callable[[], Any], compiled: Any) -> Run:
         commands = compiled.program.commands
         commands.profile = True
-        model.device.synchronize()
+        work()  # encodes the list anew, with time stamps
         before = {key: getattr(model.device.counters, key) for key in COUNTED}
         begun = time.perf_counter_ns()
         work()
@@ -54,7 +55,8 @@ def profile(model: Model, ids: Sequence[int], progress: Callable[[int, int], Non
         spent = {key: getattr(model.device.counters, key) - before[key] for key in COUNTED}
         stamps = commands.timestamps()
         commands.profile = False
-        return Run(name, tokens, compiled.records, stamps, wall, spent)
+        nbytes = [moved(record, model, position, tokens) for record in compiled.records]
+        return Run(name, tokens, compiled.records, nbytes, stamps, wall, spent)
 
     def prefill() -> None:
         model.cache.move(start)
@@ -66,8 +68,24 @@ def profile(model: Model, ids: Sequence[int], progress: Callable[[int, int], Non
 
     step()
     for i in range(REPETITIONS):
-        runs[0].append(measured("prefill", len(ids) - start, prefill, model.prefill_list(len(ids) - start, True)))
-        runs[1].append(measured("decode", 1, step, model.decode_list))
+        count = len(ids) - start
+        runs[0].append(measured("prefill", start, count, prefill, model.prefill_list(count, True)))
+        runs[1].append(measured("decode", len(ids), 1, step, model.decode_list))
         if progress is not None:
             progress(2 * i + 2, total)
     return [min(found, key=lambda run: run.wall_ns) for found in runs]
+
+
+def moved(record: Any, model: Model, position: int, tokens: int) -> int:
+    """The bytes that a launch moves: those of its arrays, but of the embedding only the tokens' rows, and of the cache
+    only what the tokens at `position` see or, where keys and values are written, these tokens' places."""
+    nbytes = record.nbytes
+    keys = model.cache.layers[0][0]
+    places = tokens if record.name.startswith("rope") else position + tokens
+    for shape in record.shapes:
+        if shape == keys.shape:
+            nbytes -= keys.nbytes * (model.context - places) // model.context
+    if record.name.startswith("embedding"):
+        table = model.file.tensors["token_embd.weight"]
+        nbytes -= table.nbytes * (model.config.vocab - tokens) // model.config.vocab
+    return max(nbytes, 0)
