@@ -18,6 +18,7 @@ from nitinol.compiler.ir import Block, Op, Value, constant_of
 from nitinol.language.types import PointerType, float64, int8, int32, uint8
 
 EXPENSIVE = 8  # in units of one vector instruction
+REPEATED = 4  # what it may cost to compute a value again for each place that a broadcast brings it to
 INLINE_REDUCE = 16  # reductions over at most this many values, not along the lanes, are done where they are used
 COST = {
     **dict.fromkeys(("exp", "exp2", "log", "log2", "sin", "cos", "tanh", "erf"), 12),
@@ -86,11 +87,20 @@ class Plan:
         users = self.uses.get(value, [])
         if cost >= 3 and any(self._deeper(op, user) for user in users):
             return True
+        if cost >= REPEATED and self._repeated(value):
+            return True
         if cost < EXPENSIVE:
             return False
-        if any(user.kind == "broadcast" and user.result.shape != value.shape for user in users):
-            return True
         return len(users) > 1 and len(self.roots(value)) > 1
+
+    def _repeated(self, value: Value) -> bool:
+        """Whether elements are used again along an axis that a broadcast grows."""
+        for user in self.uses.get(value, []):
+            if user.kind == "broadcast" and user.result.shape != value.shape:
+                return True
+            if user.kind in ("reshape", "trans") and self._repeated(user.result):
+                return True
+        return False
 
     def inline_reduce(self, op: Op) -> bool:
         """Whether a reduction is done inside its user's walk: few values, and not along that walk's lanes."""
