@@ -114,12 +114,10 @@ class _Trace:
                 mine.append(leaf)
         given = iter(mine)
         self.device = device
-        self._record(
-            lambda: function(
-                *(_rebuild(a, given) for a in arguments), **{k: _rebuild(a, given) for k, a in keywords.items()}
-            ),
-            {a.view.value for a in mine if isinstance(a, Array)},
-        )
+        positional = [_rebuild(argument, given) for argument in arguments]
+        named = {name: _rebuild(argument, given) for name, argument in keywords.items()}
+        parameters = {leaf.view.value for leaf in mine if isinstance(leaf, Array)}
+        self._record(lambda: function(*positional, **named), parameters)
 
     def _record(self, call: Callable[[], Any], parameters: set[Value]) -> None:
         nodes: list[Node] = []

@@ -47,9 +47,9 @@ def number_dtype(name: str, value: Any, dtype: DType, symbol: str = "+") -> DTyp
 
 def apply(operation: Operation, *operands: Any, symbol: str = "+", free: int = 0) -> Array:
     """Records an operation on arrays and numbers. The first `free` operands take no part in promotion."""
-    arrays = [as_operand(operand) for operand in operands]
-    dtypes = [a.dtype for a in arrays[free:] if a is not None]
     name = operation.name.split(":")[0]
+    arrays = [_checked(name, partial(as_operand, operand), []) for operand in operands]
+    dtypes = [a.dtype for a in arrays[free:] if a is not None]
     if not dtypes:
         numbers = [semantic.number_type(value) for value in operands[free:]]
         dtypes = [max(numbers, key=lambda t: (semantic.KIND[t.kind], t.bits))]
@@ -78,7 +78,8 @@ def _checked(name: str, function: Callable[[], Any], dtypes: list[DType]) -> Any
     try:
         return function()
     except TypeError as error:
-        raise TypeError(f"{name} of {' and '.join(map(str, dtypes))}: {error}") from None
+        of = f" of {' and '.join(map(str, dtypes))}" if dtypes else ""
+        raise TypeError(f"{name}{of}: {error}") from None
 
 
 def _unary(name: str, function: Callable[[Any], Any], text: str, cost: int = 1, floats: bool = True) -> Any:
@@ -205,26 +206,44 @@ def contiguous(x: Array) -> Array:
 
 
 def _floor_divide(x: tensor, y: tensor) -> tensor:
-    """Rounds down, as Python; the tile language's own // truncates."""
+    """Rounds down, as Python; the tile language's own // truncates. Integers by 0 give 0."""
     x, y = semantic.unify(x, y, "/" if tensor_is_float(x, y) else "//")
     if x.dtype.is_float:  # type: ignore[union-attr]
         return tl.floor(x / y)
-    quotient = semantic.floordiv(x, y)
+    quotient, rest = _divide(x, y)
     if not x.dtype.is_signed:  # type: ignore[union-attr]
         return quotient
-    rest = x - quotient * y
     off = semantic.compare("ne", rest, 0) & ((rest < 0) ^ (y < 0))
     return semantic.where(off, quotient - 1, quotient)
 
 
 def _mod(x: tensor, y: tensor) -> tensor:
-    """The sign of the divisor, as Python."""
+    """The sign of the divisor, as Python. Integers by 0 give 0."""
     x, y = semantic.unify(x, y, "%")
-    rest = semantic.mod(x, y)
-    if not x.dtype.is_float and not x.dtype.is_signed:  # type: ignore[union-attr]
-        return rest
+    if x.dtype.is_float:  # type: ignore[union-attr]
+        rest = semantic.mod(x, y)
+    else:
+        rest = _divide(x, y)[1]
+        if not x.dtype.is_signed:  # type: ignore[union-attr]
+            return rest
     off = semantic.compare("ne", rest, 0) & ((rest < 0) ^ (y < 0))
     return semantic.where(off, rest + y, rest)
+
+
+def _divide(x: tensor, y: tensor) -> tuple[tensor, tensor]:
+    """Quotient and remainder of integers as in C, but 0 and 0 where the divisor is 0; processors trap on that, and on
+    the smallest integer by -1."""
+    zero = semantic.compare("eq", y, 0)
+    unsafe = zero
+    if x.dtype.is_signed:  # type: ignore[union-attr]
+        minus = semantic.compare("eq", y, -1)
+        unsafe = zero | minus
+    divisor = semantic.where(unsafe, 1, y)
+    quotient = semantic.floordiv(x, divisor)
+    rest = x - quotient * divisor
+    if x.dtype.is_signed:  # type: ignore[union-attr]
+        quotient = semantic.where(minus, -x, quotient)
+    return semantic.where(zero, 0, quotient), semantic.where(zero, 0, rest)
 
 
 def tensor_is_float(*values: tensor) -> bool:
@@ -284,21 +303,25 @@ def multiply(x: Any, y: Any) -> Array:
 
 def divide(x: Any, y: Any) -> Array:
     """x / y, always floats; integers and half types divide in fp32."""
+    if not _any_float(x, y):
+        x, y = (float(v) if isinstance(v, int) else astype(v, float32) for v in (x, y))
     return apply(_DIV, x, y, symbol="/")
 
 
 def floor_divide(x: Any, y: Any) -> Array:
-    """x // y rounded down, as Python and NumPy (the tile language's // truncates). Integers by 0: undefined."""
+    """x // y rounded down, as Python and NumPy (the tile language's // truncates). Integers by 0: 0."""
     return apply(_FLOORDIV, x, y, symbol="/" if _any_float(x, y) else "//")
 
 
 def mod(x: Any, y: Any) -> Array:
-    """x % y with the sign of y, as Python and NumPy (the tile language's % has the sign of x)."""
+    """x % y with the sign of y, as Python and NumPy (the tile language's % has the sign of x). Integers
+    by 0: 0."""
     return apply(_MODULO, x, y, symbol="%")
 
 
 def _any_float(*values: Any) -> bool:
-    return any(isinstance(v, float) or (isinstance(v, Array) and v.dtype.is_float) for v in values)
+    arrays = [as_operand(v) for v in values]
+    return any(isinstance(v, float) if a is None else a.dtype.is_float for v, a in zip(values, arrays))
 
 
 def power(x: Any, y: Any) -> Array:

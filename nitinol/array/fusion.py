@@ -22,6 +22,8 @@ from nitinol.language.core import set_builder, tensor
 from nitinol.language.math import maximum, minimum
 from nitinol.language.types import DType, PointerType, Type, float32, float64, int32, int64
 
+Reference = tuple[str, int]  # ("leaf", i) or ("step", i)
+
 TILE = 1024  # elements of one tile: 4 KiB of float32, a few tiles fit the first-level cache
 
 
@@ -129,14 +131,13 @@ REDUCTIONS = {
 class Group:
     """What one generated kernel computes: `steps` in order, each an operation on leaves and earlier steps.
 
-    A reference is ("leaf", i) or ("step", i). The last reference, `result`, is stored to `output`, reduced if
-    `reduce` is a node.
+    `result` is stored to `output`, reduced if `reduce` is a node.
     """
 
     shape: Shape
     leaves: list[View | Scalar]
-    steps: list[tuple[Operation, tuple[tuple[str, int], ...]]]
-    result: tuple[str, int]
+    steps: list[tuple[Operation, tuple[Reference, ...]]]
+    result: Reference
     output: View
     reduce: Reduce | None = None
 
@@ -160,8 +161,8 @@ class Plan:
     """A kernel's structure, which is its key in the cache."""
 
     leaves: tuple[Leaf, ...]
-    steps: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-    result: tuple[str, int]
+    steps: tuple[tuple[str, tuple[Reference, ...]], ...]
+    result: Reference
     output: Leaf
     rows: int  # how many row axes
     loops: int  # how many reduced axes besides the tile's
@@ -260,7 +261,7 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
 
 
 def _build(plan: Plan, operations: list[Operation]) -> Function:
-    """The tile IR. Parameters: leaves that are loaded or scalar, the output's pointer, integers as `lower` lists them."""
+    """The tile IR. Parameters: what is loaded or scalar, the output's pointer, then the integers that `lower` lists."""
     from nitinol.compiler.passes import simplify
 
     emitter = Emitter()
@@ -321,8 +322,6 @@ class _Kernel:
             lanes = semantic.cast(tl.program_id(0), plan.index) * plan.tile + lanes
             lane_mask = lanes < inner
 
-        divides = any(operation.name in ("floordiv", "mod") for operation in self.operations)
-
         # Offsets: the part that depends on the row and the strides of the rest.
         places: list[Any] = []
         for leaf, base in zip((*plan.leaves, plan.output), (*arguments, out)):
@@ -343,8 +342,7 @@ class _Kernel:
             pointer, mask_here = address(leaf, place, loop_at, lanes, mask)
             if leaf.kind == "index":
                 return semantic.cast(pointer, leaf.dtype)
-            other = 1 if mask_here is not None and leaf.dtype.is_int and divides else None  # 0 would trap
-            return tl.load(pointer, mask=mask_here, other=other)
+            return tl.load(pointer, mask=mask_here)
 
         def address(leaf: Leaf, place: Any, loop_at: list[tensor], lanes: Any, mask: Any) -> tuple[Any, Any]:
             """Pointer (or index), and the part of the masks that applies to it."""

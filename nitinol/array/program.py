@@ -41,13 +41,13 @@ class Record:
 
 def plan_memory(steps: list[Step], kept: set[Value]) -> tuple[dict[Value, int], int]:
     """Offsets of the intermediate values in one arena, and its size: largest first, at the lowest offset that is free
-    during the value's life."""
+    during the value's life. Lives are counted in phases, so that sharing memory needs no further barrier."""
     lives: dict[Value, tuple[int, int]] = {}
-    for index, step in enumerate(steps):
+    for step, phase in zip(steps, phases(steps)):
         for argument in step.arguments:
             if isinstance(argument, View) and argument.value.buffer is None and argument.value not in kept:
-                first, _ = lives.get(argument.value, (index, index))
-                lives[argument.value] = (first, index)
+                first, _ = lives.get(argument.value, (phase, phase))
+                lives[argument.value] = (first, phase)
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
     offsets: dict[Value, int] = {}
     for value in sorted(lives, key=lambda v: -v.nbytes):
@@ -62,6 +62,22 @@ def plan_memory(steps: list[Step], kept: set[Value]) -> tuple[dict[Value, int], 
         placed.append((offset, offset + size, first, last))
         offsets[value] = offset
     return offsets, max((end for _, end, _, _ in placed), default=0)
+
+
+def phases(steps: list[Step]) -> list[int]:
+    """A number per step; steps of one phase do not wait for each other."""
+    found, phase = [], 0
+    reads: set[Value] = set()
+    writes: set[Value] = set()
+    for step in steps:
+        read = {a.value for i, a in enumerate(step.arguments) if isinstance(a, View) and i not in step.writes}
+        written = {a.value for i, a in enumerate(step.arguments) if isinstance(a, View) and i in step.writes}
+        if writes & (read | written) or reads & written:
+            phase, reads, writes = phase + 1, set(), set()
+        reads |= read
+        writes |= written
+        found.append(phase)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- programs

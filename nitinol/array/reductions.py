@@ -65,7 +65,7 @@ def reduce(kind: str, x: Any, axis: Axis, keepdims: bool, dtype: DType | None = 
 def _record(kind: str, x: Array, axes: tuple[int, ...], dtype: DType) -> Array:
     shape = tuple(n for a, n in enumerate(x.shape) if a not in axes)
     if not axes:
-        return e.astype(x, dtype)
+        return full(shape, 0, dtype) if kind.startswith("arg") else e.astype(x, dtype)
     (value,) = record(Reduce((x.view,), kind, axes, dtype), [(shape, dtype)])
     return Array(whole(value))
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nitinol.array.fusion import Group, lower, scalar_type
-from nitinol.array.graph import Launch, Map, Node, Reduce, Scalar, Slot, Value, View, pull_back, whole
+from nitinol.array.fusion import Group, Reference, lower, scalar_type
+from nitinol.array.graph import Launch, Map, Node, Operation, Reduce, Scalar, Slot, Value, View, pull_back, whole
 from nitinol.compiler.ir import Function
 from nitinol.language.types import Type
 
@@ -126,36 +126,41 @@ def _overwritten(operands: list[View], node: Node, root: Node) -> bool:
 
 def build_group(root: Map | Reduce, fused: dict[Node, tuple[Node, View]], output: View) -> Group:
     """The kernel of a root with everything that is fused into it."""
-    leaves: dict[View | Scalar, int] = {}
-    steps: list[Any] = []
-    at: dict[Node, int] = {}
-
-    def leaf(operand: View | Scalar) -> tuple[str, int]:
-        operand = _plain(operand) if isinstance(operand, View) else operand
-        return "leaf", leaves.setdefault(operand, len(leaves))
-
-    def refer(operand: View | Scalar) -> tuple[str, int]:
-        if isinstance(operand, View) and operand.value.node in fused and operand.value.buffer is None:
-            inner = operand.value.node
-            if fused[inner][0] is root:
-                return "step", emit(inner, _plain(operand))
-        return leaf(operand)
-
-    def emit(node: Any, view: View | None) -> int:
-        if node not in at:
-            views = [v for v in node.inputs if isinstance(v, View)]
-            pulled = iter(views if view is None else pull_back(view, node.shape, views) or ())
-            refs = tuple(refer(next(pulled) if isinstance(v, View) else v) for v in node.inputs)
-            at[node] = len(steps)
-            steps.append((node.operation, refs))
-        return at[node]
-
+    builder = _GroupBuilder(root, fused)
     if isinstance(root, Reduce):
         (source,) = root.inputs
-        result = refer(source)
-        return Group(source.shape, list(leaves), steps, result, output, root)
-    result = ("step", emit(root, None))
-    return Group(root.shape, list(leaves), steps, result, output)
+        result = builder.refer(source)
+        return Group(source.shape, list(builder.leaves), builder.steps, result, output, root)
+    result = ("step", builder.emit(root, None))
+    return Group(root.shape, list(builder.leaves), builder.steps, result, output)
+
+
+class _GroupBuilder:
+    """Collects leaves and steps. (Nested functions that call each other would keep the values alive in a cycle.)"""
+
+    def __init__(self, root: Node, fused: dict[Node, tuple[Node, View]]) -> None:
+        self.root, self.fused = root, fused
+        self.leaves: dict[View | Scalar, int] = {}
+        self.steps: list[tuple[Operation, tuple[Reference, ...]]] = []
+        self.at: dict[Node, int] = {}
+
+    def refer(self, operand: View | Scalar) -> Reference:
+        if isinstance(operand, View):
+            node = operand.value.node
+            operand = _plain(operand)
+            if isinstance(node, Map) and node in self.fused and self.fused[node][0] is self.root:
+                return "step", self.emit(node, operand)
+        return "leaf", self.leaves.setdefault(operand, len(self.leaves))
+
+    def emit(self, node: Map, view: View | None) -> int:
+        """The step that computes a node, as `view` sees it (None: as it is)."""
+        if node not in self.at:
+            views = [v for v in node.inputs if isinstance(v, View)]
+            pulled = iter(views if view is None else pull_back(view, node.shape, views) or ())
+            refs = tuple(self.refer(next(pulled) if isinstance(v, View) else v) for v in node.inputs)
+            self.at[node] = len(self.steps)
+            self.steps.append((node.operation, refs))
+        return self.at[node]
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
