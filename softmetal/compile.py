@@ -176,9 +176,12 @@ class Compiled:
             run(["clang", *flags, "-"], text)
         except MetalError as e:
             raise MetalError(readable(str(e))) from None
+        calls: dict[str, set[str]] = {}
         for name in program.suspects:
-            if recursive(run(["clang", *flags, "-Xclang", "-ast-dump=json", f"-Xclang=-ast-dump-filter={name}", "-"], text), name):
-                raise MetalError(f"program_source: error: the function '{name}' calls itself; Metal has no recursion")
+            dump = run(["clang", *flags, "-Xclang", "-ast-dump=json", f"-Xclang=-ast-dump-filter={name}", "-"], text)
+            calls |= references(dump)
+        if name := cycle(calls):
+            raise MetalError(f"program_source: error: the function '{name.split(' ')[0]}' calls itself; Metal has no recursion")
 
     def library(self, number: int, values: dict[str, str], instrumented: bool) -> Path:
         """Machine code of kernel `number`; of all kernels at once if they are few and nothing is specialised."""
@@ -218,23 +221,34 @@ def readable(messages: str) -> str:
     return "\n".join(line for line in messages.splitlines() if not line.startswith("zig: "))
 
 
-def recursive(dump: str, name: str) -> bool:
-    """Whether a function of clang's syntax tree refers to itself, directly or through others in the dump."""
-    decoder, calls, at = json.JSONDecoder(), {}, 0
+def references(dump: str) -> dict[str, set[str]]:
+    """The functions of a dumped syntax tree, as "name type", with the functions that each refers to."""
+    decoder, found, at = json.JSONDecoder(), {}, 0
     while (at := dump.find("{", at)) >= 0:
         node, at = decoder.raw_decode(dump, at)
-        for f in functions(node):
-            calls[f["id"]] = {d["referencedDecl"]["id"] for d in walk(f) if d.get("kind") == "DeclRefExpr" and "referencedDecl" in d}
+        for f in walk(node):
+            if f.get("kind") in ("FunctionDecl", "CXXMethodDecl"):
+                used = [d["referencedDecl"] for d in walk(f) if d.get("kind") == "DeclRefExpr" and "referencedDecl" in d]
+                found.setdefault(identity(f), set()).update(identity(d) for d in used)
+    return found
+
+
+def identity(declaration: dict[str, Any]) -> str:
+    return f"{declaration.get('name')} {declaration.get('type', {}).get('qualType')}"
+
+
+def cycle(calls: dict[str, set[str]]) -> str:
+    """A function that reaches itself, or nothing."""
     for start in calls:
         todo, seen = [start], set()
         while todo:
             for other in calls.get(todo.pop(), ()):
                 if other == start:
-                    return True
+                    return start
                 if other not in seen:
                     seen.add(other)
                     todo.append(other)
-    return False
+    return ""
 
 
 def walk(node: Any) -> Any:
@@ -242,10 +256,6 @@ def walk(node: Any) -> Any:
         yield node
         for child in node.get("inner", ()):
             yield from walk(child)
-
-
-def functions(node: Any) -> Any:
-    return (n for n in walk(node) if n.get("kind") in ("FunctionDecl", "CXXMethodDecl"))
 
 
 if sys.platform == "win32":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from softmetal import compile, modes, native, objects
-from softmetal.objects import Labelled, MTLSizeAndAlign, NSError, UsageError
+from softmetal.objects import Labelled, MTLSizeAndAlign, Named, NSError, UsageError
 from softmetal.source import Kernel, MetalError
 
 PAGE = mmap.PAGESIZE
@@ -182,7 +182,7 @@ class Function(Labelled):
         return {c.name: c for c in self._library._compiled.constants}
 
 
-class Pipeline(Labelled):
+class Pipeline(Named):
     """An MTLComputePipelineState; machine code for plain and for instrumented execution, made when needed."""
 
     _protocol = "MTLComputePipelineState"
@@ -297,7 +297,7 @@ class Fence(Labelled):
         self._device = device
 
 
-class ResidencySet(Labelled):
+class ResidencySet(Named):
     _protocol = "MTLResidencySet"
 
     def __init__(self, device: Device, label: str | None) -> None:

@@ -56,8 +56,8 @@ class NSError:
         return f"Error Domain={self._domain} Code={self._code} {self._text!r}"
 
 
-class Labelled:
-    """An object with a label and a device."""
+class Named:
+    """An object with a label, given when it was made, and a device."""
 
     _label: str | None = None
     _device: Any = None
@@ -65,11 +65,13 @@ class Labelled:
     def label(self) -> str | None:
         return self._label
 
-    def setLabel_(self, text: str | None) -> None:
-        self._label = text
-
     def device(self) -> Any:
         return self._device
+
+
+class Labelled(Named):
+    def setLabel_(self, text: str | None) -> None:
+        self._label = text
 
 
 class Descriptor:
@@ -93,8 +95,16 @@ class Descriptor:
 
     def __init_subclass__(cls) -> None:
         for name in cls._defaults:
-            setattr(cls, name, lambda self, _n=name: self._values[_n])
-            setattr(cls, f"set{name[0].upper()}{name[1:]}_", lambda self, v, _n=name: self._values.__setitem__(_n, v))
+            setattr(cls, name, getter(name))
+            setattr(cls, f"set{name[0].upper()}{name[1:]}_", setter(name))
+
+
+def getter(name: str) -> Any:
+    return lambda self: self._values[name]
+
+
+def setter(name: str) -> Any:
+    return lambda self, value: self._values.__setitem__(name, value)
 
 
 class MTLCompileOptions(Descriptor):
