@@ -58,13 +58,16 @@ def product(
     values = x + token[:, None, None] * columns + group[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
     scales = x_scales + token[:, None] * (columns // 32) + group[None, :]
     sums = x_sums + token[:, None, None] * (columns // 16) + group[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    total = tl.zeros((token.shape[0], row.shape[0], 8), tl.float32)
+    PAIRS: tl.constexpr = 2 if GROUPS % 2 == 0 else 1  # groups side by side: 16 lanes are a vector of 512 bits
+    shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // PAIRS, 8 * PAIRS)
+    total = tl.zeros((token.shape[0], row.shape[0], 8 * PAIRS), tl.float32)
     low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
     for run in range(0, columns // VALUES):
         quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
         dots = lane_dots(quants, tl.load(values + run * VALUES))
         x_scale = tl.load(scales + run * GROUPS)
-        total += tl.sum(dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None]), axis=2)
+        scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None])
+        total += tl.sum(tl.reshape(scaled, shape), axis=2)
         if minimum is not None:
             low += minimum_term(minimum, tl.load(sums + run * (2 * GROUPS)), x_scale)
     return tl.sum(total, axis=2) + tl.sum(low, axis=2)
