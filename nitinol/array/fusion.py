@@ -22,6 +22,7 @@ from nitinol.language.core import set_builder, tensor
 from nitinol.language.math import maximum, minimum
 from nitinol.language.types import DType, PointerType, Type, float32, float64, int32, int64
 
+CROSSED = 16  # lanes of a tile when an operand runs across it: whole cache lines of what it reads and of what it writes
 Reference = tuple[str, int]  # ("leaf", i) or ("step", i)
 
 TILE = 1024  # elements of one tile: 4 KiB of float32, a few tiles fit the first-level cache
@@ -218,7 +219,10 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
     row_count, loop_count = math.prod(rows), math.prod(loops)
     tile = min(TILE, max(power_of_two(inner), 8)) if inner else 0
     tile_rows = 1
-    if tile and tile <= TILE // 8 and row_count > 1 and (over_tile or group.reduce is None):
+    crossed = group.reduce is None and any(s not in (0, 1) for s in inner_strides) and len(rows) > 0
+    if crossed and tile > CROSSED:  # an operand runs across the tile: cover whole cache lines of it
+        tile, tile_rows = CROSSED, min(TILE // CROSSED, power_of_two(row_count))
+    elif tile and tile <= TILE // 8 and row_count > 1 and (over_tile or group.reduce is None):
         tile_rows = min(TILE // tile, power_of_two(row_count))
     all_views = [*views, group.output]
     wide = any(max(abs(low), abs(high)) + TILE >= 2**31 for low, high in (view.span() for view in all_views))
