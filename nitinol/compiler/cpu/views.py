@@ -23,16 +23,8 @@ def request(g: Generator, op: Op, value: Value, index: Index, axis: int, width: 
         return _reshape(g, op.operands[0], value, index, axis, width)
     if op.kind == "join":
         return _join(g, op, value, index, axis, width)
-    if op.kind == "broadcast" and runs_over and op.operands[0].shape[-1] == value.shape[-1]:
-        source = op.operands[0]
-        covered = 1
-        for a, b in zip(reversed(source.shape), reversed(value.shape)):
-            if covered >= width:
-                break
-            if a != b:
-                return pieces(g, value, index, width)
-            covered *= b
-        return g.request(source, _narrowed(source, value, index), axis, width)
+    if op.kind == "broadcast" and runs_over:
+        return _broadcast_run(g, op.operands[0], value, index, width)
     if runs_over:
         return pieces(g, value, index, width)
     if op.kind == "broadcast":
@@ -50,6 +42,39 @@ def request(g: Generator, op: Op, value: Value, index: Index, axis: int, width: 
     if op.kind == "cat":
         return _cat(g, op, index, axis, width)
     raise NotImplementedError(op.kind)
+
+
+def _broadcast_run(g: Generator, source: Value, value: Value, index: Index, width: int) -> Lanes:
+    """A run over several rows of a broadcast tile."""
+    place = _narrowed(source, value, index)
+    last = len(source.shape) - 1
+    if source.shape[-1] == value.shape[-1]:
+        if _covers(source.shape, value.shape, width):
+            return g.request(source, place, last, width)
+        return pieces(g, value, index, width)
+    repeats = value.shape[-1]
+    count = width // repeats
+    inner = source.op.operands[0] if source.op is not None and source.op.kind == "reshape" else None
+    if inner is None or inner.shape != source.shape[:-1] or not _covers(inner.shape, value.shape[:-1], count):
+        return pieces(g, value, index, width)
+    lanes = g.request(inner, place[:-1], last - 1, count)  # each value once, then repeated by one shuffle
+    if isinstance(lanes, Uniform):
+        return lanes
+    once = g.vector(lanes, inner.element, count)
+    order = ir.Constant(ir.VectorType(I32, width), [i // repeats for i in range(width)])
+    return Vector(g.b.shuffle_vector(once, ir.Constant(once.type, ir.Undefined), order))
+
+
+def _covers(source: tuple[int, ...], result: tuple[int, ...], width: int) -> bool:
+    """Whether the trailing axes that a run of `width` spans are the same on both sides."""
+    covered = 1
+    for a, b in zip(reversed(source), reversed(result)):
+        if covered >= width:
+            break
+        if a != b:
+            return False
+        covered *= b
+    return covered >= width
 
 
 def _narrowed(source: Value, value: Value, index: Index) -> Index:
