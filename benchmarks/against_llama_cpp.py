@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import NOT_MEASURED, PAUSE_S, ROOT, describe, machine, median, parser, percent, table
+from common import NOT_MEASURED, PAUSE_S, ROOT, describe, machine, median, parser, percent, table, unsteady
 from common import write_json as write
 
 FORMATS = ("Q8_0", "Q4_0", "Q4_K")
@@ -201,7 +201,7 @@ def compare(logits: list[np.ndarray]) -> dict[str, float] | None:
     gives a correlation near 1; a wrong one would not."""
     if len(logits) < 2:
         return None
-    correlation = float(np.corrcoef(*logits)[0, 1])
+    correlation = float(np.corrcoef(logits[0], logits[1])[0, 1])
     if not correlation > 0.98:
         raise SystemExit(f"the logits of both sides have a correlation of {correlation:.3f}: they do not compute the "
                          "same, and no time is worth reporting")
@@ -233,6 +233,8 @@ def render(document: dict[str, Any]) -> str:
         table(HEAD, rows), "",
         f"Tokens a second. Limits, {document['threads']} threads: reading {bandwidth:.1f} GB/s; {peak:.0f} "
         f"GOP/s of int8 products, {document['operations_per_token'] / 1e9:.2f} GOP a token.",
+        unsteady({f"{result['format']}, {what}, {side}": times for result in document["results"]
+                  for side, found in result["seconds"].items() for what, times in found.items()}),
     ])  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAUSE_S = 0.02  # between two sides: threads of the one that has just run spin for some milliseconds before they sleep
 NOT_MEASURED = "–"
+MOST_SPREAD = 1.3  # largest over smallest of the rounds of one measurement
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before we add to it
 
 
@@ -97,6 +98,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def unsteady(times: dict[str, list[float]]) -> str:
+    """A line for the measurements whose rounds differ too much to be believed, most often because the machine was
+    busy; empty if there are none."""
+    found = [name for name, seconds in times.items() if max(seconds) > MOST_SPREAD * min(seconds)]
+    return f"Unsteady (rounds differ by more than {MOST_SPREAD - 1:.0%}): {'; '.join(found)}." if found else ""
 
 
 def percent(part: float | None, whole: float | None) -> str:

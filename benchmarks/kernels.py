@@ -4,8 +4,9 @@
     python benchmarks/kernels.py [--threads N] [--rounds N] [--quick] [--json FILE] [CASE ...]
 
 Each side runs as its users run it: Nitinol as a compiled function of arrays, whose outputs have their buffers;
-PyTorch in eager mode, with `out=` where it has that, and where it has several ways, the fastest here. All results are
-compared with float64 first. A time includes everything from the call to its return.
+PyTorch in eager mode, with `out=` where it has that, and where it has several ways, the fastest here; with --compile,
+also as `torch.compile` has it, which needs a C++ compiler. All results are compared with float64 first. A time includes
+everything from the call to its return.
 
 The floor of a case is what the machine needs at least: bytes read and written over the measured speed of a hand-written
 loop (limits.py), or operations over the measured peak of the multiply-add units (nitinol.runtime.peak). Cases that fit
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from common import NOT_MEASURED, alternate, describe, machine, median, parser, percent, seconds_per_call, table
+from common import NOT_MEASURED, alternate, describe, machine, median, parser, percent, seconds_per_call, table, unsteady
 from common import write_json as write
 from limits import stream_bandwidth
 
@@ -37,7 +38,7 @@ class Case:
     function: Callable[..., Any]  # of nitinol Arrays
     inputs: list[np.ndarray]
     reference: Callable[..., np.ndarray]  # in float64
-    peers: dict[str, Callable[[], Any]]  # PyTorch's ways
+    peers: dict[str, Callable[[], Any]]  # PyTorch's ways; the last is what torch.compile gets
     nbytes: int
     operations: int
     reads: int  # streams that are read
@@ -80,7 +81,7 @@ def add(rng: np.random.Generator, n: int) -> Case:
 def softmax(rng: np.random.Generator, rows: int, columns: int) -> Case:
     import torch
 
-    import nitinol
+    from nitinol.kernels.softmax import softmax
 
     x = normal(rng, rows, columns)
     a, out = tensors(x, np.empty_like(x))
@@ -89,7 +90,7 @@ def softmax(rng: np.random.Generator, rows: int, columns: int) -> Case:
         power = np.exp(x - x.max(axis=-1, keepdims=True))
         return power / power.sum(axis=-1, keepdims=True)
 
-    return Case(f"softmax, {rows} × {columns}", nitinol.softmax, [x], reference,
+    return Case(f"softmax, {rows} × {columns}", softmax, [x], reference,
                 {"softmax(out=)": lambda: torch.softmax(a, -1, out=out), "softmax": lambda: torch.softmax(a, -1)},
                 8 * x.size, 5 * x.size, 1, 1e-5)
 
@@ -118,8 +119,8 @@ def layer_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
     native = torch.ops.aten.native_layer_norm.out
     return Case(f"layer norm, {rows} × {columns}", lambda x, w, b: layer_norm(x, w, b, 1e-5), [x, weight, bias],
                 lambda x, w, b: layer_norm_reference(x, w, b, 1e-5),
-                {"layer_norm": lambda: torch.nn.functional.layer_norm(a, (columns,), w, b, 1e-5),
-                 "native_layer_norm(out=)": lambda: native(a, [columns], w, b, 1e-5, out0=out, out1=mean, out2=scale)},
+                {"native_layer_norm(out=)": lambda: native(a, [columns], w, b, 1e-5, out0=out, out1=mean, out2=scale),
+                 "layer_norm": lambda: torch.nn.functional.layer_norm(a, (columns,), w, b, 1e-5)},
                 8 * x.size, 8 * x.size, 1, 1e-5)
 
 
@@ -161,15 +162,22 @@ def tensors(*arrays: np.ndarray) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    """Checks both sides, then times them in turn."""
+def measure(case: Case, rounds: int, seconds: float, with_compile: bool = False) -> dict[str, Any]:
+    """Checks all sides, then times them in turn."""
     import nitinol
 
     arrays = [nitinol.from_numpy(x) for x in case.inputs]
     compiled = nitinol.compile(case.function)
     reference = case.reference(*(x.astype(np.float64) for x in case.inputs))
     errors = {"nitinol": error(compiled(*arrays).numpy(), reference)}
-    for name, peer in case.peers.items():
+    best = min(case.peers, key=lambda name: min(seconds_per_call(case.peers[name], 1) for _ in range(3)))
+    sides = {"nitinol": lambda: compiled(*arrays), "torch": case.peers[best]}
+    peers = dict(case.peers)
+    if with_compile:
+        import torch
+
+        sides["torch.compile"] = peers["torch.compile"] = torch.compile(list(case.peers.values())[-1])
+    for name, peer in peers.items():
         result = peer()
         result = result[0] if isinstance(result, tuple) else result
         errors[name] = error(result.numpy().reshape(reference.shape), reference)
@@ -178,42 +186,45 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
             raise SystemExit(f"{case.name}: {name} is wrong by {found:.2g} of the largest value, more than "
                              f"{case.tolerance:g}; no time is worth reporting")  # fmt: skip
     del reference
-    peer = min(case.peers, key=lambda name: min(seconds_per_call(case.peers[name], 1) for _ in range(3)))
-    times = alternate({"nitinol": lambda: compiled(*arrays), "torch": case.peers[peer]}, rounds, seconds)
-    return {"name": case.name, "nbytes": case.nbytes, "operations": case.operations, "reads": case.reads, "peer": peer,
-            "errors": errors, "seconds": times, "nitinol_s": median(times["nitinol"]),
-            "torch_s": median(times["torch"])}  # fmt: skip
+    times = alternate(sides, rounds, seconds)
+    return {"name": case.name, "nbytes": case.nbytes, "operations": case.operations, "reads": case.reads, "peer": best,
+            "errors": errors, "seconds": times,
+            "median_s": {name: median(found) for name, found in times.items()}}  # fmt: skip
 
 
 def error(result: np.ndarray, reference: np.ndarray) -> float:
     return float(np.abs(result - reference).max() / np.abs(reference).max())
 
 
-def floor(result: dict[str, Any], limits: dict[str, float]) -> tuple[float | None, str]:
-    """The least time in seconds, and what sets it; None for what fits the caches and computes little."""
-    compute = result["operations"] / limits["float32_gflop_s"] / 1e9
+def computes(result: dict[str, Any]) -> bool:
+    """Whether multiplying is what takes time: no machine does 10 operations in the time of a byte from memory."""
+    return result["operations"] / result["nbytes"] > 10
+
+
+def floor(result: dict[str, Any], limits: dict[str, float]) -> float | None:
+    """The least time in seconds; None for what fits the caches and computes little."""
+    if computes(result):
+        return result["operations"] / limits["float32_gflop_s"] / 1e9
     stream = limits["read_write_gb_s"] if result["reads"] == 1 else limits["read_read_write_gb_s"]
-    memory = result["nbytes"] / stream / 1e9 if result["nbytes"] > IN_CACHE else 0.0
-    if result["operations"] / result["nbytes"] > 10:
-        return max(compute, memory), "peak"
-    return (memory, "memory") if memory else (None, "")
+    return result["nbytes"] / stream / 1e9 if result["nbytes"] > IN_CACHE else None
 
 
 def rows(results: list[dict[str, Any]], limits: dict[str, float]) -> list[list[str]]:
     found = []
     for result in results:
-        least, _ = floor(result, limits)
-        ours, theirs = result["nitinol_s"], result["torch_s"]
-        computes = result["operations"] / result["nbytes"] > 10
-        rate, unit = (result["operations"], "GFLOP/s") if computes else (result["nbytes"], "GB/s")
+        least = floor(result, limits)
+        ours, theirs = result["median_s"]["nitinol"], result["median_s"]["torch"]
+        rate, unit = (result["operations"], "GFLOP/s") if computes(result) else (result["nbytes"], "GB/s")
         found.append([
             result["name"], f"{least * 1e3:.2f} ms" if least else NOT_MEASURED, f"{ours * 1e3:.2f} ms",
             f"{rate / ours / 1e9:.0f} {unit}", percent(least, ours), f"{theirs * 1e3:.2f} ms", f"{theirs / ours:.2f}×",
+            *(f"{time / ours:.2f}×" for name, time in result["median_s"].items() if name == "torch.compile"),
         ])  # fmt: skip
     return found
 
 
 HEAD = ["case", "floor", "Nitinol", "rate", "of the floor's rate", "PyTorch", "ratio"]
+COMPILED = "ratio, torch.compile"
 
 
 def render(document: dict[str, Any]) -> str:
@@ -221,10 +232,13 @@ def render(document: dict[str, Any]) -> str:
     limits = document["limits"]
     stores = ", ".join(f"{name} {value:.1f}" for name, value in limits["stores_gb_s"].items())
     return "\n".join([
-        table(HEAD, rows(document["results"], limits)), "",
+        table(HEAD + [COMPILED] * ("torch.compile" in document["results"][0]["median_s"]),
+              rows(document["results"], limits)), "",
         f"Limits, {document['threads']} threads: {limits['float32_gflop_s']:.0f} GFLOP/s of fp32 multiply-add; reading "
         f"one stream and writing one {limits['read_write_gb_s']:.1f} GB/s; reading two and writing one "
         f"{limits['read_read_write_gb_s']:.1f} GB/s ({stores}).",
+        unsteady({f"{result['name']}, {side}": times for result in document["results"]
+                  for side, times in result["seconds"].items()}),
     ])  # fmt: skip
 
 
@@ -242,6 +256,7 @@ def main() -> None:
     options.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases(False))} (default: all)")
     options.add_argument("--rounds", type=int, default=9, help="default: 9")
     options.add_argument("--seconds", type=float, default=0.15, help="for one side in one round (default: 0.15)")
+    options.add_argument("--compile", action="store_true", help="also against torch.compile")
     options.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     given = options.parse_args()
     try:
@@ -260,8 +275,9 @@ def main() -> None:
     print(describe(machine()) + f"; {device.threads} threads", file=sys.stderr)
     rng, results = np.random.default_rng(), []
     for name in given.cases or makers:
-        results.append(measure(makers[name](rng), given.rounds, 0.001 if given.quick else given.seconds))
-        print(f"{results[-1]['name']}: {results[-1]['torch_s'] / results[-1]['nitinol_s']:.2f}×", file=sys.stderr)
+        results.append(measure(makers[name](rng), given.rounds, 0.001 if given.quick else given.seconds,
+                               given.compile))
+        print(f"{results[-1]['name']}: {results[-1]['median_s']}", file=sys.stderr)
     limits = measure_limits(device, (1 << 20) if given.quick else (128 << 20))
     document = {"benchmark": "kernels", "threads": device.threads, "limits": limits, "results": results}
     print(render(document))

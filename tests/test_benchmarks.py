@@ -114,6 +114,8 @@ def test_sides_take_turns() -> None:
 def test_tables_are_markdown() -> None:
     assert common.table(["case", "rate"], [["one", "1.5"], ["another", "–"]]).splitlines() == [
         "| case    | rate |", "| ------- | ---: |", "| one     |  1.5 |", "| another |    – |"]
+    assert common.unsteady({"calm": [1.0, 1.2], "busy": [1.0, 1.4, 1.0]}).endswith(": busy.")
+    assert common.unsteady({"calm": [1.0, 1.2]}) == ""
     assert common.percent(1, 3) == "33%" and common.percent(None, 3) == common.percent(1, None) == "–"
 
 
