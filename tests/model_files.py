@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.formats.quantization import dequantize
 
@@ -114,6 +115,25 @@ def random_file(path: Path, format: str = "Q8_0", arch: str = "llama", seed: int
         metadata["tokenizer.chat_template"] = CHAT_TEMPLATE
     metadata = {key: value for key, value in (metadata | (change or {})).items() if value is not None}
     write_gguf(path, metadata, random_model.tensors(shape, format, seed))
+    return path
+
+
+def mixed_file(path: Path, first: int, seed: int) -> Path:
+    """A random model whose matrices have all formats in turn, beginning with number `first`, as real files mix them."""
+    shape = random_model.PRESETS["tiny"]._replace(vocab=512, context=256, ffn=768, tied=False)
+    formats = [name for name in FORMATS if name != "F32"]
+    choices = {format: {t.name: t for t in random_model.tensors(shape, format, seed)} for format in formats}
+    chosen, turn = [], first
+    for name, tensor in choices["F16"].items():
+        if tensor.format == "F32":
+            chosen.append(tensor)
+        else:
+            wanted = formats[turn % len(formats)]
+            turn += not name.endswith("ffn_gate.weight")  # gate and up alike: one kernel computes both
+            if wanted != choices[wanted][name].format:  # the output, which narrow formats have as Q6_K
+                wanted = "Q6_K"
+            chosen.append(choices[wanted][name])
+    write_gguf(path, random_model.metadata(shape, "F16", "mixed"), chosen)
     return path
 
 
