@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import NOT_MEASURED, PAUSE_S, ROOT, describe, machine, median, parser, percent, table, unsteady
-from common import write_json as write
+from common import NOT_MEASURED, PAUSE_S, ROOT, describe, machine, median, parser, percent, table, unsteady, write_json
 
 FORMATS = ("Q8_0", "Q4_0", "Q4_K")
 
@@ -268,7 +267,7 @@ def main() -> None:
     document = {"benchmark": "llama_cpp", "threads": threads, "peak_gop_s": measure_peak_rates(CpuDevice(threads)),
                 "operations_per_token": 2 * matrices, "results": results}
     print(render(document))
-    write(given.json, document)
+    write_json(given.json, document)
 
 
 if __name__ == "__main__":

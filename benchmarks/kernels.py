@@ -21,8 +21,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from common import NOT_MEASURED, alternate, describe, machine, median, parser, percent, seconds_per_call, table, unsteady
-from common import write_json as write
+from common import (
+    NOT_MEASURED,
+    alternate,
+    describe,
+    machine,
+    median,
+    parser,
+    percent,
+    seconds_per_call,
+    table,
+    unsteady,
+    write_json,
+)
 from limits import stream_bandwidth
 
 IN_CACHE = 24 << 20  # bytes: less than the last cache of most servers, more than that of a small machine
@@ -281,7 +292,7 @@ def main() -> None:
     limits = measure_limits(device, (1 << 20) if given.quick else (128 << 20))
     document = {"benchmark": "kernels", "threads": device.threads, "limits": limits, "results": results}
     print(render(document))
-    write(given.json, document)
+    write_json(given.json, document)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, describe, machine, median, parser, table
-from common import write_json as write
+from common import ROOT, describe, machine, median, parser, table, write_json
 
 OTHER_BYTES = 300_000_000  # Python, LLVM, machine code, tokenizer, activations
 WARM_TOKENS = 8
@@ -123,7 +122,7 @@ def main() -> None:
         results.append(json.loads(child.stdout))
     document = {"benchmark": "memory", "results": results}
     print(render(document))
-    write(given.json, document)
+    write_json(given.json, document)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,20 @@ def run(name: str, options: list[str], folder: Path) -> tuple[str, dict[str, Any
     return child.stdout, json.loads(results.read_text())
 
 
+def fill(page: Path, name: str, tables: str) -> None:
+    """Puts a benchmark's tables between `<!-- name -->` and the `<!-- end -->` after it."""
+    before, mark, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not mark or not end:
+        raise SystemExit(f"{page} has no place for the tables of {name}: <!-- {name} --> and <!-- end -->")
+    page.write_text(f"{before}{mark}{tables.strip()}\n{end}{after}")
+
+
 def main() -> None:
     options = parser("All benchmarks, each in a process of its own, as docs/performance.md shows them.")
     options.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
     options.add_argument("--llama-cpp", metavar="FOLDER", help="where llama_cpp lies, if it is not installed")
+    options.add_argument("--fill", metavar="PAGE", type=Path, help="put the tables into it: docs/performance.md")
     options.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs")
     given = options.parse_args()
     unknown = [name for name in given.names if name not in BENCHMARKS]
@@ -65,6 +75,8 @@ def main() -> None:
                 script_options += ["--llama-cpp", given.llama_cpp]
             tables, documents[name] = run(name, script_options, Path(temporary))
             print(f"### {BENCHMARKS[name][1]}\n\n`{documents[name]['command']}`\n\n{tables}", flush=True)
+            if given.fill is not None:
+                fill(given.fill, name, tables)
     if given.json is not None:
         given.json.write_text(json.dumps({"machine": facts, "load_before": LOAD, "quick": given.quick,
                                           "benchmarks": documents}, indent=1) + "\n")  # fmt: skip

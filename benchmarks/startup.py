@@ -19,8 +19,7 @@ import tempfile
 import time
 from typing import Any
 
-from common import describe, machine, median, parser, table
-from common import write_json as write
+from common import describe, machine, median, parser, table, write_json
 
 PROMPT = "def fibonacci(n):"
 IMPORTS = {
@@ -99,7 +98,7 @@ def main() -> None:
     print(describe(machine()), file=sys.stderr)
     document = {"benchmark": "startup", "results": measure(given.reps, given.max_tokens)}
     print(render(document))
-    write(given.json, document)
+    write_json(given.json, document)
 
 
 if __name__ == "__main__":

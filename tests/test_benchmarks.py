@@ -94,7 +94,12 @@ def test_logits_that_differ_stop_the_comparison() -> None:
 
 @pytest.mark.slow
 def test_startup_and_the_summary_of_all(tmp_path: Path) -> None:
-    text, document = results(tmp_path, "run.py", "startup", "--quick")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- startup -->\nold\n<!-- end -->\nafter\n")
+    text, document = results(tmp_path, "run.py", "startup", "--quick", "--fill", str(page))
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", "<!-- startup -->"] and lines[-2:] == ["<!-- end -->", "after"]
+    assert lines[2].startswith("| what") and "old" not in lines
     found = document["benchmarks"]["startup"]["results"]
     assert document["quick"] and "### Start" in text
     assert len(found["first_start"]) == 1 and len(found["second_start"]) == 3
@@ -123,6 +128,8 @@ def test_bad_choices_are_explained(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(sys, "argv", ["run.py", "speed"])
     with pytest.raises(SystemExit):
         run.main()
+    with pytest.raises(SystemExit, match="no place for the tables of memory"):
+        run.fill(Path(__file__), "memory", "")
     assert "there is no benchmark 'speed'; choose from kernels, llama_cpp, memory, startup" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["memory.py", "nowhere.gguf"])
     with pytest.raises(SystemExit, match=r"nowhere\.gguf is not there"):
