@@ -20,6 +20,8 @@ Threads = Annotated[int | None, typer.Option(
 Context = Annotated[int | None, typer.Option(
     show_default="the model's, at most 4096", help="Tokens of prompt and answer together that are provided for.")]
 
+STOPPED = 130  # exit code after Ctrl-C
+
 app = typer.Typer(name="nitinol", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Run language models from GGUF files, with every kernel a Python function. "
@@ -166,11 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
     try:
         result = app(None if arguments is None else list(arguments), standalone_mode=False, prog_name="nitinol")
+        if result == STOPPED:  # what newer versions of Typer make of Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         print("\nnitinol: stopped", file=sys.stderr)
-        return 130
+        return STOPPED
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
