@@ -56,7 +56,7 @@ def measure(model: Model, prompt: int, gen: int, reps: int, progress: Progress) 
         "prefill_tok_s": statistics.median(run["prefill_tok_s"] for run in runs), "decode_tok_s": decode,
         "read_bandwidth_gb_s": bandwidth, "decode_bytes_per_token": read,
         "decode_bandwidth_fraction": decode * read / 1e9 / bandwidth,
-        "peak_rss_bytes": runs[-1]["peak_rss_bytes"],
+        "peak_rss_bytes": runs[0]["peak_rss_bytes"],  # before the bandwidth's buffers
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = ()) -> None:
-    """Plain columns, as wide as their contents; those in `numbers` are aligned to the right."""
+    """Plain columns, as wide as their contents; those in `numbers` are aligned to the right. A terminal that is too
+    narrow gets the beginnings of the lines."""
+    width_of_terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1 << 20
     cells = [[str(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         line = "  ".join(cell.rjust(width) if i in numbers else cell.ljust(width)
                          for i, (cell, width) in enumerate(zip(row, widths)))
-        print(line.rstrip())
+        print(line.rstrip()[:width_of_terminal])
 
 
 class Progress:

@@ -119,11 +119,11 @@ def rows_of(run: Run, limits: Limits) -> list[Row]:
 def print_phase(phase: Phase, limits: Limits) -> None:
     print(f"{phase.name}: {phase.tokens} token{'s' if phase.tokens != 1 else ''}, {len(phase.rows)} kernel launches")
     print_table(
-        ("line", "operation", "kernel", "shapes", "dtypes", "bytes", "operations", "time us", "GB/s", "GFLOP/s", "%"),
-        [(row.line, shorten(row.operation, 48), row.kernel.removesuffix("_kernel"), shorten(shapes(row.shapes), 44),
-          shorten(" ".join(row.dtypes), 32), count(row.bytes), count(row.operations), f"{row.time_us:.1f}",
-          f"{row.gb_s:.1f}", f"{row.gflop_s:.1f}", f"{row.percent:.0f}") for row in phase.rows],
-        numbers=(5, 6, 7, 8, 9, 10))
+        ("line", "kernel", "time us", "bytes", "ops", "GB/s", "GFLOP/s", "%", "operation", "shapes", "dtypes"),
+        [(row.line, row.kernel.removesuffix("_kernel"), f"{row.time_us:.1f}", count(row.bytes), count(row.operations),
+          f"{row.gb_s:.1f}", f"{row.gflop_s:.1f}", f"{row.percent:.0f}", shorten(row.operation, 50),
+          shapes(row.shapes), " ".join(row.dtypes)) for row in phase.rows],
+        numbers=(2, 3, 4, 5, 6, 7))
     busy = sum(row.time_us for row in phase.rows)
     counters = phase.counters
     print(f"total: {phase.wall_us:.0f} us ({busy:.0f} us in kernels), {gigabytes(phase.bytes)}, "

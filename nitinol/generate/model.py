@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 4096
 REPEAT_WINDOW = 64  # how many of the latest tokens the repetition penalty looks at
-KEPT_PREFILLS = 4  # command lists of prompts of different lengths that are kept
+KEPT_PREFILLS = 2  # command lists that are kept: of a long prompt's chunks, and of the last, shorter one
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, context: int | None = None,
