@@ -154,3 +154,20 @@ def test_interpreted_and_compiled_launches_give_the_same():
     with interpret():
         reverse_in_place[(1,)](two, 100, BLOCK=128)
     np.testing.assert_array_equal(one, two)
+
+
+@jit
+def first_lanes(x, out, N: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    value = tl.load(x + offsets).to(out.dtype.element_ty)
+    tl.store(out + offsets, value, mask=offsets < N)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.float16])
+@pytest.mark.parametrize("block", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_masked_store_of_narrowed_lanes_leaves_the_others_alone(kind, block, n):
+    x = np.random.default_rng().integers(-1000, 1000, block).astype(np.int32)
+    out = np.full(block, 77, kind)
+    first_lanes[(1,)](x, out, N=n, BLOCK=block)
+    np.testing.assert_array_equal(out, np.concatenate([x[:n].astype(kind), np.full(block - n, 77, kind)]))

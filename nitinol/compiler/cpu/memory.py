@@ -201,13 +201,31 @@ def store_lanes(
         if mask is None:
             b.store(value, first, align=size)
             return
-        args = [value, first, g.vector(mask, int1, width)]
+        args = [_opaque(g, value), first, g.vector(mask, int1, width)]
         _masked_call(g, f"llvm.masked.store.{mangle(value.type)}.p0", ir.VoidType(), args, 1, size)
         return
     pointers = g.vector(address, PointerType(float32), width)
     flags = g.vector(mask, int1, width) if mask is not None else _all(width)
     name = f"llvm.masked.scatter.{mangle(value.type)}.v{width}p0"
     _masked_call(g, name, ir.VoidType(), [value, pointers, flags], 1, size)
+
+
+def _opaque(g: Generator, value: ir.Value) -> ir.Value:
+    """The value, of which LLVM knows nothing, at no cost. LLVM 22 for x86 turns a masked store of truncated lanes with
+    one constant lane set into a scalar store of the lane before truncation: it overwrites the neighbour in memory."""
+    if value.type.element not in (I8, ir.IntType(16)) or "x86" not in g.target.triple:
+        return value
+    bits = value.type.count * value.type.element.width
+    if bits not in (128, 256, 512):  # no register of that size: widened by undefined lanes
+        lanes = 128 // value.type.element.width
+        if value.type.count > lanes:
+            return value
+        order = ir.Constant(ir.VectorType(I32, lanes), [min(i, value.type.count) for i in range(lanes)])
+        wide = g.b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), order)
+        narrow = ir.Constant(ir.VectorType(I32, value.type.count), list(range(value.type.count)))
+        return g.b.shuffle_vector(_opaque(g, wide), ir.Constant(wide.type, ir.Undefined), narrow)
+    barrier = ir.InlineAsm(ir.FunctionType(value.type, [value.type]), "", "=x,0", side_effect=False)
+    return g.b.call(barrier, [value])
 
 
 # ------------------------------------------------------------------------------------------------- tiles in scratch

@@ -66,7 +66,7 @@ def optimise(text: str) -> llvm.ModuleRef:
     options.loop_vectorization = False
     options.slp_vectorization = False
     options.loop_interleaving = False
-    options.loop_unrolling = True
+    options.loop_unrolling = False  # our loops are unrolled as far as pays
     builder = llvm.create_pass_builder(_machine(), options)
     builder.getModulePassManager().run(module, builder)
     return module
