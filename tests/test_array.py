@@ -454,6 +454,18 @@ def test_shared_subexpressions_are_computed_once() -> None:
     assert y.numpy().shape == (40, 40)
 
 
+def test_long_chains() -> None:
+    """No recursion over the graph; kernels of bounded size."""
+    x = nn.array(floats(3))
+    y = x
+    for _ in range(3000):
+        y = y * 0.5 + 1
+    np.testing.assert_allclose(y.numpy(), [2, 2, 2], **F32)
+    for _ in range(50_000):
+        x = x + 1
+    del x
+
+
 def test_memory_of_intermediates_is_reused() -> None:
     def arena(n: int) -> int:
         y = nn.array(floats(100, 100))

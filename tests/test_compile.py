@@ -231,6 +231,40 @@ def test_what_was_asked_before_a_call_keeps_its_meaning() -> None:
     np.testing.assert_array_equal(middle.numpy(), [10, 10, 10])
 
 
+def test_other_libraries_arguments() -> None:
+    import torch
+
+    function = nitinol.compile(lambda x, y, n: x * y + n)
+    for _ in range(4):
+        x, n = torch.randn(5), np.float32(random.standard_normal())
+        np.testing.assert_allclose(function(x, [2, nn.array(x)][1], n).numpy(), (x * x + float(n)).numpy(), **TOLERANCE)
+
+
+def test_state_that_was_only_asked_for() -> None:
+    state = nn.concatenate([nn.zeros((2,)), nn.ones((2,))])  # not evaluated before the first call
+
+    @nitinol.compile
+    def step() -> None:
+        state.assign(state * 2)
+
+    for _ in range(3):
+        assert step() is None
+    np.testing.assert_array_equal(state.numpy(), [0, 0, 8, 8])
+
+
+def test_arrays_stay_on_their_device() -> None:
+    device = nitinol.CpuDevice(threads=1)
+    try:
+        x = nn.array(floats(7), device=device)
+        before = get_device().counters.submits
+        y = (x + 1).evaluate()
+        assert y.buffer.device is device and get_device().counters.submits == before
+        with pytest.raises(nitinol.runtime.device.DeviceError, match="several devices"):
+            (x + nn.array(floats(7))).evaluate()
+    finally:
+        device.close()
+
+
 def test_interpreted_and_native_agree() -> None:
     weights = nn.array(floats(9, 33))
 

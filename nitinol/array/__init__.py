@@ -1,8 +1,9 @@
 """Lazy arrays: a graph of operations, evaluated as one command list of fused and library kernels."""
 
 # ruff: noqa: F401
-from nitinol.array.array import Array, array, asarray, empty, evaluate, from_numpy
+from nitinol.array.array import Array
 from nitinol.array.compile import Compiled, compile
+from nitinol.array.conversion import array, asarray, empty, evaluate, from_numpy
 from nitinol.array.dtypes import as_dtype
 from nitinol.array.evaluation import get_device, set_device
 from nitinol.array.launch import InPlace, Output, Strided, launch

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from nitinol.array import evaluation
-from nitinol.array.dtypes import as_dtype, from_bfloat16_bits, numpy_dtype, to_bfloat16_bits
-from nitinol.array.graph import Value, View, broadcast_view, reshape_view, row_major, whole
+from nitinol.array.dtypes import as_dtype, from_bfloat16_bits
+from nitinol.array.graph import View, broadcast_view, reshape_view, row_major
+from nitinol.array.operators import Operators, _functions
 from nitinol.array.program import as_numpy
 from nitinol.language.types import DType, bfloat16, int1
 from nitinol.runtime.device import Buffer
@@ -19,7 +20,7 @@ from nitinol.runtime.device import Buffer
 Index = Any  # int, slice, None, Ellipsis, an integer array on one axis, or a tuple of these
 
 
-class Array:
+class Array(Operators):
     """Elements of one type under a shape, computed when they are needed.
 
     Slices (also with steps), transposes, broadcasts and most reshapes are views: no copy, shared memory. Arithmetic
@@ -302,7 +303,7 @@ class Array:
         result = self._with(shape, strides, offset)
         if gather is None:
             return result
-        return _operations.take(result, gather[1], gather[0])
+        return _functions().take(result, gather[1], gather[0])
 
     # --------------------------------------------------------------------------------------- state in place
 
@@ -311,7 +312,7 @@ class Array:
 
         Other arrays that view the same memory see the new elements; operations recorded before see the old ones.
         """
-        _operations.assign(self, value)
+        _functions().assign(self, value)
         return self
 
     def __setitem__(self, index: Index, value: Any) -> None:
@@ -321,200 +322,6 @@ class Array:
         if target.view.value is not self.view.value:
             raise IndexError("assignment through an integer array is not supported; assign slice by slice")
         target.assign(value)
-
-    # ------------------------------------------------------------------------- operations (elementwise.py and others)
-
-    def __add__(self, other: Any) -> Array:
-        return _operations.add(self, other) if _fits(other) else NotImplemented
-
-    def __radd__(self, other: Any) -> Array:
-        return _operations.add(other, self) if _fits(other) else NotImplemented
-
-    def __sub__(self, other: Any) -> Array:
-        return _operations.subtract(self, other) if _fits(other) else NotImplemented
-
-    def __rsub__(self, other: Any) -> Array:
-        return _operations.subtract(other, self) if _fits(other) else NotImplemented
-
-    def __mul__(self, other: Any) -> Array:
-        return _operations.multiply(self, other) if _fits(other) else NotImplemented
-
-    def __rmul__(self, other: Any) -> Array:
-        return _operations.multiply(other, self) if _fits(other) else NotImplemented
-
-    def __truediv__(self, other: Any) -> Array:
-        return _operations.divide(self, other) if _fits(other) else NotImplemented
-
-    def __rtruediv__(self, other: Any) -> Array:
-        return _operations.divide(other, self) if _fits(other) else NotImplemented
-
-    def __floordiv__(self, other: Any) -> Array:
-        return _operations.floor_divide(self, other) if _fits(other) else NotImplemented
-
-    def __rfloordiv__(self, other: Any) -> Array:
-        return _operations.floor_divide(other, self) if _fits(other) else NotImplemented
-
-    def __mod__(self, other: Any) -> Array:
-        return _operations.mod(self, other) if _fits(other) else NotImplemented
-
-    def __rmod__(self, other: Any) -> Array:
-        return _operations.mod(other, self) if _fits(other) else NotImplemented
-
-    def __pow__(self, other: Any) -> Array:
-        return _operations.power(self, other) if _fits(other) else NotImplemented
-
-    def __rpow__(self, other: Any) -> Array:
-        return _operations.power(other, self) if _fits(other) else NotImplemented
-
-    def __and__(self, other: Any) -> Array:
-        return _operations.bitwise_and(self, other) if _fits(other) else NotImplemented
-
-    def __rand__(self, other: Any) -> Array:
-        return _operations.bitwise_and(other, self) if _fits(other) else NotImplemented
-
-    def __or__(self, other: Any) -> Array:
-        return _operations.bitwise_or(self, other) if _fits(other) else NotImplemented
-
-    def __ror__(self, other: Any) -> Array:
-        return _operations.bitwise_or(other, self) if _fits(other) else NotImplemented
-
-    def __xor__(self, other: Any) -> Array:
-        return _operations.bitwise_xor(self, other) if _fits(other) else NotImplemented
-
-    def __rxor__(self, other: Any) -> Array:
-        return _operations.bitwise_xor(other, self) if _fits(other) else NotImplemented
-
-    def __lshift__(self, other: Any) -> Array:
-        return _operations.left_shift(self, other) if _fits(other) else NotImplemented
-
-    def __rlshift__(self, other: Any) -> Array:
-        return _operations.left_shift(other, self) if _fits(other) else NotImplemented
-
-    def __rshift__(self, other: Any) -> Array:
-        return _operations.right_shift(self, other) if _fits(other) else NotImplemented
-
-    def __rrshift__(self, other: Any) -> Array:
-        return _operations.right_shift(other, self) if _fits(other) else NotImplemented
-
-    def __matmul__(self, other: Any) -> Array:
-        return _operations.matmul(self, other) if _fits(other) else NotImplemented
-
-    def __rmatmul__(self, other: Any) -> Array:
-        return _operations.matmul(other, self) if _fits(other) else NotImplemented
-
-    def __eq__(self, other: Any) -> Array:  # type: ignore[override]
-        return _operations.equal(self, other) if _fits(other) else NotImplemented
-
-    def __ne__(self, other: Any) -> Array:  # type: ignore[override]
-        return _operations.not_equal(self, other) if _fits(other) else NotImplemented
-
-    def __lt__(self, other: Any) -> Array:
-        return _operations.less(self, other) if _fits(other) else NotImplemented
-
-    def __le__(self, other: Any) -> Array:
-        return _operations.less_equal(self, other) if _fits(other) else NotImplemented
-
-    def __gt__(self, other: Any) -> Array:
-        return _operations.greater(self, other) if _fits(other) else NotImplemented
-
-    def __ge__(self, other: Any) -> Array:
-        return _operations.greater_equal(self, other) if _fits(other) else NotImplemented
-
-    def __neg__(self) -> Array:
-        return _operations.negative(self)
-
-    def __abs__(self) -> Array:
-        return _operations.abs(self)
-
-    def __invert__(self) -> Array:
-        return _operations.invert(self)
-
-    def exp(self) -> Array:
-        return _operations.exp(self)
-
-    def log(self) -> Array:
-        return _operations.log(self)
-
-    def sqrt(self) -> Array:
-        return _operations.sqrt(self)
-
-    def rsqrt(self) -> Array:
-        return _operations.rsqrt(self)
-
-    def sin(self) -> Array:
-        return _operations.sin(self)
-
-    def cos(self) -> Array:
-        return _operations.cos(self)
-
-    def tanh(self) -> Array:
-        return _operations.tanh(self)
-
-    def sigmoid(self) -> Array:
-        return _operations.sigmoid(self)
-
-    def square(self) -> Array:
-        return _operations.square(self)
-
-    def copy(self) -> Array:
-        return _operations.copy(self)
-
-    def contiguous(self) -> Array:
-        return _operations.contiguous(self)
-
-    def clip(self, low: Any = None, high: Any = None) -> Array:
-        return _operations.clip(self, low, high)
-
-    def astype(self, dtype: Any) -> Array:
-        """The elements converted to another type."""
-        return _operations.astype(self, dtype)
-
-    def sum(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.sum(self, axis, keepdims)
-
-    def mean(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.mean(self, axis, keepdims)
-
-    def max(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.max(self, axis, keepdims)
-
-    def min(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.min(self, axis, keepdims)
-
-    def prod(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.prod(self, axis, keepdims)
-
-    def any(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.any(self, axis, keepdims)
-
-    def all(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.all(self, axis, keepdims)
-
-    def var(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.var(self, axis, keepdims)
-
-    def std(self, axis: Any = None, keepdims: bool = False) -> Array:
-        return _operations.std(self, axis, keepdims)
-
-    def argmax(self, axis: int | None = None, keepdims: bool = False) -> Array:
-        return _operations.argmax(self, axis, keepdims)
-
-    def argmin(self, axis: int | None = None, keepdims: bool = False) -> Array:
-        return _operations.argmin(self, axis, keepdims)
-
-    def take(self, indices: Any, axis: int = 0) -> Array:
-        return _operations.take(self, indices, axis)
-
-    def update_slice(self, value: Array, start: Any, axis: int = 0) -> Array:
-        """Replaces a slice along an axis in place (see `update_slice`); returns the array."""
-        return _operations.update_slice(self, value, start, axis)
-
-    def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
-        """The memory for another library, without a copy (see dlpack.py); in-place updates show on both sides."""
-        return _operations.to_dlpack(self)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
 
     def _axis(self, axis: Any, what: str) -> int:
         place = operator.index(axis)
@@ -528,94 +335,3 @@ def _shape_of(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     if len(arguments) == 1 and not hasattr(arguments[0], "__index__"):
         arguments = tuple(arguments[0])
     return tuple(operator.index(n) for n in arguments)
-
-
-def from_numpy(values: np.ndarray, device: Any = None) -> Array:
-    """A NumPy array as an Array on the same memory, without a copy where it is contiguous, native and (for writing in
-    place) writable; else a copy. Later changes of the NumPy array show."""
-    dtype = as_dtype(values.dtype)
-    device = evaluation.get_device() if device is None else device
-    if dtype == bfloat16:
-        values = values.view(np.uint16)
-    values = np.ascontiguousarray(values).reshape(values.shape)
-    if values.dtype.byteorder == ">":
-        values = values.astype(values.dtype.newbyteorder("="))
-    return Array(whole(Value(values.shape, dtype, None, device.wrap(values))))
-
-
-def array(values: Any, dtype: Any = None, device: Any = None) -> Array:
-    """A new array with a copy of NumPy data, nested lists, numbers, or another array.
-
-    Without `dtype`: NumPy's and torch's types stay; Python floats are float32, integers int32 (int64 if needed).
-    """
-    if isinstance(values, Array):
-        return values.astype(dtype) if dtype is not None else values.copy()
-    if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
-        found = _operations.from_dlpack(values)
-        return found.astype(dtype) if dtype is not None and as_dtype(dtype) != found.dtype else found.copy()
-    python = not isinstance(values, (np.ndarray, np.generic))
-    data = np.asarray(values)
-    if python and data.dtype == np.float64:
-        data = data.astype(np.float32) if dtype is None else data
-    if python and data.dtype == np.int64 and dtype is None and (not data.size or abs(data).max() < 2**31):
-        data = data.astype(np.int32)
-    target = as_dtype(data.dtype if dtype is None else dtype)
-    if target == bfloat16 and data.dtype.name != "bfloat16":
-        data = to_bfloat16_bits(data.astype(np.float32))
-    elif target != bfloat16:
-        data = data.astype(numpy_dtype(target))
-    else:
-        data = data.view(np.uint16)
-    device = evaluation.get_device() if device is None else device
-    buffer = device.allocate(data.nbytes)
-    buffer.as_numpy(data.dtype, data.shape)[...] = data
-    return Array(whole(Value(data.shape, target, None, buffer)))
-
-
-def empty(shape: Sequence[int], dtype: Any = "fp32", device: Any = None) -> Array:
-    """Uninitialised memory as an evaluated array: state to be written in place."""
-    target = as_dtype(dtype)
-    value = Value(tuple(int(n) for n in shape), target)
-    value.buffer = (evaluation.get_device() if device is None else device).allocate(value.nbytes)
-    return Array(whole(value))
-
-
-def evaluate(*arrays: Array) -> None:
-    """Computes several arrays in one command list: one submission, one wait."""
-    evaluation.evaluate([array.view.value for array in arrays])
-
-
-def as_operand(value: Any) -> Array | None:
-    """An Array of array-like operands, None of Python numbers."""
-    if isinstance(value, Array):
-        return value
-    if isinstance(value, (bool, int, float)):
-        return None
-    if isinstance(value, np.generic):
-        return array(value)
-    if isinstance(value, (np.ndarray, list, tuple)):
-        return array(value)
-    if hasattr(value, "__dlpack__"):
-        return array(value)
-    raise TypeError(f"expected an array or a number, found {value!r} of type {type(value).__name__}")
-
-
-
-def asarray(values: Any, dtype: Any = None) -> Array:
-    """An Array on the memory of NumPy's or another library's array where possible (no copy), else a new one."""
-    if isinstance(values, np.ndarray):
-        found = from_numpy(values)
-    elif isinstance(values, Array) or hasattr(values, "__dlpack__"):
-        found = _operations.from_dlpack(values)
-    else:
-        return array(values, dtype)
-    return found if dtype is None else found.astype(dtype)
-
-
-def _fits(value: Any) -> bool:
-    """Whether an operator takes it; else Python tries the other operand's method."""
-    return isinstance(value, (Array, bool, int, float, np.ndarray, np.generic, list)) or hasattr(value, "__dlpack__")
-
-
-# The functions on arrays live in modules that need `Array`, so this import comes last.
-from nitinol.array import operations as _operations  # noqa: E402

@@ -11,6 +11,7 @@ import numpy as np
 
 from nitinol.array import evaluation, graph, schedule
 from nitinol.array.array import Array
+from nitinol.array.dlpack import from_dlpack
 from nitinol.array.dtypes import as_dtype
 from nitinol.array.graph import Node, Value, View, whole
 from nitinol.array.program import Program, Record, as_numpy
@@ -18,6 +19,7 @@ from nitinol.runtime.device import Timestamp
 
 # Sets of output buffers: in `y = step(x)` the last y is still there while the next is computed.
 VARIANTS = 2
+MOST_TRACES = 256  # the oldest goes then: a constant argument that always changes must not fill the memory
 
 
 class Compiled:
@@ -48,6 +50,8 @@ class Compiled:
             key.append(name)
             _flatten(argument, leaves, key)
         traces = self._traces.setdefault(tuple(key), [])
+        if len(self._traces) > MOST_TRACES:
+            del self._traces[next(iter(self._traces))]
         for trace in traces:
             if trace.accepts(leaves):
                 break
@@ -133,10 +137,7 @@ class _Trace:
         leaves: list[Any] = []
         _flatten(self.result, leaves, [])
         views = [leaf.view for leaf in leaves if isinstance(leaf, Array)]
-        effects = [
-            node for node in nodes
-            if any(v.value.buffer is not None or (v.value.node and v.value.node.number < start) for v in node.updates)
-        ]  # fmt: skip
+        effects = [node for node in nodes if any(_existed(view.value, start) for view in node.updates)]
         targets = list(dict.fromkeys(view.value for view in views))
         run = schedule.needed([t for t in targets if t.pending], effects)
         alive = [node.outputs for node in run]
@@ -199,6 +200,12 @@ class _Trace:
         return _fill(self.result, arrays)
 
 
+def _existed(value: Value, start: int) -> bool:
+    """Whether a value was there (or asked for) before number `start`."""
+    makers = value.writes if value.node is None else [value.node]
+    return value.buffer is not None or any(node.number < start for node in makers)
+
+
 class _Variant:
     """The program with one set of output buffers, and who still looks at these."""
 
@@ -246,6 +253,10 @@ def _flatten(value: Any, leaves: list[Any], key: list[Any]) -> None:
         key.append((kind, tuple(value)))
         for item in value.values():
             _flatten(item, leaves, key)
+    elif isinstance(value, np.generic):
+        _flatten(np.asarray(value), leaves, key)
+    elif hasattr(value, "__dlpack__"):
+        _flatten(from_dlpack(value), leaves, key)
     else:
         leaves.append(value)
         key.append((kind, value) if kind in (int, float, str, bool, type(None)) else (kind, id(value)))

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nitinol.array import elementwise as e
-from nitinol.array.array import Array, as_operand
+from nitinol.array.array import Array
+from nitinol.array.conversion import as_operand
 from nitinol.array.dtypes import as_dtype
 from nitinol.array.graph import Operation, Scalar, index_view, row_major
 from nitinol.language import random as philox

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nitinol.array.array import Array, as_operand
+from nitinol.array.array import Array
+from nitinol.array.conversion import as_operand
 from nitinol.array.dtypes import as_dtype
-from nitinol.array.fusion import infer
+from nitinol.array.emit import infer
 from nitinol.array.graph import Map, Operation, Scalar, View, broadcast_view, record, whole
 from nitinol.language import math as tl
 from nitinol.language import semantic

@@ -7,7 +7,8 @@ from typing import Any
 
 from nitinol.array.graph import Map, Node, Value, View, unwritten
 from nitinol.array.program import Program
-from nitinol.array.schedule import make_steps, needed
+from nitinol.array.schedule import Step, make_steps, needed
+from nitinol.runtime.device import DeviceError
 
 _device: Any = None
 
@@ -54,7 +55,7 @@ def evaluate(values: Iterable[Value], nodes: Sequence[Node] = (), before: int = 
     steps, fused = make_steps(run, targets)
     computed = {a.value for step in steps for a in step.arguments if isinstance(a, View) and a.value.buffer is None}
     kept = targets | {value for value in computed if value in lasting}
-    program = Program(steps, kept, get_device())
+    program = Program(steps, kept, _device_of(steps))
     program.run()
     for value in kept:
         if value.buffer is None:
@@ -81,12 +82,25 @@ def _refuse(values: Sequence[Value]) -> None:
             )
 
 
+def _device_of(steps: Sequence[Step]) -> Any:
+    """Where the arrays are that the steps start from; without any the default device."""
+    views = [argument for step in steps for argument in step.arguments if isinstance(argument, View)]
+    devices = {id(v.value.buffer.device): v.value.buffer.device for v in views if v.value.buffer is not None}
+    if len(devices) > 1:
+        names = " and ".join(device.name for device in devices.values())
+        raise DeviceError(f"an operation on arrays of several devices ({names}); copy them to one device first")
+    return next(iter(devices.values())) if devices else get_device()
+
+
 class Lasting:
     """Which values may be asked for after a run of these nodes: by the program, or by a node that has not run then."""
 
     def __init__(self, run: Iterable[Node]) -> None:
         self.run = set(run)
         self._known: dict[Value, bool] = {}
+        for node in sorted(self.run, key=lambda node: -node.number):  # readers first: no deep recursion
+            for output in node.outputs:
+                self.__contains__(output)
 
     def __contains__(self, value: Value) -> bool:
         found = self._known.get(value)

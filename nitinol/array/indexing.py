@@ -9,7 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from nitinol.array import elementwise as e
-from nitinol.array.array import Array, array, as_operand
+from nitinol.array.array import Array
+from nitinol.array.conversion import array, as_operand
 from nitinol.array.graph import Value, whole
 from nitinol.array.launch import Output, launch
 from nitinol.array.tiles import take_kernel, update_kernel

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nitinol.array.array import Array, as_operand
+from nitinol.array.array import Array
+from nitinol.array.conversion import as_operand
 from nitinol.array.dtypes import as_dtype
 from nitinol.array.graph import Launch, Slot, View, record, whole
 from nitinol.language.jit import JITFunction

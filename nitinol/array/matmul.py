@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nitinol.array import elementwise as e
-from nitinol.array.array import Array, as_operand
+from nitinol.array.array import Array
+from nitinol.array.conversion import as_operand
 from nitinol.array.creation import zeros
 from nitinol.array.fusion import power_of_two
 from nitinol.array.graph import collapse

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nitinol.array import elementwise as e
-from nitinol.array.array import Array, as_operand
+from nitinol.array.array import Array
+from nitinol.array.conversion import as_operand
 from nitinol.array.creation import full
-from nitinol.array.fusion import REDUCTIONS
+from nitinol.array.emit import REDUCTIONS
 from nitinol.array.graph import Reduce, record, whole
 from nitinol.array.launch import Output, launch
 from nitinol.array.tiles import cumsum_kernel

@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nitinol.array.fusion import Group, Reference, lower, scalar_type
+from nitinol.array.emit import Reference, scalar_type
+from nitinol.array.fusion import Group, lower
 from nitinol.array.graph import Launch, Map, Node, Operation, Reduce, Scalar, Slot, Value, View, pull_back, whole
 from nitinol.compiler.ir import Function
 from nitinol.language.types import Type
+
+MOST_STEPS = 64  # operations in one kernel; more would only make it long to compile
 
 
 @dataclass
@@ -71,6 +74,7 @@ def group_nodes(nodes: list[Node], targets: set[Value]) -> dict[Node, tuple[Node
             if isinstance(view, View):
                 consumers.setdefault(view.value, []).append(node)
     fused: dict[Node, tuple[Node, View]] = {}
+    sizes: dict[Node, int] = {}
     for node in reversed(nodes):
         if not isinstance(node, Map) or node.updates or node.outputs[0] in targets or node.outputs[0].writes:
             continue
@@ -81,8 +85,9 @@ def group_nodes(nodes: list[Node], targets: set[Value]) -> dict[Node, tuple[Node
         root, view = place
         operands = [v for v in node.inputs if isinstance(v, View)]
         pulled = pull_back(view, node.shape, operands)
-        if pulled is None or _overwritten(pulled, node, root):
+        if pulled is None or sizes.get(root, 0) >= MOST_STEPS or _overwritten(pulled, node, root):
             continue
+        sizes[root] = sizes.get(root, 0) + 1
         fused[node] = (root, view)
     return fused
 
