@@ -1,0 +1,124 @@
+"""The GPU target: tile IR to the source text of a kernel, in the dialect of one GPU language."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from nitinol.compiler.gpu import metal
+from nitinol.compiler.ir import Function
+from nitinol.language.types import DType, PointerType
+
+
+@dataclass
+class Executable:
+    """The source of one kernel and what its launch needs.
+
+    One threadgroup of `threads` threads per program instance. Buffers 0, 1, ... are the pointer parameters in order;
+    the next holds `arguments(values, grid)`; if there are `asserts`, the one after it a uint32 that becomes the number
+    of a failed assertion. `threadgroup_bytes` are declared in the kernel itself.
+    """
+
+    name: str
+    source: str
+    simdgroups: int
+    threadgroup_bytes: int
+    barriers: int
+    pointers: tuple[int, ...]  # which parameters are buffers
+    scalars: tuple[tuple[int, DType], ...]  # parameters in the struct of arguments, and their types
+    asserts: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.simdgroups
+
+    def arguments(self, values: Sequence[Any], grid: Sequence[int]) -> bytes:
+        """The struct of scalar arguments: `values` has one entry per parameter of the kernel."""
+        out = b""
+        for index, element in self.scalars:
+            out += bytes(-len(out) % element.nbytes) + _pack(values[index], element)
+        out += bytes(-len(out) % 4) + struct.pack("<3i", *grid)
+        widest = max([4, *(element.nbytes for _, element in self.scalars)])
+        return out + bytes(-len(out) % widest)
+
+
+def _pack(value: Any, element: DType) -> bytes:
+    if element.is_float:
+        if element.name == "bf16":
+            bits = struct.unpack("<I", struct.pack("<f", float(value)))[0]
+            return struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+        return struct.pack({"fp16": "<e", "fp32": "<f"}[element.name], float(value))
+    return (int(value) & ((1 << 8 * element.nbytes) - 1)).to_bytes(element.nbytes, "little")
+
+
+def compile_function(
+    function: Function, aliases: tuple[int, ...] = (), simdgroups: int = 4, dialect: ModuleType = metal, name: str = ""
+) -> Executable:
+    """The kernel's source for a prepared tile IR function.
+
+    `aliases`: a number per parameter; pointers with equal numbers may point into the same memory (the default: all
+    differ). `simdgroups`: a power of two, how many simdgroups of 32 threads run one program instance. `name`: of the
+    kernel, if not the function's.
+
+    Raises CompilationError with the Python line for what the dialect's devices cannot do.
+    """
+    from nitinol.compiler.gpu.emit import Emitter, _Pointer
+    from nitinol.compiler.gpu.tree import Scratch, allocate, place_barriers, render
+
+    if simdgroups < 1 or simdgroups & (simdgroups - 1) or 32 * simdgroups > dialect.MOST_THREADS:
+        most = dialect.MOST_THREADS // 32
+        raise ValueError(f"{function.name}: {simdgroups} simdgroups; expected a power of two up to {most}")
+    aliases = aliases or tuple(range(len(function.parameters)))
+    e = Emitter(function, dialect, simdgroups.bit_length() - 1, aliases)
+    name = re.sub(r"\W", "_", name or function.name)
+    name = f"{name}_kernel" if name in dialect.RESERVED else name
+    pointers, scalars, buffers, fields = [], [], [], []
+    from nitinol.compiler.gpu.forms import literal
+
+    for index, parameter in enumerate(function.parameters):
+        written = e.name(parameter.name or f"argument{index}")
+        element = parameter.element
+        try:
+            if isinstance(element, PointerType):
+                pointers.append(index)
+                buffers.append((dialect.memory_type(element.element), written))
+                e.forms[parameter, e.assignment.scalar] = literal(written)
+            else:
+                scalars.append((index, element))
+                fields.append((dialect.memory_type(element), written))
+                text = f"arguments.{written}" + (" != 0" if element.kind == "bool" else "")
+                e.forms[parameter, e.assignment.scalar] = literal(f"({text})" if " " in text else text)
+        except dialect.Unsupported as problem:
+            e.location = function.location
+            raise e.error(f"parameter {parameter.name} of {problem}") from None
+    e.run(function.body)
+    nbytes = allocate(e.body, dialect.SHARED_ROOMY)
+    if nbytes > dialect.SHARED_LIMIT:
+        e.location = function.location
+        raise e.error(f"{function.name} needs {nbytes} bytes of threadgroup memory and {dialect.NAME} devices have "
+                      f"{dialect.SHARED_LIMIT}; use smaller tiles")  # fmt: skip
+    barriers = place_barriers(e.body, dialect.barrier)
+    for statement in _all(e.body):
+        if isinstance(statement, _Pointer):
+            statement.settle()
+    struct_text, head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts))
+    lines = [dialect.HEADER]
+    lines += [dialect.HELPERS[helper] + "\n" for helper in sorted(e.helpers)]
+    lines += [struct_text, head]
+    if nbytes:
+        lines.append("    " + dialect.shared_memory(nbytes))
+    lines += [*render(e.body), "}", ""]
+    assert Scratch is not None
+    return Executable(
+        name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts)
+    )
+
+
+def _all(nodes: list[Any]) -> Any:
+    from nitinol.compiler.gpu.tree import leaves
+
+    return leaves(nodes)

@@ -1,0 +1,141 @@
+"""How a tile of pointers walks through memory: which elements are neighbours, and how wide an access may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nitinol.compiler.analysis import AxisStrides, Strides
+from nitinol.compiler.gpu.layout import Layout, apply, axis_bits, bits_of, view_map
+from nitinol.compiler.ir import COMPARISONS, Function, Op, Value
+from nitinol.language.types import PointerType
+
+VECTOR_BYTES = 16  # of the widest load and store
+LARGEST = 1 << 40  # stands for the divisibility of 0
+
+
+def memory_order(strides: Strides, shape: Sequence[int]) -> list[int]:
+    """The bits of a place, those that move the address least first; broadcast axes last."""
+
+    def weight(axis: int) -> tuple[int, int, int]:
+        stride = strides[axis]
+        return (1 if stride is None else 2 if stride == 0 else 0, abs(stride or 0), -axis)
+
+    bits = axis_bits(shape)
+    return [bit for axis in sorted(range(len(shape)), key=weight) for bit in bits[axis]]
+
+
+class Widths:
+    """How many neighbouring elements an access may take at once: contiguous, aligned, under one mask."""
+
+    def __init__(self, function: Function, strides: AxisStrides) -> None:
+        self.strides = strides
+        self.divisible = dict(zip(function.parameters, function.divisible))
+        self.known: dict[tuple[Value, int], int] = {}
+
+    def vector_bits(self, op: Op, order: Sequence[int]) -> int:
+        """For the first bits of an order."""
+        pointer = op.operands[0]
+        element = pointer.element
+        assert isinstance(element, PointerType)
+        most = (VECTOR_BYTES // element.element.nbytes).bit_length() - 1
+        for width in range(min(most, len(order)), 0, -1):
+            if list(order[:width]) == list(range(order[0], order[0] + width)) and self.allows(op, order[0], width):
+                return width
+        return 0
+
+    def contiguous_bits(self, op: Op, layout: Layout) -> int:
+        """For the first registers of a layout."""
+        first = layout.registers[0].bit_length() - 1 if layout.registers else 0
+        width = 0
+        while width < len(layout.registers) and layout.registers[width] == 1 << (first + width):
+            width += 1
+        return min(width, self.vector_bits(op, list(range(first, first + width)))) if width else 0
+
+    def allows(self, op: Op, first: int, width: int) -> bool:
+        """Whether 2**width elements whose places differ in bits first .. first + width - 1 are one access."""
+        pointer = op.operands[0]
+        element = pointer.element
+        assert isinstance(element, PointerType)
+        if self.step(pointer, first, width) != 1:
+            return False
+        places = ((1 << width) - 1) << first
+        mask = op.operands[1 if op.kind == "load" else 2 :][:1]
+        return self.multiple(pointer, places) % (element.element.nbytes << width) == 0 and all(
+            self.uniform(m, first, width) for m in mask
+        )
+
+    def step(self, value: Value, first: int, width: int) -> int | None:
+        """By how much a value grows from one element to the next along these bits, which must be of one axis."""
+        for axis, bits in enumerate(axis_bits(value.shape)):
+            if first in bits:
+                return self.strides.of(value)[axis] if first == bits[0] and width <= len(bits) else None
+        return None
+
+    def uniform(self, mask: Value, first: int, width: int) -> bool:
+        """Whether a mask is the same in each aligned run of 2**width elements along these bits."""
+        if self.step(mask, first, width) == 0:
+            return True
+        op = mask.op
+        if op is None:
+            return False
+        if op.kind in ("and", "or", "xor", "not"):
+            return all(self.uniform(v, first, width) for v in op.operands)
+        if op.kind in ("broadcast", "reshape") and len(places := self.image(op, ((1 << width) - 1) << first)) == width:
+            if list(places) == list(range(places[0], places[0] + width)):
+                return self.uniform(op.operands[0], places[0], width)
+        if op.kind in COMPARISONS and isinstance(op.operands[0].element, PointerType) is False:
+            a, b = op.operands
+            steps = self.step(a, first, width), self.step(b, first, width)
+            if op.kind in ("gt", "le"):
+                a, b, steps = b, a, steps[::-1]
+            if op.kind in ("eq", "ne") or steps != (1, 0):  # lt, ge of a run against a bound that it cannot straddle
+                return steps == (0, 0)
+            places = ((1 << width) - 1) << first
+            return all(self.multiple(v, places) % (1 << width) == 0 for v in (a, b))
+        return False
+
+    def image(self, op: Op, places: int) -> list[int]:
+        """Bits of the source's place that bits of a view's place come from."""
+        view = view_map(op.kind, op.operands[0].shape, op.result.shape, op.attributes)
+        return [view[bit].bit_length() - 1 for bit in range(len(view)) if places >> bit & 1 and view[bit]]
+
+    def multiple(self, value: Value, places: int) -> int:
+        """A power of two that divides the value (a pointer's address in bytes) wherever these bits of the place are
+        zero."""
+        key = (value, places)
+        if key not in self.known:
+            self.known[key] = 1  # for values that depend on themselves
+            self.known[key] = self._multiple(value, places)
+        return self.known[key]
+
+    def _multiple(self, value: Value, places: int) -> int:
+        op = value.op
+        if value in self.divisible:
+            return self.divisible[value] & -self.divisible[value]
+        if op is None or not isinstance(value.element, PointerType) and not value.element.is_int:
+            return 1
+        kind = op.kind
+        if kind == "constant":
+            number = int(op.attributes["value"])
+            return number & -number if number else LARGEST
+        if kind == "arange":
+            rest = places + 1 if places & (places + 1) == 0 else 1
+            start = op.attributes["start"]
+            return min(rest, start & -start if start else LARGEST)
+        if kind in ("splat", "broadcast", "reshape", "trans"):
+            source = op.operands[0]
+            view = view_map(kind, source.shape, value.shape, op.attributes)
+            assert len(view) == bits_of(value.shape)
+            return self.multiple(source, apply(view, places))
+        if kind in ("add", "sub", "max", "min", "select"):
+            return min(self.multiple(v, places) for v in op.operands[-2:])
+        if kind == "mul":
+            a, b = (self.multiple(v, places) for v in op.operands)
+            return min(a * b, LARGEST)
+        if kind == "cast" and value.element.nbytes >= op.operands[0].element.nbytes:
+            return self.multiple(op.operands[0], places)
+        if kind == "addptr":
+            assert isinstance(value.element, PointerType)
+            base, offset = (self.multiple(v, places) for v in op.operands)
+            return min(base, offset * value.element.element.nbytes)
+        return 1

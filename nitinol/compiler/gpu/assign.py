@@ -1,0 +1,304 @@
+"""Which layout each tile gets.
+
+Loads and stores want coalesced layouts, dots want fragments, reductions keep what their operand has; from these
+anchors layouts flow forward to what is computed from them (`home`). Tiles that no anchor reaches, such as index
+arithmetic and broadcasts, have no home: they are computed anew in whatever layout their users want, instead of being
+moved. A backward walk collects the wanted layouts; a tile that is wanted in another layout than its home is converted
+once, where it is defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nitinol.compiler.analysis import AxisStrides
+from nitinol.compiler.gpu.access import Widths, memory_order
+from nitinol.compiler.gpu.layout import (
+    LANE_BITS,
+    Layout,
+    axis_bits,
+    bits_of,
+    blocked,
+    compose,
+    part_bit,
+    view_map,
+    without_axis,
+)
+from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Op, Value, walk
+from nitinol.language.types import PointerType
+
+Fragments = Callable[[Op, int], "tuple[Layout, Layout, Layout] | None"]
+
+
+class Assignment:
+    """`home[v]`: the layout that a tile is computed in (None: in each of `wanted[v]`); `chosen[op]`: that of the
+    operands of an access, reduction, scan or gather; `fragments[op]`: those of a dot's operands."""
+
+    def __init__(self, function: Function, warp_bits: int, fragments: Fragments) -> None:
+        self.warp_bits = warp_bits
+        self.fragments_of = fragments
+        self.strides = AxisStrides()
+        self.widths = Widths(function, self.strides)
+        self.home: dict[Value, Layout | None] = {}
+        self.wanted: dict[Value, list[Layout]] = {}
+        self.chosen: dict[Op, Layout] = {}
+        self.fragments: dict[Op, tuple[Layout, Layout, Layout] | None] = {}
+        self.scalar = blocked((), warp_bits, 0)
+        self.vectors: dict[tuple[int, ...], int] = {}
+        for op in walk(function.body):
+            if op.kind in ("load", "store") and op.operands[0].shape:
+                shape = op.operands[0].shape
+                width = self.widths.vector_bits(op, memory_order(self.strides.of(op.operands[0]), shape))
+                self.vectors[shape] = min(self.vectors.get(shape, 4), width)
+        for parameter in function.parameters:
+            self.home[parameter] = self.scalar
+        self.forward(function.body)
+        self.backward(function.body)
+
+    # ------------------------------------------------------------------------------------------------- forward
+
+    def default(self, shape: Sequence[int]) -> Layout:
+        bits = bits_of(shape)
+        return blocked(range(bits), self.warp_bits, min(2, max(0, bits - LANE_BITS - self.warp_bits)))
+
+    def coalesced(self, op: Op) -> Layout:
+        pointer = op.operands[0]
+        order = memory_order(self.strides.of(pointer), pointer.shape)
+        vector = self.vectors.get(pointer.shape, 0)
+        return blocked(order, self.warp_bits, min(vector, max(0, len(order) - LANE_BITS - self.warp_bits)))
+
+    def home_of(self, value: Value) -> Layout | None:
+        return self.home.get(value) if value.shape else self.scalar
+
+    def forward(self, block: Block) -> None:
+        for op in block.ops:
+            layouts = self.results(op)
+            for result, layout in zip(op.results, layouts):
+                self.home[result] = layout if result.shape else self.scalar
+
+    def results(self, op: Op) -> Sequence[Layout | None]:
+        """Homes of an operation's results; chooses the layouts that the operation works in."""
+        kind = op.kind
+        if kind in ("for", "while", "if"):
+            return getattr(self, f"results_{kind}")(op)
+        if kind in ELEMENTWISE:
+            found = [(v.element.nbytes, h) for v in op.operands if (h := self.home_of(v)) is not None]
+            return [max(found, key=lambda pair: pair[0])[1] if found else None]
+        if kind in VIEWS:
+            return self.view_homes(op)
+        if kind in ("load", "atomic_rmw", "atomic_cas"):
+            pointer = op.operands[0]
+            layout = self.scalar
+            if pointer.shape:
+                layout = self.coalesced(op) if kind == "load" else self.first(op.operands)
+            self.chosen[op] = layout
+            return [layout]
+        if kind == "store":
+            self.chosen[op] = self.store_layout(op) if op.operands[0].shape else self.scalar
+        elif kind == "reduce":
+            shape, axis = op.operands[0].shape, op.attributes["axis"]
+            layout = self.chosen[op] = self.first(op.operands)
+            return [layout.through(without_axis(shape, axis), bits_of(op.results[0].shape))] * len(op.results)
+        elif kind == "scan":
+            self.chosen[op] = self.scan_layout(op.operands[0].shape, op.attributes["axis"])
+            return [self.chosen[op]] * len(op.results)
+        elif kind == "gather":
+            self.chosen[op] = self.first(op.operands[1:])
+            return [self.chosen[op]]
+        elif kind == "dot":
+            fragments = self.fragments[op] = self.fragments_of(op, self.warp_bits)
+            return [fragments[2] if fragments else self.default(op.result.shape)]
+        elif kind in ("assert", "device_print"):
+            self.chosen[op] = self.first(op.operands) if op.operands and op.operands[0].shape else self.scalar
+        return [None] * len(op.results)
+
+    def first(self, values: Sequence[Value]) -> Layout:
+        """The first home among the values, or a plain layout."""
+        found = [h for v in values if (h := self.home_of(v)) is not None]
+        return found[0] if found else self.default(values[0].shape)
+
+    def view_homes(self, op: Op) -> list[Layout | None]:
+        source = self.home_of(op.operands[0])
+        if op.kind in ("splat", "broadcast") or source is None:
+            return [None] * len(op.results)
+        if op.kind in ("reshape", "trans"):
+            inverse = [0] * source.bits
+            for bit, column in enumerate(view_map(op.kind, op.operands[0].shape, op.result.shape, op.attributes)):
+                inverse[column.bit_length() - 1] = 1 << bit
+            return [source.through(tuple(inverse), source.bits)]
+        if op.kind == "split":
+            drop = tuple(0 if bit == 0 else 1 << (bit - 1) for bit in range(source.bits))
+            return [source.through(drop, source.bits - 1)] * 2
+        cut = part_bit(op.kind, op.result.shape, op.attributes)  # join, cat: the parts side by side in each thread
+        insert = tuple(1 << (bit if bit < cut else bit + 1) for bit in range(source.bits))
+        columns = [compose(insert, c) for c in (source.registers, source.lanes, source.warps)]
+        front = sum(1 for c in source.registers if c < 1 << cut) if cut else 0
+        registers = (*columns[0][:front], 1 << cut, *columns[0][front:])
+        return [Layout(source.bits + 1, registers, columns[1], columns[2])]
+
+    def store_layout(self, op: Op) -> Layout:
+        """The value's home if memory likes it about as well as the coalesced layout, else that."""
+        best, home = self.coalesced(op), self.home_of(op.operands[1])
+        if home is None or home == best:
+            return best
+        return home if self.segments(op, home) <= 1.5 * self.segments(op, best) else best
+
+    def segments(self, op: Op, layout: Layout) -> float:
+        """64-byte pieces of memory that one warp touches, over all its registers, each access on its own."""
+        pointer = op.operands[0]
+        strides, nbytes = self.strides.of(pointer), op.operands[1].element.nbytes
+        weight = [0] * layout.bits
+        for axis, bits in enumerate(axis_bits(pointer.shape)):
+            stride = strides[axis]
+            for i, bit in enumerate(bits):
+                weight[bit] = ((1 << 20) + 64 * axis if stride is None else stride) << i
+
+        def address(place: int) -> int:
+            return nbytes * sum(w for bit, w in enumerate(weight) if place >> bit & 1)
+
+        width = min(self.widths.contiguous_bits(op, layout), 4)
+        touched = {address(layout.place(r, lane, 0)) // 64 for lane in range(32) for r in range(1 << width)}
+        return len(touched) * (layout.count >> width)
+
+    def scan_layout(self, shape: Sequence[int], axis: int) -> Layout:
+        """The axis' upper bits in lanes, its lower ones in registers, nothing of it across warps."""
+        along = axis_bits(shape)[axis]
+        split = max(0, len(along) - LANE_BITS)
+        others = [bit for bit in range(bits_of(shape)) if bit not in along]
+        lanes = along[split:]
+        while others and len(lanes) < LANE_BITS:
+            lanes.append(others.pop(0))
+        warps = [others.pop() for _ in range(min(self.warp_bits, len(others)))]
+        return Layout(
+            bits_of(shape),
+            tuple(1 << bit for bit in along[:split] + others),
+            tuple([1 << bit for bit in lanes] + [0] * (LANE_BITS - len(lanes))),
+            tuple([1 << bit for bit in warps] + [0] * (self.warp_bits - len(warps))),
+        )
+
+    def settle(self, variables: Sequence[Value], starts: Sequence[Value], nexts: Sequence[Value], body: Callable) -> None:
+        """Homes of carried values: what the loop makes of them if it has a preference, else what they come in."""
+        for variable, start in zip(variables, starts):
+            self.home[variable] = self.home_of(start)
+        for _ in range(3):
+            body()
+            changed = False
+            for variable, following in zip(variables, nexts):
+                layout = self.home_of(following)
+                if layout is not None and layout != self.home[variable]:
+                    self.home[variable], changed = layout, True
+            if not changed:
+                break
+        undecided = [v for v in variables if self.home[v] is None]
+        for variable in undecided:
+            self.home[variable] = self.default(variable.shape)
+        body()
+
+    def results_for(self, op: Op) -> Sequence[Layout | None]:
+        block = op.regions[0]
+        variable, *carried = block.arguments
+        self.home[variable] = self.scalar
+        self.settle(carried, op.operands[3:], block.terminator.operands, lambda: self.forward(block))
+        return [self.home[v] for v in carried]
+
+    def results_while(self, op: Op) -> Sequence[Layout | None]:
+        before, after = op.regions
+
+        def body() -> None:
+            self.forward(before)
+            for argument, value in zip(after.arguments, before.terminator.operands[1:]):
+                self.home[argument] = self.home_of(value) or self.default(argument.shape)
+            self.forward(after)
+
+        self.settle(before.arguments, op.operands, after.terminator.operands, body)
+        return [self.home[v] for v in after.arguments]
+
+    def results_if(self, op: Op) -> Sequence[Layout | None]:
+        layouts = []
+        for region in op.regions:
+            self.forward(region)
+        for result, *values in zip(op.results, *(r.terminator.operands for r in op.regions)):
+            found = [h for v in values if (h := self.home_of(v)) is not None]
+            layouts.append(found[0] if found else self.default(result.shape))
+        return layouts
+
+    # ------------------------------------------------------------------------------------------------ backward
+
+    def want(self, value: Value, layout: Layout) -> None:
+        layouts = self.wanted.setdefault(value, [])
+        if layout not in layouts:
+            layouts.append(layout)
+
+    def backward(self, block: Block) -> None:
+        for op in reversed(block.ops):
+            self.demand(op)
+
+    def versions(self, value: Value) -> list[Layout]:
+        """The layouts in which a tile's operation computes it."""
+        home = self.home[value]
+        return self.wanted.get(value, []) if home is None else [home]
+
+    def demand(self, op: Op) -> None:
+        """Wants the operands in the layouts that the operation needs them in."""
+        kind = op.kind
+        if kind in ELEMENTWISE or kind in VIEWS:
+            for result in op.results:
+                for layout in self.versions(result):
+                    for operand, needed in zip(op.operands, operand_layouts(op, layout)):
+                        self.want(operand, needed)
+        elif kind in ("load", "store", "atomic_rmw", "atomic_cas", "reduce", "scan", "assert", "device_print"):
+            for operand in op.operands:
+                self.want(operand, self.chosen[op] if operand.shape else self.scalar)
+        elif kind == "gather":
+            self.want(op.operands[0], self.first(op.operands[:1]))
+            self.want(op.operands[1], self.chosen[op])
+        elif kind == "dot":
+            fragments = self.fragments[op]
+            layouts = fragments or (*(self.first([v]) for v in op.operands[:2]), self.home[op.result])
+            for operand, layout in zip(op.operands, layouts):
+                assert layout is not None
+                self.want(operand, layout)
+        elif kind == "for":
+            block = op.regions[0]
+            for value in op.operands[:3]:
+                self.want(value, self.scalar)
+            self.pass_on(block.terminator.operands, block.arguments[1:])
+            self.backward(block)
+            self.pass_on(op.operands[3:], block.arguments[1:])
+        elif kind == "while":
+            before, after = op.regions
+            self.pass_on(after.terminator.operands, before.arguments)
+            self.backward(after)
+            self.want(before.terminator.operands[0], self.scalar)
+            self.pass_on(before.terminator.operands[1:], after.arguments)
+            self.backward(before)
+            self.pass_on(op.operands, before.arguments)
+        elif kind == "if":
+            for region in op.regions:
+                self.pass_on(region.terminator.operands, op.results)
+                self.backward(region)
+            self.want(op.operands[0], self.scalar)
+
+    def pass_on(self, values: Sequence[Value], variables: Sequence[Value]) -> None:
+        for value, variable in zip(values, variables):
+            layout = self.home[variable]
+            assert layout is not None
+            self.want(value, layout)
+
+
+def operand_layouts(op: Op, layout: Layout) -> list[Layout]:
+    """Where the operands of an elementwise operation or view must be so that each thread has what it needs."""
+    if op.kind in ELEMENTWISE:
+        return [layout] * len(op.operands)
+    source = op.operands[0]
+    bits = bits_of(source.shape)
+    if op.kind == "split":  # both parts' elements side by side
+        shift = tuple(1 << (bit + 1) for bit in range(layout.bits))
+        columns = [compose(shift, c) for c in (layout.registers, layout.lanes, layout.warps)]
+        return [Layout(bits, (1, *columns[0]), columns[1], columns[2])]
+    view = view_map(op.kind, source.shape, op.result.shape, op.attributes)
+    return [layout.through(view, bits)] * len(op.operands)
+
+
+def is_pointer(value: Value) -> bool:
+    return isinstance(value.element, PointerType)

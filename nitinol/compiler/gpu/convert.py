@@ -1,0 +1,194 @@
+"""From one layout to another by the cheapest means, read off the two maps.
+
+Nothing, or a renaming of registers, where every thread already has what it needs; shuffles within a simdgroup where
+every simdgroup has; else a trip through threadgroup memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nitinol.compiler.gpu.forms import Form, Index, fixed, linear
+from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
+from nitinol.compiler.gpu.tree import Access
+from nitinol.compiler.ir import Op, Value
+
+if TYPE_CHECKING:
+    from nitinol.compiler.gpu.emit import Emitter
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Linear maps to the source's register and lane: from the bits of the result's register, of lane and of warp."""
+
+    registers: tuple[Map, Map, Map]
+    lanes: tuple[Map, Map, Map]
+
+    @property
+    def choices(self) -> list[int]:
+        """What the source's register may differ by between threads that ask at the same time."""
+        basis = independent(self.registers[1] + self.registers[2])
+        return [apply(basis, i) for i in range(1 << len(basis))]
+
+    @property
+    def moves(self) -> bool:
+        """Whether any value changes its lane."""
+        own = tuple(1 << i for i in range(len(self.lanes[1])))
+        return self.lanes != ((0,) * len(self.lanes[0]), own, (0,) * len(self.lanes[2]))
+
+
+def find_shuffle(source: Layout, result: Layout) -> Shuffle | None:
+    """How each thread gets its elements of `result` from `source` within its simdgroup; None if it cannot."""
+    count = len(source.registers)
+    parts: list[tuple[Map, Map]] = []
+    for kind, columns in enumerate((result.registers, result.lanes, result.warps)):
+        registers, lanes = [], []
+        for bit, column in enumerate(columns):
+            number, own = None, 0
+            if kind == 1:  # from the same lane if possible
+                number = solve(source.registers, column ^ source.lanes[bit])
+                own = 1 << bit
+            wanted = column ^ source.warps[bit] if kind == 2 else column
+            if number is None:
+                own, number = 0, solve(source.registers + source.lanes, wanted)
+            if number is None:
+                return None
+            registers.append(number & ((1 << count) - 1))
+            lanes.append(number >> count | own)
+        parts.append((tuple(registers), tuple(lanes)))
+    (a, b), (c, d), (e, f) = parts
+    return Shuffle((a, c, e), (b, d, f))
+
+
+def convert(e: Emitter, value: Value, form: Form, source: Layout, result: Layout) -> Form:
+    """The value in another layout."""
+    shuffle = find_shuffle(source, result)
+    if shuffle is not None:
+        choices = len(shuffle.choices)
+        if choices == 1 and not shuffle.moves:
+            return form.through(shuffle.registers[0])
+        if result.count * choices <= source.count + result.count + 8 and choices <= 4:
+            return by_shuffles(e, value, form, shuffle, result)
+    return by_memory(e, value, form, source, result)
+
+
+def by_shuffles(e: Emitter, value: Value, form: Form, shuffle: Shuffle, result: Layout) -> Form:
+    if " " in form.text(fixed(0)):  # an expression: computed once, before other lanes ask for it
+        form = e.store_in(e.name(value.name or "v"), value.element, 1 << len(shuffle.registers[0]), form) \
+            if False else form  # fmt: skip
+    others = [linear(shuffle.lanes[1], "lane"), linear(shuffle.lanes[2], "warp")]
+    choose = [linear(shuffle.registers[1], "lane"), linear(shuffle.registers[2], "warp")]
+    which = " ^ ".join(f"({t})" for t in choose if t != "0")
+
+    def text(index: Index) -> str:
+        start = index.through(shuffle.registers[0])
+        lane = " ^ ".join(f"({t})" for t in [*others, str(index.through(shuffle.lanes[0]))] if t != "0") or "0"
+        taken = []
+        for number in shuffle.choices:
+            read = form.text(start.at(number))
+            taken.append(e.dialect.shuffle(value.element, read, lane) if shuffle.moves else read)
+        out = taken[-1]
+        for number, one in reversed(list(zip(shuffle.choices[:-1], taken))):
+            out = f"(({which}) == {number} ? {one} : {out})"
+        return out
+
+    def names(index: Index) -> set[tuple[str, bool]]:
+        return {(name, False) for name, _ in form.names(index)}
+
+    # all lanes must take part in every shuffle: a conditional operator evaluates one side only
+    if len(shuffle.choices) == 1 or not shuffle.moves:
+        return e.store_in(e.name(f"{value.name or 'v'}_moved"), value.element, result.count, Form(text, names))
+    return _chosen(e, value, form, shuffle, result, which, others)
+
+
+def _chosen(
+    e: Emitter, value: Value, form: Form, shuffle: Shuffle, result: Layout, which: str, others: list[str]
+) -> Form:
+    """One shuffle per register that may be asked for, each in a variable, then the choice."""
+
+    def one(number: int) -> Form:
+        def text(index: Index) -> str:
+            lane = " ^ ".join(f"({t})" for t in [*others, str(index.through(shuffle.lanes[0]))] if t != "0") or "0"
+            return e.dialect.shuffle(value.element, form.text(index.through(shuffle.registers[0]).at(number)), lane)
+
+        return Form(text, lambda i: {(name, False) for name, _ in form.names(i)})
+
+    name = value.name or "v"
+    taken = [
+        e.store_in(e.name(f"{name}_part"), value.element, result.count, one(number)) for number in shuffle.choices
+    ]
+
+    def pick(index: Index) -> str:
+        out = taken[-1].text(index)
+        for number, form in reversed(list(zip(shuffle.choices[:-1], taken))):
+            out = f"({which}) == {number} ? {form.text(index)} : ({out})"
+        return out
+
+    chosen = Form(pick, lambda i: set().union(*(t.names(i) for t in taken)), False)
+    return e.store_in(e.name(f"{name}_moved"), value.element, result.count, chosen)
+
+
+def by_memory(e: Emitter, value: Value, form: Form, source: Layout, result: Layout) -> Form:
+    shared, piece = e.scratch(value.element, 1 << source.bits)
+    write_tile(e, form, source, value, shared, Access("write", piece))
+    read = Access("read", piece)
+    name = e.name(f"{value.name or 'v'}_moved")
+    kind = e.type(value.element)
+
+    def text(index: Index) -> str:
+        cell = f"{shared}[{e.place(result, index)}]"
+        return f"({kind}){cell}" if kind.endswith("*") else cell
+
+    return fetch(e, name, value, result, text, read)
+
+
+def write_tile(e: Emitter, form: Form, layout: Layout, value: Value, shared: str, access: Access) -> None:
+    """Every element once, at its place."""
+    owner = e.owner(layout)
+    guard = f"if ({' && '.join(owner)}) " if owner else ""
+    bits = "(ulong)" if e.type(value.element).endswith("*") else ""
+    e.each(
+        layout.count,
+        lambda i: [f"{guard}{shared}[{e.place(layout, i)}] = {bits}{form.operand(i) if bits else form.text(i)};"],
+        [form], [access],
+    )  # fmt: skip
+
+
+def fetch(e: Emitter, name: str, value: Value, layout: Layout, text, access: Access) -> Form:  # noqa: ANN001
+    """Reads threadgroup memory into a new variable."""
+    from nitinol.compiler.gpu.forms import variable
+
+    kind = e.type(value.element)
+    space = "" if kind.endswith("*") else " "
+    if layout.count == 1:
+        e.each(1, lambda i: [f"{kind}{space}{name} = {text(i)};"], [], [access])
+    else:
+        e.each(layout.count, lambda i: [f"{name}[{i}] = {text(i)};"], [], [access], defines=name,
+               declaration=f"{kind}{space}{name}[{layout.count}];")  # fmt: skip
+    return variable(name, layout.count)
+
+
+def gather(e: Emitter, op: Op) -> None:
+    """The source goes to threadgroup memory; every thread reads what its indices say."""
+    source, index = op.operands
+    axis = op.attributes["axis"]
+    layout, theirs = e.assignment.chosen[op], e.assignment.first(op.operands[:1])
+    shared, piece = e.scratch(source.element, 1 << theirs.bits)
+    write_tile(e, e.form(source, theirs), theirs, source, shared, Access("write", piece))
+    along = axis_bits(source.shape)
+    columns = [0] * layout.bits  # the place in the source but for its coordinate along the axis
+    for number, bits in enumerate(axis_bits(op.result.shape)):
+        if number != axis:
+            for bit, other in zip(bits, along[number]):
+                columns[bit] = 1 << other
+    shift = along[axis][0] if along[axis] else 0
+    indices = e.form(index, layout)
+
+    def text(i: Index) -> str:
+        rest = e.place(layout, i, tuple(columns))
+        own = f"{indices.operand(i)} << {shift}" if shift else indices.operand(i)
+        return f"{shared}[{own if rest == '0' else f'({own}) + ({rest})'}]"
+
+    form = fetch(e, e.name(op.result.name or "gathered"), op.result, layout, text, Access("read", piece))
+    e.forms[op.result, layout] = form

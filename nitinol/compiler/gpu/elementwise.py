@@ -1,0 +1,182 @@
+"""One elementwise operation as an expression in C.
+
+Integers wrap in the tile language, but signed overflow is undefined in C: sums and products of ints are written on
+unsigned numbers, except in index arithmetic (`index`: made of program ids, lane numbers, parameters and constants
+only), which cannot overflow where it addresses memory.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from nitinol.compiler.ir import COMPARISONS, Op
+from nitinol.compiler.semantics import round_to
+from nitinol.language.types import (
+    DType,
+    PointerType,
+    bfloat16,
+    float16,
+    float32,
+    float64,
+    int1,
+    uint8,
+    uint16,
+    uint32,
+    uint64,
+)
+
+_OPERATORS = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^", "shl": "<<",
+    "shr": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+}  # fmt: skip
+_BOOLEAN = {
+    "add": "{} != {}", "sub": "{} != {}", "mul": "{} && {}", "div": "{} && {}", "and": "{} && {}", "or": "{} || {}",
+    "xor": "{} != {}", "min": "{} && {}", "max": "{} || {}", "rem": "{} && !{}", "shl": "{} && !{}",
+    "shr": "{} && !{}", "mulhi": "false", "not": "!{}", "neg": "{}", "abs": "{}",
+}  # fmt: skip
+_UNSIGNED = {8: uint8, 16: uint16, 32: uint32, 64: uint64}
+_NARROW = (float16, bfloat16)
+
+
+def number(value: Any, element: DType | PointerType, dialect: ModuleType) -> str:
+    """A constant."""
+    if isinstance(element, PointerType):
+        return f"({dialect.type_name(element)}){int(value)}ul"
+    name = dialect.type_name(element)
+    if element == int1:
+        return "true" if value else "false"
+    if element.is_float:
+        value = float(round_to(np.asarray(value, np.float64), element))
+        if math.isnan(value) or math.isinf(value):
+            text = "NAN" if math.isnan(value) else "INFINITY" if value > 0 else "(-INFINITY)"
+        else:
+            text = f"{np.float32(value)!s}f"
+            text = text if value >= 0 and not text.startswith("-") else f"({text})"
+        return text if element == float32 else f"{name}({text})"
+    value = int(value) & ((1 << element.bits) - 1)
+    if element.is_signed and value >> (element.bits - 1):
+        value -= 1 << element.bits
+    if element.bits < 32:
+        return f"{name}({value})"
+    suffix = {"int32": "", "uint32": "u", "int64": "l", "uint64": "ul"}[element.name]
+    if value == -(1 << (element.bits - 1)):
+        return f"({value + 1}{suffix} - 1)"
+    return f"({value}{suffix})" if value < 0 else f"{value}{suffix}"
+
+
+def expression(op: Op, a: list[str], dialect: ModuleType, index: bool, helpers: set[str]) -> str:
+    """C for the operation on operands that are already written, in parentheses where they need it.
+
+    `helpers` collects functions of the dialect that the source must define. May raise the dialect's Unsupported.
+    """
+    kind, element, target = op.kind, op.operands[0].element, op.result.element if op.results else None
+    if kind == "select":
+        return f"{a[0]} ? {a[1]} : {a[2]}"
+    if kind == "cast":
+        return cast(a[0], element, target, dialect)
+    if kind == "bitcast":
+        return bitcast(a[0], element, target, dialect)
+    if kind in COMPARISONS:
+        return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+    if kind == "addptr":
+        return f"{a[0]} + {a[1]}"
+    assert isinstance(element, DType)
+    name = dialect.type_name(element)
+    if element == int1:
+        return _BOOLEAN[kind].format(*a)
+    if element.is_float:
+        return _float(op, element, name, a, dialect, helpers)
+    return _integer(kind, element, name, a, dialect, index)
+
+
+def _float(op: Op, element: DType, name: str, a: list[str], dialect: ModuleType, helpers: set[str]) -> str:
+    kind = op.kind
+    if kind in ("add", "sub", "mul", "div"):
+        return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+    if kind == "neg":
+        return f"-{a[0]}"
+    narrow = element in _NARROW
+    wide = [f"float({x})" for x in a] if narrow else a
+    if kind in ("min", "max"):
+        function = f"f{kind}"
+        if op.attributes.get("propagate_nan", False):
+            function = f"nan_{kind}"
+            helpers.add(function)
+    elif kind == "rem":
+        function = "fmod"
+    elif kind in ("abs", "fma"):
+        function = kind
+    else:
+        function = dialect.FUNCTIONS[kind]
+        if kind in dialect.HELPERS:
+            helpers.add(kind)
+    text = f"{function}({', '.join(wide)})"
+    return f"{name}({text})" if narrow else text
+
+
+def _integer(kind: str, element: DType, name: str, a: list[str], dialect: ModuleType, index: bool) -> str:
+    narrow = element.bits < 32
+    if kind in ("add", "sub", "mul", "shl"):
+        if index and not narrow:
+            return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+        unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
+        if narrow or element.is_signed:
+            return f"{name}({unsigned}({a[0]}) {_OPERATORS[kind]} {unsigned}({a[1]}))"
+        return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+    if kind in ("div", "rem"):
+        text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+    elif kind in ("and", "or", "xor", "shr"):
+        text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+    elif kind in ("min", "max"):
+        return f"{kind}({a[0]}, {a[1]})"
+    elif kind == "mulhi":
+        if not narrow:
+            return f"mulhi({a[0]}, {a[1]})"
+        wide = "int" if element.is_signed else "uint"
+        return f"{name}({wide}({a[0]}) * {wide}({a[1]}) >> {element.bits})"
+    elif kind == "not":
+        text = f"~{a[0]}"
+    elif kind == "neg":
+        unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
+        return f"{name}(-{unsigned}({a[0]}))"
+    elif kind == "abs":
+        if not element.is_signed:
+            return a[0]
+        unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
+        return f"{a[0]} < 0 ? {name}(-{unsigned}({a[0]})) : {a[0]}"
+    else:
+        raise AssertionError(kind)
+    return f"{name}({text})" if narrow else text
+
+
+def cast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
+    if source == target:
+        return x
+    if isinstance(target, PointerType):
+        return f"({dialect.type_name(target)}){x}"
+    if isinstance(source, PointerType):
+        return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}((ulong){x})"
+    if float64 in (source, target):
+        dialect.type_name(float64)
+    name = dialect.type_name(target)
+    if target == int1:
+        return f"{x} != 0"
+    if source in _NARROW and target in _NARROW:
+        x = f"float({x})"  # holds both
+    return f"{name}({x})"
+
+
+def bitcast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
+    if source == target:
+        return x
+    if isinstance(source, PointerType) or isinstance(target, PointerType):
+        if isinstance(source, PointerType) and isinstance(target, PointerType):
+            return f"({dialect.type_name(target)}){x}"
+        return cast(x, source, target, dialect)
+    if int1 in (source, target):
+        return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}({x})"
+    return f"as_type<{dialect.type_name(target)}>({x})"

@@ -1,0 +1,486 @@
+"""From tile IR to the source of a kernel: walks the operations and writes statements; one emitter for all dialects.
+
+All threads of a threadgroup (simdgroups of 32 lanes) run one program instance. Control flow depends on scalars only,
+which every thread computes alike, so barriers and lane operations are always reached by all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from nitinol.compiler.analysis import base_pointer, uses_of
+from nitinol.compiler.errors import CompilationError
+from nitinol.compiler.gpu import convert, dot, elementwise, memory, reduction
+from nitinol.compiler.gpu.assign import Assignment, operand_layouts
+from nitinol.compiler.gpu.forms import Form, Index, expression, fixed, linear, literal, variable
+from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
+from nitinol.compiler.gpu.tree import Access, Each, Nest, Scratch, Statement, accesses
+from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value, walk
+from nitinol.language.types import DType, PointerType
+
+Lines = Callable[[Index], Sequence[str]]
+_CALL = re.compile(r"[\w:<>]*\w|[\w:<>]+\([^()]*\)|\([^()]*\)")
+
+
+class Emitter:
+    """State of one kernel: the statements so far, and how each value is written in each of its layouts."""
+
+    def __init__(self, function: Function, dialect: ModuleType, warp_bits: int, aliases: tuple[int, ...]) -> None:
+        self.function, self.dialect, self.warp_bits = function, dialect, warp_bits
+        self.assignment = Assignment(function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect))
+        self.uses = uses_of(function)
+        self.forms: dict[tuple[Value, Layout], Form] = {}
+        self.body: list[Any] = []
+        self.nodes = self.body
+        self.names: dict[str, int] = {}
+        self.taken: set[str] = set()
+        self.location: Location | None = function.location
+        self.helpers: set[str] = set()
+        self.asserts: dict[int, str] = {}
+        self.loops = 0  # how many loops we are in
+        self.depth: dict[Value, int] = {}  # and were at a value's definition
+        self.block_of: dict[Op, Block] = {}
+        self.index: dict[Value, bool] = {}
+        self.aliases = dict(zip(function.parameters, aliases))
+        self.note_blocks(function.body)
+
+    # ----------------------------------------------------------------------------------------------- small parts
+
+    def note_blocks(self, block: Block) -> None:
+        for op in block.ops:
+            self.block_of[op] = block
+            for region in op.regions:
+                self.note_blocks(region)
+
+    def error(self, message: str) -> CompilationError:
+        return CompilationError(message, self.location or Location(self.function.name, 1))
+
+    def name(self, base: str) -> str:
+        """A name that no other variable of the kernel has."""
+        base = re.sub(r"\W", "_", base).strip("_") or "v"
+        base = f"v{base}" if base[0].isdigit() else base
+        base = f"{base}_" if base in self.dialect.RESERVED else base
+        name = base
+        while name in self.taken:
+            self.names[base] = self.names.get(base, 1) + 1
+            name = f"{base}_{self.names[base]}"
+        self.taken.add(name)
+        return name
+
+    @property
+    def line(self) -> int | None:
+        return self.location.line if self.location else None
+
+    def say(self, *lines: str, accesses: Sequence[Access] = ()) -> None:
+        self.nodes.append(Statement(list(lines), self.line, list(accesses)))
+
+    def each(
+        self, count: int, lines: Lines, reads: Sequence[Form] = (), touched: Sequence[Access] = (), step: int = 1,
+        defines: str = "", declaration: str = "",
+    ) -> None:  # fmt: skip
+        """Lines for every register: plain if there is one, else in a loop, if possible in the one before."""
+        if count == 1:
+            if declaration:
+                self.say(declaration)
+            self.say(*lines(fixed(0)), accesses=touched)
+            return
+        index = Index(identity(count.bit_length() - 1))
+        last = self.nodes[-1] if self.nodes else None
+        names = set().union(*(f.names(index) for f in reads)) if reads else set()
+        fits = (
+            isinstance(last, Each)
+            and (last.count, last.step) == (count, step)
+            and not any(name in last.defined and not plain for name, plain in names)
+            and not any(a.conflicts(b) for a in touched for b in accesses(last))
+            and not any(isinstance(a.where, Scratch) for a in touched)
+        )
+        if not fits:
+            last = Each(count, step, [])
+            self.nodes.append(last)
+        assert isinstance(last, Each)
+        if declaration:
+            self.nodes.insert(-1, Statement([declaration], self.line))
+        last.statements.append(Statement(list(lines(index)), self.line, list(touched)))
+        last.defined.add(defines)
+
+    def type(self, element: DType | PointerType) -> str:
+        return self.dialect.type_name(element)
+
+    def store_in(self, name: str, element: DType | PointerType, count: int, form: Form) -> Form:
+        """Declares a variable and computes it."""
+        kind = self.type(element)
+        space = "" if kind.endswith("*") else " "
+        if count == 1:
+            self.each(1, lambda i: [f"{kind}{space}{name} = {form.text(i)};"], [form])
+        else:
+            self.each(count, lambda i: [f"{name}[{i}] = {form.text(i)};"], [form], defines=name,
+                      declaration=f"{kind}{space}{name}[{count}];")  # fmt: skip
+        return variable(name, count)
+
+    def declare(self, name: str, element: DType | PointerType, count: int) -> Form:
+        """A variable without a value yet."""
+        kind = self.type(element)
+        space = "" if kind.endswith("*") else " "
+        self.say(f"{kind}{space}{name}{f'[{count}]' if count > 1 else ''};")
+        return variable(name, count)
+
+    def place(self, layout: Layout, index: Index, map_: Map | None = None) -> str:
+        """The place of a register's element in the tile, mapped on, as text."""
+        through = (lambda c: compose(map_, c)) if map_ is not None else (lambda c: c)
+        registers, lanes, warps = (through(c) for c in (layout.registers, layout.lanes, layout.warps))
+        whole = Index(compose(registers, index.columns), index.through(registers).constant)
+        parts = [str(whole), linear(lanes, "lane"), linear(warps, "warp")]
+        overlap = any(a & b for i, a in enumerate((*registers, *lanes, *warps))
+                      for b in (*registers, *lanes, *warps)[i + 1 :])  # fmt: skip
+        parts = [p for p in parts if p != "0"]
+        if overlap:
+            parts = [f"({p})" for p in parts]
+        return (" ^ " if overlap else " | ").join(parts[::-1]) or "0"
+
+    def owner(self, layout: Layout) -> list[str]:
+        """Conditions under which a thread is the one that acts for an element that several hold."""
+        lanes, warps = layout.copies
+        result = []
+        for name, mask, bits in (("lane", lanes, LANE_BITS), ("warp", warps, self.warp_bits)):
+            if mask:
+                result.append(f"{name} == 0" if mask == (1 << bits) - 1 else f"({name} & {mask}) == 0")
+        return result
+
+    def form(self, value: Value, layout: Layout | None = None) -> Form:
+        return self.forms[value, layout or self.assignment.scalar]
+
+    def scratch(self, element: DType | PointerType, count: int) -> tuple[str, Scratch]:
+        """Threadgroup memory for that many elements, and the name of a pointer to it."""
+        nbytes = max(1, element.nbytes) * count
+        if nbytes > self.dialect.SHARED_LIMIT:
+            raise self.error(
+                f"this needs {nbytes} bytes of threadgroup memory to move a tile between threads and {self.dialect.NAME} "
+                f"devices have {self.dialect.SHARED_LIMIT}; use smaller tiles"
+            )
+        piece = Scratch(nbytes)
+        name = self.name("shared")
+        self.nodes.append(_Pointer(piece, element, name, self.dialect))
+        return name, piece
+
+    # ---------------------------------------------------------------------------------------------------- values
+
+    def define(self, value: Value, layout: Layout, form: Form) -> None:
+        """Notes how a value is written; computes it into a variable unless it can stand where it is used."""
+        if self.needs_variable(value):
+            form = self.store_in(self.name(value.name or "v"), value.element, layout.count, form)
+        self.forms[value, layout] = form
+
+    def needs_variable(self, value: Value) -> bool:
+        op = value.op
+        assert op is not None
+        if isinstance(value.element, PointerType) and op.kind == "addptr":
+            return self.final_uses(value, self.block_of[op]) != 1
+        return bool(value.name) or self.final_uses(value, self.block_of[op]) != 1
+
+    def final_uses(self, value: Value, block: Block) -> int:
+        """How often the value's text would be written, views being transparent; 2 and more: too often to repeat."""
+        total = 0
+        for user in self.uses.get(value, []):
+            if user.kind in VIEWS and self.block_of[user] is block:
+                if user.kind == "broadcast" and not self.is_index(value):
+                    return 2
+                total += sum(self.final_uses(r, block) for r in user.results)
+            elif self.block_of[user] is not block or user.kind in ("scan", "dot", "reduce", "atomic_cas"):
+                return 2
+            else:
+                total += 1
+        return total
+
+    def is_index(self, value: Value) -> bool:
+        """Whether a value is made of program ids, lane numbers, parameters and constants only."""
+        if value not in self.index:
+            op = value.op
+            if op is None:
+                self.index[value] = value in self.aliases
+            elif op.kind in ("constant", "program_id", "num_programs", "arange"):
+                self.index[value] = True
+            else:
+                plain = op.kind in ELEMENTWISE or op.kind in VIEWS
+                self.index[value] = plain and all(self.is_index(v) for v in op.operands)
+        return self.index[value]
+
+    def convert_results(self, values: Sequence[Value]) -> None:
+        """Moves values into the other layouts that they are wanted in."""
+        for value in values:
+            home = self.assignment.home.get(value)
+            self.depth[value] = self.loops
+            if home is None:
+                continue
+            for layout in self.assignment.wanted.get(value, []):
+                if layout != home:
+                    self.forms[value, layout] = convert.convert(self, value, self.forms[value, home], home, layout)
+
+    # ------------------------------------------------------------------------------------------------ operations
+
+    def run(self, block: Block) -> None:
+        for op in block.ops:
+            self.location = op.location or self.location
+            try:
+                self.operation(op)
+            except self.dialect.Unsupported as problem:
+                raise self.error(f"{op.kind} of {problem}") from None
+            self.convert_results(op.results)
+
+    def operation(self, op: Op) -> None:
+        kind = op.kind
+        if kind in ELEMENTWISE:
+            for layout in self.assignment.versions(op.result):
+                operands = [self.form(v, layout if v.shape else None) for v in op.operands]
+                self.define(op.result, layout, self.elementwise(op, operands))
+        elif kind in VIEWS:
+            for result in op.results:
+                for layout in self.assignment.versions(result):
+                    self.forms[result, layout] = self.view(op, result, layout)
+        elif kind == "constant":
+            text = elementwise.number(op.attributes["value"], op.result.element, self.dialect)
+            self.forms[op.result, self.assignment.scalar] = literal(text)
+        elif kind == "program_id":
+            self.define(op.result, self.assignment.scalar, literal(self.dialect.program_id(op.attributes["axis"])))
+        elif kind == "num_programs":
+            text = f"arguments.grid[{op.attributes['axis']}]"
+            self.define(op.result, self.assignment.scalar, literal(text))
+        elif kind == "arange":
+            for layout in self.assignment.versions(op.result):
+                self.forms[op.result, layout] = self.arange(op, layout)
+        elif kind in ("yield", "condition"):
+            pass
+        else:
+            HANDLERS[kind](self, op)
+
+    def elementwise(self, op: Op, operands: Sequence[Form]) -> Form:
+        index = self.is_index(op.result)
+
+        def make(*texts: str) -> str:
+            return elementwise.expression(op, list(texts), self.dialect, index, self.helpers)
+
+        form = expression(make, *operands)
+        form = Form(form.text, form.names, bool(_CALL.fullmatch(form.text(fixed(0)))))
+        if op.kind == "addptr":
+            form = Form(form.text, form.names, False, (operands[0], operands[1]))
+        return form
+
+    def arange(self, op: Op, layout: Layout) -> Form:
+        start = op.attributes["start"]
+
+        def text(index: Index) -> str:
+            place = self.place(layout, index)
+            if not start:
+                return place
+            return f"{start} + {place if place.isidentifier() or place.isdigit() else f'({place})'}"
+
+        return Form(text, lambda i: set(), not start and text(fixed(0)) in ("lane", "0"))
+
+    def view(self, op: Op, result: Value, layout: Layout) -> Form:
+        source = op.operands[0]
+        needed = operand_layouts(op, layout)
+        if op.kind == "split":
+            number = op.results.index(result)
+            form = self.form(source, needed[0])
+            shift = self.registers(needed[0], layout, tuple(1 << (b + 1) for b in range(layout.bits)))
+            return shifted(form, shift, number)
+        view = view_map(op.kind, source.shape, result.shape, op.attributes)
+        map_ = self.registers(needed[0], layout, view)
+        parts = [self.form(v, l if v.shape else None).through(map_) for v, l in zip(op.operands, needed)]
+        if op.kind not in ("join", "cat"):
+            return parts[0]
+        cut = part_bit(op.kind, result.shape, op.attributes)
+        pick = tuple(int(bit == cut) for bit in range(layout.bits))
+
+        def text(index: Index) -> str:
+            which = self.place(layout, index, pick)
+            if which in ("0", "1"):
+                return parts[int(which)].operand(index)
+            return f"{f'({which})' if ' ' in which else which} ? {parts[1].operand(index)} : {parts[0].operand(index)}"
+
+        return Form(text, lambda i: parts[0].names(i) | parts[1].names(i), False)
+
+    def registers(self, source: Layout, result: Layout, view: Map) -> Map:
+        """Which register of a view's source each register of its result is."""
+        columns = [solve(source.registers, c) for c in compose(view, result.registers)]
+        assert None not in columns
+        return tuple(columns)  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------------------------------------- control flow
+
+    def carry(self, variables: Sequence[Value], values: Sequence[Value], name: str = "carried") -> list[Form]:
+        """Declares the variables of a loop with their first values."""
+        forms = []
+        for argument, value in zip(variables, values):
+            layout = self.assignment.home[argument]
+            assert layout is not None
+            base = argument.name or value.name or name
+            forms.append(self.store_in(self.name(base), argument.element, layout.count, self.form(value, layout)))
+            self.forms[argument, layout] = forms[-1]
+        return forms
+
+    def update(self, variables: Sequence[Form], values: Sequence[Value], like: Sequence[Value]) -> None:
+        """Assigns all variables at once: through new variables where one is read after its assignment."""
+        layouts = [self.assignment.home[v] for v in like]
+        forms = [self.form(v, layout) for v, layout in zip(values, layouts)]
+        index = Index(identity(8))
+        own = [next(iter(v.names(index)))[0] for v in variables]
+        for i, form in enumerate(forms):
+            reads = form.names(index)
+            layout = layouts[i]
+            assert layout is not None
+            early = {name for name, _ in reads} & set(own[:i])
+            if early or any(name == own[i] and not plain for name, plain in reads):
+                forms = [
+                    self.store_in(self.name(f"next_{n}"), v.element, l.count, f)  # type: ignore[union-attr]
+                    for n, v, l, f in zip(own, like, layouts, forms)
+                ]
+                break
+        for target, form, layout in zip(variables, forms, layouts):
+            assert layout is not None
+            if target.text(Index((), 0)) == form.text(Index((), 0)) and target.names(index) == form.names(index):
+                continue
+            self.each(
+                layout.count, lambda i, t=target, f=form: [f"{t.text(i)} = {f.text(i)};"], [form, target],  # type: ignore[misc]
+                defines=next(iter(target.names(index)))[0],
+            )  # fmt: skip
+
+    def nested(self, block: Block, loop: bool, work: Callable[[], None]) -> list[Any]:
+        """The statements of a region."""
+        outer, self.nodes = self.nodes, []
+        self.loops += loop
+        self.convert_results(block.arguments)
+        work()
+        self.loops -= loop
+        inner, self.nodes = self.nodes, outer
+        return inner
+
+    def for_loop(self, op: Op) -> None:
+        block = op.regions[0]
+        counter, *carried = block.arguments
+        lower, upper, step = (self.form(v).text(fixed(0)) for v in op.operands[:3])
+        bound = self.form(op.operands[1])
+        if not bound.simple:
+            upper = self.store_in(self.name("end"), op.operands[1].element, 1, bound).text(fixed(0))
+        variables = self.carry(carried, op.operands[3:])
+        name = self.name(counter.name or "i")
+        self.forms[counter, self.assignment.scalar] = variable(name, 1)
+        location = self.location
+
+        def work() -> None:
+            self.run(block)
+            self.update(variables, block.terminator.operands, carried)
+
+        body = self.nested(block, True, work)
+        advance = f"{name}++" if step == "1" else f"{name} += {step}"
+        kind = self.type(counter.element)
+        head = f"for ({kind} {name} = {lower}; {name} < {upper}; {advance}) {{"
+        self.nodes.append(Nest(head, body, "}", True, location.line if location else None))
+        for result, form, argument in zip(op.results, variables, carried):
+            self.forms[result, self.home(argument)] = form
+
+    def home(self, value: Value) -> Layout:
+        layout = self.assignment.home[value]
+        assert layout is not None
+        return layout
+
+    def while_loop(self, op: Op) -> None:
+        before, after = op.regions
+        variables = self.carry(before.arguments, op.operands)
+        passed = []
+        for argument, value in zip(after.arguments, op.results):
+            layout = self.home(argument)
+            form = self.declare(self.name(argument.name or value.name or "passed"), argument.element, layout.count)
+            self.forms[argument, layout] = self.forms[value, layout] = form
+            passed.append(form)
+        location = self.location
+
+        def work() -> None:
+            self.run(before)
+            go, *values = before.terminator.operands
+            condition = self.form(go)
+            if not condition.simple:
+                condition = self.store_in(self.name("go"), go.element, 1, condition)
+            self.update(passed, values, after.arguments)
+            self.say(f"if (!{condition.operand(fixed(0))}) break;")
+            self.convert_results(after.arguments)
+            self.run(after)
+            self.update(variables, after.terminator.operands, before.arguments)
+
+        body = self.nested(before, True, work)
+        self.nodes.append(Nest("while (true) {", body, "}", True, location.line if location else None))
+
+    def branch(self, op: Op) -> None:
+        condition = self.form(op.operands[0]).text(fixed(0))
+        variables = []
+        for result in op.results:
+            layout = self.home(result)
+            form = self.declare(self.name(result.name or "chosen"), result.element, layout.count)
+            self.forms[result, layout] = form
+            variables.append(form)
+        location = self.location
+        bodies = []
+        for region in op.regions:
+
+            def work(region: Block = region) -> None:
+                self.run(region)
+                self.update(variables, region.terminator.operands, op.results)
+
+            bodies.append(self.nested(region, False, work))
+        line = location.line if location else None
+        if bodies[0] or bodies[1]:
+            self.nodes.append(Nest(f"if ({condition}) {{", bodies[0], "}", False, line, bodies[1] or None))
+
+    def fail(self, op: Op) -> None:
+        """assert: the first failure's number goes to the status word."""
+        condition, layout = op.operands[0], self.assignment.chosen[op]
+        number = memory.assertion_number(self.function.name, op)
+        message = op.attributes.get("message", "") or "assertion failed"
+        self.asserts[number] = f"kernel {self.function.name}, {op.location or 'no source line'}: {message}"
+        form = self.form(condition, layout)
+        action = self.dialect.fail(number)
+        self.each(layout.count, lambda i: [f"if (!{form.operand(i)}) {action}"], [form])
+
+    def refuse(self, op: Op) -> None:
+        raise self.error(f"{op.kind} is not available in {self.dialect.NAME} kernels; run the kernel on the CPU target")
+
+
+class _Pointer(Statement):
+    """The declaration of a pointer into threadgroup memory; its offset is known once memory is allocated."""
+
+    def __init__(self, piece: Scratch, element: DType | PointerType, name: str, dialect: ModuleType) -> None:
+        super().__init__([], None, [])
+        self.piece, self.element, self.name, self.dialect = piece, element, name, dialect
+
+    def settle(self) -> None:
+        self.lines = [self.dialect.shared_pointer(self.element, self.name, self.piece.offset)]
+
+
+def shifted(form: Form, map_: Map, constant: int) -> Form:
+    """Register i is the form's register map_(i) ^ constant."""
+    def index(i: Index) -> Index:
+        return i.through(map_).at(constant)
+
+    parts = None if form.parts is None else tuple(shifted(p, map_, constant) for p in form.parts)
+    return Form(lambda i: form.text(index(i)), lambda i: form.names(index(i)), form.simple, parts)  # type: ignore[arg-type]
+
+
+HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
+    "load": memory.load,
+    "store": memory.store,
+    "atomic_rmw": memory.atomic_rmw,
+    "atomic_cas": memory.atomic_cas,
+    "reduce": reduction.reduce,
+    "scan": reduction.scan,
+    "gather": convert.gather,
+    "dot": dot.dot,
+    "for": Emitter.for_loop,
+    "while": Emitter.while_loop,
+    "if": Emitter.branch,
+    "assert": Emitter.fail,
+    "device_print": Emitter.refuse,
+}
+
+__all__ = ["Emitter", "base_pointer", "walk"]

@@ -1,0 +1,126 @@
+"""How a value is written in the source: a variable, an array with one element per register, or an expression.
+
+The text of a tile depends on the register that is asked for. A register number is a linear map of the loop variable
+`r`, so a view is nothing but another map, and reading through it costs an index such as `r >> 2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nitinol.compiler.gpu.layout import Map, compose, identity
+
+
+@dataclass(frozen=True)
+class Index:
+    """A register number in the text: a linear map of the bits of the loop variable `r`, and a constant part."""
+
+    columns: Map
+    constant: int = 0
+
+    def through(self, map_: Map) -> Index:
+        from nitinol.compiler.gpu.layout import apply
+
+        return Index(compose(map_, self.columns), apply(map_, self.constant))
+
+    def at(self, number: int) -> Index:
+        """The same with the constant part changed by xor."""
+        return Index(self.columns, self.constant ^ number)
+
+    @property
+    def plain(self) -> bool:
+        return self.constant == 0 and self.columns == identity(len(self.columns))
+
+    def __str__(self) -> str:
+        text = linear(self.columns, "r")
+        if text == "0":
+            return str(self.constant)
+        if not self.constant:
+            return text
+        covered = 0
+        for column in self.columns:
+            covered |= column
+        return f"{text} {'^' if covered & self.constant else '|'} {self.constant}"
+
+
+def fixed(number: int) -> Index:
+    return Index((), number)
+
+
+def linear(columns: Map, name: str, first: int = 0) -> str:
+    """C for a linear map of the bits of `name` (bit `first` is the first): shifted and masked runs, or-ed together.
+
+    Bits above the last column are zero in the variable, so the mask of the topmost run is left out.
+    """
+    runs: list[tuple[int, int, int]] = []  # first bit, count, shift to the left
+    odd: list[str] = []
+    for bit, column in enumerate(columns):
+        if not column:
+            continue
+        if column & (column - 1) or any(column & other for i, other in enumerate(columns) if i != bit):
+            odd.append(f"({name} >> {bit + first} & 1) * {column}")
+            continue
+        shift = column.bit_length() - 1 - bit - first
+        if runs and runs[-1][0] + runs[-1][1] == bit + first and runs[-1][2] == shift:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, shift)
+        else:
+            runs.append((bit + first, 1, shift))
+    parts = []
+    for start, count, shift in runs:
+        top = start + count == len(columns) + first
+        if shift < 0:
+            text = f"{name} >> {-shift}"
+        elif shift:
+            text = f"{name} << {shift}"
+        else:
+            text = name
+        low = max(0, start + shift)
+        if not top or (start and not (shift < 0 and start == -shift)):
+            text = f"{text} & {((1 << count) - 1) << low}"
+        parts.append(text)
+    return (" ^ ".join if odd else " | ".join)(parts + odd) or "0"
+
+
+@dataclass(frozen=True)
+class Form:
+    """`text(index)`: the value in that register. `names(index)`: the arrays it reads and whether plainly at r.
+
+    `simple`: needs no parentheses as an operand. `parts`: base and offset of a pointer expression.
+    """
+
+    text: Callable[[Index], str]
+    names: Callable[[Index], set[tuple[str, bool]]]
+    simple: bool = True
+    parts: tuple[Form, Form] | None = None
+
+    def operand(self, index: Index) -> str:
+        text = self.text(index)
+        return text if self.simple else f"({text})"
+
+    def through(self, map_: Map) -> Form:
+        """The value whose register i is this one's register map_(i)."""
+        parts = None if self.parts is None else (self.parts[0].through(map_), self.parts[1].through(map_))
+        return Form(
+            lambda i: self.text(i.through(map_)), lambda i: self.names(i.through(map_)), self.simple, parts
+        )
+
+
+def variable(name: str, count: int) -> Form:
+    """A declared variable, an array if there is more than one register."""
+    if count == 1:
+        return Form(lambda i: name, lambda i: {(name, True)})
+    return Form(lambda i: f"{name}[{i}]", lambda i: {(name, i.plain)})
+
+
+def expression(make: Callable[..., str], *operands: Form, simple: bool = False) -> Form:
+    """An expression of other forms in the same registers; `make` gets their texts."""
+
+    def names(index: Index) -> set[tuple[str, bool]]:
+        return set().union(*(o.names(index) for o in operands)) if operands else set()
+
+    return Form(lambda i: make(*(o.operand(i) for o in operands)), names, simple)
+
+
+def literal(text: str) -> Form:
+    return Form(lambda i: text, lambda i: set())

@@ -1,0 +1,291 @@
+"""Reductions and scans: first the registers of each thread, then the lanes of a simdgroup, then threadgroup memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nitinol.compiler.gpu import elementwise
+from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
+from nitinol.compiler.gpu.layout import Layout, apply, axis_bits, compose, identity, without_axis
+from nitinol.compiler.gpu.tree import Access
+from nitinol.compiler.ir import ELEMENTWISE, Op, combine_kind
+from nitinol.language.types import DType
+
+if TYPE_CHECKING:
+    from nitinol.compiler.gpu.emit import Emitter
+
+
+def combine(e: Emitter, op: Op, left: Sequence[str], right: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The region on operands that are already written: lines to put before, and the results' texts."""
+    region = op.regions[0]
+    texts = dict(zip(region.arguments, (*left, *right)))
+    lines: list[str] = []
+    single = combine_kind(op) is not None
+
+    def text(value) -> str:  # noqa: ANN001
+        return texts[value] if value in texts else e.form(value).operand(fixed(0))
+
+    for inner in region.ops[:-1]:
+        if inner.kind == "constant":
+            texts[inner.result] = elementwise.number(inner.attributes["value"], inner.result.element, e.dialect)
+            continue
+        if inner.kind not in ELEMENTWISE:
+            raise e.error(f"{op.kind} with {inner.kind} in its combining function is not available in "
+                          f"{e.dialect.NAME} kernels; use tl.where")  # fmt: skip
+        made = elementwise.expression(inner, [text(v) for v in inner.operands], e.dialect, False, e.helpers)
+        if single:
+            texts[inner.result] = made
+        else:
+            name = e.name(inner.result.name or "t")
+            lines.append(f"{e.type(inner.result.element)} {name} = {made};")
+            texts[inner.result] = name
+    return lines, [text(v) for v in region.ops[-1].operands]
+
+
+class Running:
+    """The variables of a reduction or scan: one form for each of its operands, changed as it proceeds."""
+
+    def __init__(self, e: Emitter, op: Op, forms: list[Form], count: int) -> None:
+        self.e, self.op, self.forms, self.count = e, op, forms, count
+        self.kinds = [e.type(v.element) for v in op.operands]
+
+    def names(self) -> list[str]:
+        return [self.e.name(r.name or "part") for r in self.op.results]
+
+    def declare(self, names: Sequence[str], count: int) -> None:
+        for kind, name in zip(self.kinds, names):
+            self.e.say(f"{kind} {name}{f'[{count}]' if count > 1 else ''};")
+
+    def own(self) -> None:
+        """Makes sure that the forms are variables that may be changed."""
+        names = self.names()
+        self.forms = [
+            self.e.store_in(name, v.element, self.count, f) for name, v, f in zip(names, self.op.operands, self.forms)
+        ]
+
+    def halve(self, bit: int) -> None:
+        """Combines registers that differ in one bit of their number."""
+        low = identity(bit) + tuple(1 << (b + 1) for b in range(bit, self.count.bit_length() - 2))
+        names = self.names()
+        count = self.count // 2
+        self.declare(names, count)
+        results = [variable(name, count) for name in names]
+        forms = self.forms
+
+        def lines(i: Index) -> list[str]:
+            source = i.through(low)
+            before, texts = combine(
+                self.e, self.op, [f.operand(source) for f in forms], [f.operand(source.at(1 << bit)) for f in forms]
+            )
+            return before + [f"{r.text(i)} = {t};" for r, t in zip(results, texts)]
+
+        reads = [Form(f.text, lambda i, f=f: {(n, False) for n, _ in f.names(i)}) for f in forms]  # type: ignore[misc]
+        self.e.each(count, lines, reads, defines=names[0])
+        for name in names[1:]:
+            self.mark(name)
+        self.forms, self.count = results, count
+
+    def mark(self, name: str) -> None:
+        from nitinol.compiler.gpu.tree import Each
+
+        last = self.e.nodes[-1]
+        if isinstance(last, Each):
+            last.defined.add(name)
+
+    def across(self, mask: int) -> None:
+        """Combines with the lane whose number differs by `mask`; the lower lane's value is always on the left."""
+        e, op = self.e, self.op
+        whole = combine_kind(op)
+        forms = self.forms
+
+        def lines(i: Index) -> list[str]:
+            other = [e.dialect.shuffle_xor(v.element, f.text(i), mask) for v, f in zip(op.operands, forms)]
+            if whole is not None:
+                _, texts = combine(e, op, [forms[0].text(i)], other)
+                return [f"{forms[0].text(i)} = {texts[0]};"]
+            out, left, right = [], [], []
+            for kind, form, text in zip(self.kinds, forms, other):
+                far, a, b = e.name("far"), e.name("left"), e.name("right")
+                out.append(f"{kind} {far} = {text};")
+                out.append(f"{kind} {a} = lane & {mask} ? {far} : {form.text(i)};")
+                out.append(f"{kind} {b} = lane & {mask} ? {form.text(i)} : {far};")
+                left.append(a)
+                right.append(b)
+            before, texts = combine(e, op, left, right)
+            return out + before + assign([f.text(i) for f in forms], texts, self.kinds)
+
+        e.each(self.count, scoped(lines) if self.count == 1 else lines, forms)
+
+
+def assign(targets: Sequence[str], texts: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    return [f"{target} = {text};" for target, text in zip(targets, texts)]
+
+
+def scoped(lines):  # noqa: ANN001, ANN201
+    """Lines in a block of their own, if they declare anything."""
+
+    def inner(i: Index) -> list[str]:
+        made = lines(i)
+        return made if len(made) == 1 else ["{", *("    " + text for text in made), "}"]
+
+    return inner
+
+
+def reduce(e: Emitter, op: Op) -> None:
+    layout, axis, shape = e.assignment.chosen[op], op.attributes["axis"], op.operands[0].shape
+    along = sum(1 << bit for bit in axis_bits(shape)[axis])
+    running = Running(e, op, [e.form(v, layout) for v in op.operands], layout.count)
+    result_layout = e.assignment.home[op.results[0]]
+    assert result_layout is not None
+    for bit in reversed(range(len(layout.registers))):
+        if layout.registers[bit] & along:
+            running.halve(bit)
+    lanes = [bit for bit, column in enumerate(layout.lanes) if column & along]
+    kind, element = combine_kind(op), op.operands[0].element
+    assert isinstance(element, DType)
+    whole = None
+    if len(lanes) == len(layout.lanes) and kind is not None and not (element.is_float and kind in ("min", "max")):
+        whole = e.dialect.reduce_lanes(kind, element, "x")
+    if whole is not None:
+        form = running.forms[0]
+        name = e.name(op.results[0].name or "part")
+        reduced = Form(lambda i: e.dialect.reduce_lanes(kind, element, form.text(i)) or "", form.names)
+        running.forms = [e.store_in(name, element, running.count, reduced)]
+    elif lanes:
+        running.own()
+        for bit in lanes:
+            running.across(1 << bit)
+    if any(column & along for column in layout.warps):
+        between_warps(e, op, running, layout, result_layout, along)
+    for result, form in zip(op.results, running.forms):
+        e.forms[result, result_layout] = form
+
+
+def between_warps(e: Emitter, op: Op, running: Running, layout: Layout, result: Layout, along: int) -> None:
+    """Each simdgroup puts down its part; all threads take all parts, in one order."""
+    axis, shape = op.attributes["axis"], op.operands[0].shape
+    drop = without_axis(shape, axis)
+    parts = [bit for bit, column in enumerate(layout.warps) if column & along]
+    warps = list(compose(drop, layout.warps))
+    for number, bit in enumerate(parts):
+        warps[bit] ^= 1 << (result.bits + number)
+    partial = Layout(result.bits + len(parts), result.registers, compose(drop, layout.lanes), tuple(warps))
+    assert running.count == result.count
+    owner = e.owner(partial)
+    guard = f"if ({' && '.join(owner)}) " if owner else ""
+    pieces = []
+    for value, form in zip(op.operands, running.forms):
+        shared, piece = e.scratch(value.element, 1 << partial.bits)
+        e.each(partial.count, lambda i, s=shared, f=form: [f"{guard}{s}[{e.place(partial, i)}] = {f.text(i)};"], [form],
+               [Access("write", piece)])  # type: ignore[misc] # fmt: skip
+        pieces.append((shared, piece))
+    names = [e.name(r.name or "whole") for r in op.results]
+    running.declare(names, result.count)
+    results = [variable(name, result.count) for name in names]
+
+    def lines(i: Index) -> list[str]:
+        place = e.place(result, i)
+
+        def at(shared: str, number: int) -> str:
+            offset = number << result.bits
+            return f"{shared}[{offset if place == '0' else place if not offset else f'({place}) + {offset}'}]"
+
+        out: list[str] = []
+        current = [at(shared, 0) for shared, _ in pieces]
+        for number in range(1, 1 << len(parts)):
+            before, texts = combine(e, op, current, [at(shared, number) for shared, _ in pieces])
+            out += before
+            current = [t if " " not in t else f"({t})" for t in texts]
+        return out + [f"{r.text(i)} = {t};" for r, t in zip(results, current)]
+
+    e.each(result.count, scoped(lines) if result.count == 1 else lines, [], [Access("read", p) for _, p in pieces],
+           defines=names[0])  # fmt: skip
+    for name in names[1:]:
+        running.mark(name)
+    running.forms = results
+
+
+def scan(e: Emitter, op: Op) -> None:
+    """Along registers one after the other, then the sums of the lanes, then those to the elements of later lanes."""
+    layout, axis, reverse = e.assignment.chosen[op], op.attributes["axis"], op.attributes.get("reverse", False)
+    along = axis_bits(op.operands[0].shape)[axis]
+    split = sum(1 for bit in along if 1 << bit in layout.registers)  # the axis' bits in registers: the first ones
+    width = 1 << (len(along) - split)  # lanes
+    count, run = layout.count, 1 << split
+    running = Running(e, op, [e.form(v, layout) for v in op.operands], count)
+    running.own()
+    forms = running.forms
+    flip = run - 1 if reverse else 0
+    if run > 1:
+
+        def step(i: Index) -> list[str]:
+            here, before = f"r ^ {flip}" if flip else "r", f"(r - 1) ^ {flip}" if flip else "r - 1"
+            names = [f.text(Index((), 0)).split("[")[0] for f in forms]
+            lines, texts = combine(e, op, [f"{n}[{before}]" for n in names], [f"{n}[{here}]" for n in names])
+            inner = lines + assign([f"{n}[{here}]" for n in names], texts, running.kinds)
+            return [f"if ((r & {run - 1}) != 0) {{", *("    " + text for text in inner), "}"]
+
+        reads = [Form(f.text, lambda i, f=f: {(n, False) for n, _ in f.names(i)}) for f in forms]  # type: ignore[misc]
+        e.each(count, step, reads, defines="*")
+    if width > 1:
+        lanes_scan(e, op, running, split, run, width, reverse)
+    names = {r: v for r, v in zip(op.results, running.forms)}
+    for result, form in names.items():
+        e.forms[result, layout] = form
+
+
+def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width: int, reverse: bool) -> None:
+    forms, count = running.forms, running.count
+    outer = count // run
+    last = 0 if reverse else run - 1
+    up = tuple(1 << (bit + split) for bit in range(outer.bit_length() - 1))
+    totals = [
+        e.store_in(e.name("total"), v.element, outer, Form(
+            lambda i, f=f: f.text(i.through(up).at(last)), lambda i, f=f: {(n, False) for n, _ in f.names(i)}))  # type: ignore[misc]
+        for v, f in zip(op.operands, forms)
+    ]  # fmt: skip
+    position = f"(lane & {width - 1})" if width < 32 else "lane"
+    how = "simd_shuffle_down" if reverse else "simd_shuffle_up"
+
+    def inside(distance: int) -> str:
+        return f"{position} < {width - distance}" if reverse else f"{position} >= {distance}"
+
+    def far(distance: int, source: Sequence[Form], i: Index, out: list[str]) -> list[str]:
+        names = []
+        for value, kind, form in zip(op.operands, running.kinds, source):
+            names.append(e.name("far"))
+            text = e.dialect.shuffle(value.element, form.text(i), str(distance), how)
+            out.append(f"{kind} {names[-1]} = {text};")
+        return names
+
+    distance = 1
+    while distance < width:
+
+        def lines(i: Index, distance: int = distance) -> list[str]:
+            out: list[str] = []
+            others = far(distance, totals, i, out)
+            before, texts = combine(e, op, others, [t.text(i) for t in totals])
+            inner = before + assign([t.text(i) for t in totals], texts, running.kinds)
+            return [*out, f"if ({inside(distance)}) {{", *("    " + text for text in inner), "}"]
+
+        e.each(outer, scoped(lines) if outer == 1 else lines, totals)
+        distance *= 2
+    if run == 1:
+        running.forms = totals
+        return
+    prefixes = []
+    for value, form in zip(op.operands, totals):
+        moved = Form(lambda i, v=value, f=form: e.dialect.shuffle(v.element, f.text(i), "1", how), form.names)  # type: ignore[misc]
+        prefixes.append(e.store_in(e.name("prefix"), value.element, outer, moved))
+    down = tuple(0 if bit < split else 1 << (bit - split) for bit in range(count.bit_length() - 1))
+
+    def spread(i: Index) -> list[str]:
+        before, texts = combine(e, op, [p.text(i.through(down)) for p in prefixes], [f.text(i) for f in forms])
+        inner = before + assign([f.text(i) for f in forms], texts, running.kinds)
+        return [f"if ({inside(1)}) {{", *("    " + text for text in inner), "}"]
+
+    e.each(count, spread, [*forms, *(p.through(down) for p in prefixes)])
+
+
+__all__ = ["apply", "reduce", "scan"]
