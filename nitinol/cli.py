@@ -194,6 +194,8 @@ def sentence(error: Exception) -> str:
         text = usage() and f"{usage().rstrip('.')}; see `nitinol --help`"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"cannot use {str(error.filename)!r}: {error.strerror}"
+    elif hasattr(error, "location") and hasattr(error, "message"):  # a kernel that does not compile
+        text = f"{error.location}: {error.message}"
     elif isinstance(error, MemoryError) and not str(error):
         text = "out of memory; use a smaller model or context, or close other programs"
     elif type(error).__module__.startswith("nitinol") or isinstance(error, (ValueError, OSError, MemoryError)):
