@@ -29,19 +29,29 @@ COUNTED = ("submits", "waits", "allocations", "pool_hits")
 
 
 class TimedExecutor:
-    """The device's native executor, noting when `run` begins and ends."""
+    """The device's native executor, noting for each command list the seconds inside and those in Python before."""
 
     def __init__(self, executor: Any) -> None:
         self._executor = executor
-        self.spans: list[tuple[float, float]] = []
+        self._left = 0.0  # when the native code was left
+        self.lists: list[list[float]] = []  # [inside, outside]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)
 
     def run(self, *arguments: int) -> int:
+        self.lists.append([0.0, 0.0])
+        return self._timed(self._executor.run, arguments)
+
+    def wait(self, *arguments: int) -> None:  # after 50 ms `run` comes back and the device goes on waiting
+        self._timed(self._executor.wait, arguments)
+
+    def _timed(self, function: Any, arguments: tuple[int, ...]) -> Any:
         begun = time.perf_counter()
-        result = self._executor.run(*arguments)
-        self.spans.append((begun, time.perf_counter()))
+        self.lists[-1][1] += begun - self._left
+        result = function(*arguments)
+        self._left = time.perf_counter()
+        self.lists[-1][0] += self._left - begun
         return result
 
 
@@ -67,13 +77,13 @@ def measure(path: str, threads: int | None, context: int, prompt: int, gen: int)
     if tokens < 2:
         raise SystemExit(f"the model ended after {len(generation.tokens)} tokens, before there is a steady state")
     counters = {key: (getattr(device.counters, key) - before[key]) / tokens for key in COUNTED}
-    between = [start - end for (_, end), (start, _) in zip(executor.spans, executor.spans[1:])]
+    inside, between = zip(*executor.lists[1:])
     return {
         "name": Path(path).stem, "file_bytes": sum(len(part) for part in model.file.parts), "context": context,
         "prompt": prompt, "tokens": tokens, "cache_bytes": context * cache_bytes_per_token(model.config),
         "loaded_rss_bytes": loaded, "peak_rss_bytes": peak_rss_bytes(), "per_token": counters,
         "between_lists_ms": [1e3 * seconds for seconds in between], "python_ms": 1e3 * median(between),
-        "python_max_ms": 1e3 * max(between), "native_ms": 1e3 * median([end - start for start, end in executor.spans]),
+        "python_max_ms": 1e3 * max(between), "native_ms": 1e3 * median(inside),
     }  # fmt: skip
 
 
