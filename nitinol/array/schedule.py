@@ -135,9 +135,9 @@ def build_group(root: Map | Reduce, fused: dict[Node, tuple[Node, View]], output
     if isinstance(root, Reduce):
         (source,) = root.inputs
         result = builder.refer(source)
-        return Group(source.shape, list(builder.leaves), builder.steps, result, output, root)
+        return Group(source.shape, builder.leaves, builder.steps, result, output, root)
     result = ("step", builder.emit(root, None))
-    return Group(root.shape, list(builder.leaves), builder.steps, result, output)
+    return Group(root.shape, builder.leaves, builder.steps, result, output)
 
 
 class _GroupBuilder:
@@ -145,7 +145,8 @@ class _GroupBuilder:
 
     def __init__(self, root: Node, fused: dict[Node, tuple[Node, View]]) -> None:
         self.root, self.fused = root, fused
-        self.leaves: dict[View | Scalar, int] = {}
+        self.leaves: list[View | Scalar] = []
+        self.places: dict[Any, int] = {}
         self.steps: list[tuple[Operation, tuple[Reference, ...]]] = []
         self.at: dict[Node, int] = {}
 
@@ -155,7 +156,11 @@ class _GroupBuilder:
             operand = _plain(operand)
             if isinstance(node, Map) and node in self.fused and self.fused[node][0] is self.root:
                 return "step", self.emit(node, operand)
-        return "leaf", self.leaves.setdefault(operand, len(self.leaves))
+        key = operand if isinstance(operand, View) else (operand.dtype, repr(operand.value))  # 0.0 is not -0.0
+        if key not in self.places:
+            self.places[key] = len(self.leaves)
+            self.leaves.append(operand)
+        return "leaf", self.places[key]
 
     def emit(self, node: Map, view: View | None) -> int:
         """The step that computes a node, as `view` sees it (None: as it is)."""
