@@ -3,10 +3,10 @@
 `decode` reads a run of whole blocks of several rows; the layouts are those of nitinol/formats/blocks.py. All formats
 come out the same way, as groups of 32 values:
 
-    quants   int8 or uint8 [rows, groups, 32]
+    quants   int8 or uint8, a tuple of slices side by side: [rows, groups, 32], or twice [rows, groups, 16]
     scale    float32 [rows, groups, parts]      parts = 1, or 2 where every 16 values have a scale of their own
     minimum  the same, or None where the format has none
-    value[r, g, i] = scale[r, g, p] * quants[r, g, i] + minimum[r, g, p]     with p = i // (32 // parts)
+    value[r, g, i] = scale[r, g, p] * quant[r, g, i] + minimum[r, g, p]      with p = i // (32 // parts)
 
 so one float decode and one integer product serve every format. Bytes are loaded in contiguous runs of 16 to 64; cutting
 them into planes and putting planes side by side is a matter of which register is asked for, nothing is moved.
@@ -40,6 +40,11 @@ def blocks_per_run(format: str, columns: int, values: int = 256) -> int:
     return run
 
 
+def lanes_of(format: str) -> int:
+    """Into how many 32-bit lanes a group's products of four bytes add up: a slice's bytes over 4."""
+    return 4 if format in ("Q4_0", "Q4_1", "Q5_0", "Q5_1") else 8
+
+
 @jit
 def decode(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexpr):
     """Blocks first .. first + BLOCKS of rows that start at `row_pointers` (uint8 pointers [rows])."""
@@ -60,7 +65,8 @@ def decode(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexpr):
 @jit
 def decode_values(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexpr):
     """The same run as float32 values [rows, groups, 32], bit for bit those of formats.quantization.dequantize."""
-    quants, scale, minimum = decode(row_pointers, first, FORMAT, BLOCKS)
+    slices, scale, minimum = decode(row_pointers, first, FORMAT, BLOCKS)
+    quants = side_by_side(slices)
     rows: tl.constexpr = quants.shape[0]
     groups: tl.constexpr = quants.shape[1]
     parts: tl.constexpr = scale.shape[2]
@@ -69,6 +75,14 @@ def decode_values(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexp
     if minimum is not None:
         values += tl.reshape(minimum, (rows, groups * parts))[:, :, None]
     return tl.reshape(values, (rows, groups, 32))
+
+
+@jit
+def side_by_side(slices):
+    """The slices of groups as one tile [rows, groups, 32]."""
+    if len(slices) == 1:
+        return slices[0]
+    return beside(slices[0], slices[1])
 
 
 # ------------------------------------------------------------------------------------------------ fields of blocks
@@ -125,7 +139,7 @@ def four(a, b, c, d):
 def decode_q8_0(row_pointers, first, BLOCKS: tl.constexpr):
     """0 d f16; 2 quants i8[32]"""
     blocks = block_pointers(row_pointers, first, BLOCKS, 34)
-    return field(blocks, 2, 32).to(tl.int8, bitcast=True), half(blocks, 0)[:, :, None], None
+    return (field(blocks, 2, 32).to(tl.int8, bitcast=True),), half(blocks, 0)[:, :, None], None
 
 
 @jit
@@ -134,18 +148,24 @@ def decode_4_5(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constexpr, MI
     high_at: tl.constexpr = 4 if MINIMUM else 2
     low_at: tl.constexpr = high_at + 4 if FIVE else high_at
     blocks = block_pointers(row_pointers, first, BLOCKS, low_at + 16)
-    low = field(blocks, low_at, 16)
-    quants = beside(low & 15, low >> 4)
+    bytes = field(blocks, low_at, 16)
+    low, high = bytes & 15, bytes >> 4
     if FIVE:  # the four bytes lie at even addresses: two words of 16 bits, bit i of a word is its value i
-        words = (blocks + high_at).to(tl.pointer_type(tl.uint16), bitcast=True)
-        words = tl.load(words[:, :, None] + tl.arange(0, 2)[None, None, :])
-        bits = (words[:, :, :, None] >> tl.arange(0, 16).to(tl.uint16)[None, None, None, :]) & 1
-        quants |= tl.reshape(bits.to(tl.uint8) << 4, quants.shape)
+        low |= sixteen_bits(blocks + high_at)
+        high |= sixteen_bits(blocks + (high_at + 2))
     scale = half(blocks, 0)[:, :, None]
     if MINIMUM:
-        return quants, scale, half(blocks, 2)[:, :, None]
+        return (low, high), scale, half(blocks, 2)[:, :, None]
     CENTRE: tl.constexpr = 16 if FIVE else 8
-    return quants.to(tl.int8, bitcast=True) - CENTRE, scale, None
+    return (low.to(tl.int8, bitcast=True) - CENTRE, high.to(tl.int8, bitcast=True) - CENTRE), scale, None
+
+
+@jit
+def sixteen_bits(pointers):
+    """The bits of a word of 16 bits as the fifth bits of 16 values: pointers [rows, blocks] to [rows, blocks, 16]."""
+    word = tl.load(pointers.to(tl.pointer_type(tl.uint16), bitcast=True))[:, :, None]
+    bit = (1 << tl.arange(0, 16)).to(tl.uint16)[None, None, :]
+    return tl.where((word & bit) != 0, tl.full((1, 1, 1), 16, tl.uint8), tl.zeros((1, 1, 1), tl.uint8))
 
 
 @jit
@@ -155,7 +175,7 @@ def decode_q2_k(row_pointers, first, BLOCKS: tl.constexpr):
     scales = field(blocks, 0, 16)
     scale = half(blocks, 80)[:, :, None] * (scales & 15).to(tl.float32)
     minimum = -(half(blocks, 82)[:, :, None] * (scales >> 4).to(tl.float32))
-    return planes(runs(field(blocks, 16, 64), 32), 2), runs(scale, 2), runs(minimum, 2)
+    return (planes(runs(field(blocks, 16, 64), 32), 2),), runs(scale, 2), runs(minimum, 2)
 
 
 @jit
@@ -170,7 +190,7 @@ def decode_q3_k(row_pointers, first, BLOCKS: tl.constexpr):
     low_scales = tl.reshape(planes(field(blocks, 96, 8), 4), (low.shape[0], BLOCKS, 16))
     high_scales = tl.reshape(planes(field(blocks, 104, 4), 2), (low.shape[0], BLOCKS, 16))
     scales = (low_scales | (high_scales << 4)).to(tl.int8, bitcast=True) - 32
-    return quants, runs(half(blocks, 108)[:, :, None] * scales.to(tl.float32), 2), None
+    return (quants,), runs(half(blocks, 108)[:, :, None] * scales.to(tl.float32), 2), None
 
 
 @jit
@@ -190,7 +210,7 @@ def decode_q4_k_q5_k(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constex
     minimums = beside(b & 63, (c >> 4) | ((b >> 6) << 4))
     scale = half(blocks, 0)[:, :, None] * scales.to(tl.float32)
     minimum = -(half(blocks, 2)[:, :, None] * minimums.to(tl.float32))
-    return quants, runs(scale, 1), runs(minimum, 1)
+    return (quants,), runs(scale, 1), runs(minimum, 1)
 
 
 @jit
@@ -201,7 +221,7 @@ def decode_q6_k(row_pointers, first, BLOCKS: tl.constexpr):
     high = planes(runs(field(blocks, 128, 64), 32), 2)
     quants = (low | (high << 4)).to(tl.int8, bitcast=True) - 32
     scales = field(blocks, 192, 16).to(tl.int8, bitcast=True)
-    return quants, runs(half(blocks, 208)[:, :, None] * scales.to(tl.float32), 2), None
+    return (quants,), runs(half(blocks, 208)[:, :, None] * scales.to(tl.float32), 2), None
 
 
 @jit

@@ -12,7 +12,7 @@ weights are moved up by 128 and the sum starts at -128 times the sum of the acti
 from __future__ import annotations
 
 import nitinol.language as tl
-from nitinol.kernels.decode import decode
+from nitinol.kernels.decode import decode, side_by_side
 from nitinol.kernels.epilogue import finish
 from nitinol.kernels.tiles import part
 from nitinol.language.jit import jit
@@ -34,7 +34,8 @@ def quantized_matmul_kernel(
     pointers = weights + source.to(tl.int64) * row_bytes
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for run in range(0, columns // VALUES):
-        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
+        slices, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
+        quants = side_by_side(slices)
         for group in tl.static_range(VALUES // 32):
             place = run * (VALUES // 32) + group
             x_scale = tl.load(x_scales + reader * (columns // 32) + place)

@@ -7,7 +7,7 @@ depends on the shapes alone.
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
-# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc,call-overload"
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import nitinol.language as tl
 from nitinol.formats.quantization import dequantize
 from nitinol.kernels.activations import Activations
-from nitinol.kernels.decode import decode
+from nitinol.kernels.decode import decode, lanes_of
 from nitinol.kernels.epilogue import finish, silu
 from nitinol.language.jit import jit
 
@@ -55,18 +55,21 @@ def product(
     GROUPS: tl.constexpr = VALUES // 32
     group = tl.arange(0, GROUPS)
     pointers = weights + row.to(tl.int64) * row_bytes
-    values = x + token[:, None, None] * columns + group[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    values = x + token[:, None] * columns + group[None, :] * 32
     scales = x_scales + token[:, None] * (columns // 32) + group[None, :]
     sums = x_sums + token[:, None, None] * (columns // 16) + group[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    PAIRS: tl.constexpr = 2 if GROUPS % 2 == 0 else 1  # groups side by side: 16 lanes are a vector of 512 bits
-    shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // PAIRS, 8 * PAIRS)
-    total = tl.zeros((token.shape[0], row.shape[0], 8 * PAIRS), tl.float32)
+    LANES: tl.constexpr = lanes_of(FORMAT)
+    SIDE: tl.constexpr = min(GROUPS, 16 // LANES)  # groups side by side: 16 lanes are a vector of 512 bits
+    shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // SIDE, LANES * SIDE)
+    total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
     low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
     for run in range(0, columns // VALUES):
         quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
-        dots = lane_dots(quants, tl.load(values + run * VALUES))
+        dots = lane_dots(quants[0], values + run * VALUES)
+        if len(quants) == 2:
+            dots += lane_dots(quants[1], values + (run * VALUES + 16))
         x_scale = tl.load(scales + run * GROUPS)
-        scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None])
+        scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
         total += tl.sum(tl.reshape(scaled, shape), axis=2)
         if minimum is not None:
             low += minimum_term(minimum, tl.load(sums + run * (2 * GROUPS)), x_scale)
@@ -75,20 +78,23 @@ def product(
 
 @jit
 def lane_dots(quants, values):
-    """[rows, groups, 32] and [tokens, groups, 32] bytes to int32 [tokens, rows, groups, 8]: sums of four products."""
-    shape: tl.constexpr = (values.shape[0], quants.shape[0], quants.shape[1], 8, 4)
+    """Quants [rows, groups, n] times n bytes each from `values` (pointers [tokens, groups]), four products a lane:
+    int32 [tokens, rows, groups, n / 4]."""
+    count: tl.constexpr = quants.shape[2]
+    activations = tl.load(values[:, :, None] + tl.arange(0, count)[None, None, :])
+    shape: tl.constexpr = (values.shape[0], quants.shape[0], quants.shape[1], count // 4, 4)
     left = tl.broadcast_to(tl.reshape(quants, (1, *shape[1:])), shape)
-    right = tl.broadcast_to(tl.reshape(values, (shape[0], 1, *shape[2:])), shape)
+    right = tl.broadcast_to(tl.reshape(activations, (shape[0], 1, *shape[2:])), shape)
     return tl.sum(left.to(tl.int32) * right.to(tl.int32), axis=4)
 
 
 @jit
-def over_lanes(scale):
-    """[tokens, rows, groups, parts] repeated over 8 lanes."""
+def over_lanes(scale, LANES: tl.constexpr):
+    """[tokens, rows, groups, parts] repeated over the lanes of a group."""
     shape: tl.constexpr = scale.shape
     if shape[3] == 1:
-        return tl.broadcast_to(scale, (*shape[:3], 8))
-    return tl.reshape(tl.broadcast_to(scale[:, :, :, :, None], (*shape, 8 // shape[3])), (*shape[:3], 8))
+        return tl.broadcast_to(scale, (*shape[:3], LANES))
+    return tl.reshape(tl.broadcast_to(scale[:, :, :, :, None], (*shape, LANES // shape[3])), (*shape[:3], LANES))
 
 
 @jit
