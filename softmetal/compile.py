@@ -133,6 +133,7 @@ def defines(macros: dict[str, str]) -> list[str]:
 PREDEFINED = {
     "__METAL__": "1", "__METAL_VERSION__": "320", "__METAL_MACOS__": "1", "__HAVE_BFLOAT__": "1", "__air__": "1",
     "__HAVE_SIMDGROUP_MATRIX__": "1", "__HAVE_SIMDGROUP_REDUCTION__": "1", "__APPLE__": "1", "__cplusplus": "201703L",
+    "METAL_FUNC": "inline __attribute__((always_inline))", "METAL_CONST_ARG(x)": "", "coherent(x)": "",
 }  # fmt: skip
 OURS = re.compile(r"^[ \t]*#[ \t]*(?:include|import)[ \t]*[<\"](?:metal_\w+|simd/simd\.h|TargetConditionals\.h)[>\"].*$", re.M)
 

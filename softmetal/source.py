@@ -30,13 +30,14 @@ MATRICES = {f"{s}{c}x{r}" for s in ("half", "float", "bfloat") for c in (2, 3, 4
 SPACES = {"device", "constant", "threadgroup", "thread"}
 # Words that C++ for OpenCL reserves and Metal does not.
 RESERVED = {
-    "local", "global", "generic", "pipe", "uniform", "kernel_", "read_only", "write_only", "read_write", "event_t",
+    "local", "global", "generic", "pipe", "kernel_", "read_only", "write_only", "read_write", "event_t",
     "sampler_t", "queue_t", "clk_event_t", "reserve_id_t", "image2d_t", "image1d_t", "image3d_t", "vec_step", "addrspace_cast",
 }  # fmt: skip
 SYNCHRONISES = re.compile(
     r"^(simd_\w+|quad_\w+|simdgroup_(barrier|matrix|load|store|multiply\w*|make_\w+|\w+8x8)|threadgroup_barrier"
     r"|make_filled_simdgroup_matrix|make_diagonal_simdgroup_matrix|threadgroup)$"
 )
+FLOATING = re.compile(r"^(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?$|^0[xX][\da-fA-F.]+[pP][+-]?\d+$")
 POSITIONS = {
     "thread_position_in_grid": "sm_position{g->position[0] * d->size[0] + X, g->position[1] * d->size[1] + Y, "
     "g->position[2] * d->size[2] + Z}",
@@ -158,8 +159,8 @@ class Code:
     def text(self) -> str:
         return "".join(t.text for t in self.all)
 
-    def angle(self, i: int) -> int:
-        """The index of the `>` that closes the `<` at i, or -1."""
+    def angle(self, i: int, conditions: bool = False) -> int:
+        """The index of the `>` that closes the `<` at i, or -1; `conditions`: with && and || between."""
         depth = 0
         while i < len(self.plain):
             w = self.plain[i]
@@ -171,7 +172,7 @@ class Code:
                 depth -= 1
                 if depth == 0:
                     return i
-            elif w in (";", ")", "}", "&&", "||"):
+            elif w in (";", ")", "}") or (w in ("&&", "||") and not conditions):
                 return -1
             i += 1
         return -1
@@ -198,6 +199,7 @@ class Chunk:
     parameters: tuple[int, int] | None = None  # inside the parentheses
     body: tuple[int, int] | None = None  # inside the braces of a function
     kernel: bool = False
+    returns_thread: bool = False  # of a method: a reference or pointer to memory of the thread
     kind: str = ""  # function, type, variable, alias, other
 
 
@@ -209,6 +211,8 @@ def chunks(code: Code, start: int = 0, end: int | None = None, scope: str = "") 
     while i < end:
         if p[i] == ";":
             i += 1
+        elif p[i] in ("public", "private", "protected") and p[i + 1] == ":":
+            i += 2
         elif p[i] == "namespace" or (p[i] == "inline" and p[i + 1] == "namespace"):
             brace = p.index("{", i)
             inner = "::".join(w for w in p[i:brace] if w not in ("namespace", "inline", "::"))
@@ -227,7 +231,7 @@ def declaration(code: Code, i: int, end: int, scope: str) -> Chunk:
     p, c = code.plain, Chunk(i, end, scope)
     while i < end and p[i] == "template":
         if p[i + 1] == "<":
-            close = code.angle(i + 1)
+            close = code.angle(i + 1, conditions=True)
             if close < 0:
                 raise error(code.t[i].line, "a template parameter list without its end")
             c.template = (i + 2, close)
@@ -425,12 +429,36 @@ def rewrite_vectors(code: Code) -> None:
                 t[i].text = f"sm_make<{t[i].text}>"
             elif before == "::" and p[i - 2] == "metal":
                 t[i - 2].text, t[i].text = "sm_make<metal", t[i].text + ">"
+        elif w == "{" and before in ("(", ",") and p[enclosing(code, i)] == "(" and p[code.match[i] + 1] in (",", ")"):
+            t[i].text, t[code.match[i]].text = "sm_list(", ")"  # an argument `{x, y}`
+        elif w in VECTORS and nxt.isidentifier() and p[i + 2 : i + 4] == ["=", "{"] and before in (";", "{", "}", ")"):
+            close = code.match[i + 3]
+            if p[close + 1] == ";" and "{" not in p[i + 4 : close]:
+                t[i + 3].text, t[close].text = f"sm_fill<{t[i].text}>(", ")"  # the rest is zero
+        elif w in VECTORS and nxt.isidentifier() and p[i + 2] == "(" and constructs(code, i + 2):
+            t[i + 1].text += f" = sm_make<{t[i].text}>"  # `short2 at(x, y);`
         elif w in names and before == "(" and nxt == ")" and is_cast(code, i - 1, i + 1):
             t[i - 1].text, t[i + 1].text = "sm_caster<", ">{} ->* "
         elif w == "static_cast" and nxt == "<" and (p[i + 2] in names or p[i + 2] == "vec"):
             close = code.angle(i + 1)
             if close == i + 3 or p[i + 2] == "vec":
                 t[i].text = "sm_make"
+
+
+def enclosing(code: Code, i: int) -> int:
+    """The opening bracket around token i, or 0."""
+    i -= 1
+    while i > 0 and not (code.plain[i] in ("(", "[", "{") and i in code.match):
+        i = code.match[i] if code.plain[i] in (")", "]", "}") else i
+        i -= 1
+    return max(i, 0)
+
+
+def constructs(code: Code, opening: int) -> bool:
+    """Whether `T name(...)` makes a variable: the parentheses hold values, not parameters, and end the statement."""
+    p, first = code.plain, code.plain[opening + 1]
+    types = VECTORS | MATRICES | SPACES | {*SCALARS, "const", "void", ")", "unsigned", "size_t", "thread"}
+    return p[code.match[opening] + 1] == ";" and (first not in types or p[opening + 2] == "(")
 
 
 def is_cast(code: Code, opening: int, closing: int) -> bool:
@@ -466,6 +494,9 @@ def rewrite_threadgroup_variables(code: Code, chunk: Chunk) -> None:
                 stop = code.match[stop]
             elif p[stop] == "<" and (close := code.angle(stop)) > 0:
                 stop = close
+            elif p[stop : stop + 2] == ["=", "{"]:  # Metal ignores it
+                code.blank(stop, code.match[stop + 1] + 1)
+                stop = code.match[stop + 1]
             elif p[stop] in ("*", "&", "=") or p[stop] in (")", "}"):
                 pointer = True
                 break
@@ -518,18 +549,39 @@ def rewrite_constants(code: Code, values: dict[str, str] | None) -> list[Constan
     return found
 
 
-def rewrite_methods(code: Code) -> None:
-    """Address spaces after a method's parameters: device methods are found through the space that includes it."""
+def rewrite_classes(code: Code, found: list[Chunk]) -> None:
+    """Address spaces of methods. A method without one serves any object here; in Metal, those of a thread.
+
+    In a class whose methods hand out references to their thread's memory, all methods become the thread's;
+    constructors of objects in other memory go, since nothing constructs there; device methods are found through
+    the space that includes device."""
     p, t = code.plain, code.t
-    for i, w in enumerate(p):
-        if w not in SPACES or not i:
+    for c in found:
+        if c.kind != "type" or not c.body:
             continue
-        k = i - 1
-        while p[k] in ("const", "volatile"):
-            k -= 1
-        if p[k] == ")" and (p[i + 1] in ("{", ";", "=", "const", ":") or p[i + 1] == "[") and p[k + 1 : i + 1]:
-            # `constant` objects are `const __global` ones here; the device method, if any, serves them
-            t[i].text = {"device": "__global", "constant": "__constant"}.get(w, t[i].text)
+        start, end = c.body
+        members = list(chunks(code, start, end))
+        rewrite_classes(code, members)
+        functions = [m for m in members if m.kind == "function" and m.parameters]
+        for m in functions:
+            head = m.name_at if m.name != "operator" else next(k for k in range(m.start, m.end) if p[k] == "operator")
+            m.returns_thread = "thread" in p[m.start : head] and bool({"&", "*"} & set(p[m.start : head]))
+        handing_out = any(m.returns_thread for m in functions)
+        for m in functions:
+            assert m.parameters
+            close = m.parameters[1]
+            at = close + 1
+            while p[at] in ("const", "volatile", "noexcept"):
+                at += 1
+            if m.name == c.name and p[at] in SPACES - {"thread"}:
+                code.blank(m.start, m.end)
+            elif p[at] in SPACES:
+                t[at].text = {"device": "__global", "constant": "__constant", "thread": ""}.get(p[at], t[at].text)
+            if handing_out and m.name != c.name and p[at] not in SPACES - {"thread"}:
+                if not {"static", "friend", "~"} & set(p[m.start : m.name_at]):
+                    t[close].text += " thread" if at == close + 1 else ""
+                    if at > close + 1:
+                        t[at - 1].text += " thread"
 
 
 def entry(kernel: Kernel, number: int) -> str:
@@ -566,9 +618,11 @@ def rewrite(text: str, values: dict[str, str] | None = None, all_fibers: bool = 
     for token in code.t:
         if token.text in RESERVED:
             token.text += "_"
+        elif token.kind == "number" and FLOATING.match(token.text):
+            token.text += "f"  # clang's option for this fails inside templates
     constants = rewrite_constants(code, values)
     rewrite_vectors(code)
-    rewrite_methods(code)
+    rewrite_classes(code, found)
     kernels: list[Kernel] = []
     templates: dict[str, Chunk] = {}
     facts: dict[int, tuple[list[Argument], bool, int]] = {}
@@ -596,15 +650,21 @@ def rewrite(text: str, values: dict[str, str] | None = None, all_fibers: bool = 
         elif c.instantiation:
             words = code.plain[c.start : c.end]
             at = next((k for k in range(c.end - 1, c.start, -1) if is_template_id(code, k, templates)), -1)
-            if at < 0:
-                if "kernel" in words:
-                    raise error(code.t[c.start].line, "an explicit instantiation of a kernel that is not a template")
+            if at < 0 and "kernel" not in words:
                 continue
-            target = templates[code.plain[at]]
+            target = templates.get(code.plain[at] if at >= 0 else c.name)
+            if target is None or not target.template:
+                raise error(code.t[c.start].line, "an explicit instantiation of a kernel that is not a template")
             args, fibers, limit = facts[id(target)]
-            inside = code.spell(at + 2, code.angle(at + 1))
-            name = attribute_string(code, c, "host_name") or f"{target.name}<{inside}>"
-            kernels.append(Kernel(name, f"{target.scope}{target.name}<NUMBER, {inside}>", args, fibers, limit))
+            if at >= 0:
+                inside = code.spell(at + 2, code.angle(at + 1))
+                call, name = f"{target.scope}{target.name}<NUMBER, {inside}>", f"{target.name}<{inside}>"
+            else:  # the template arguments follow from the parameters' types
+                assert c.parameters
+                blank_attributes(code, *c.parameters)
+                types = "".join(t.text + " " for t in code.t[c.parameters[0] : c.parameters[1]])
+                call, name = f"((void (*)({types})){target.scope}{target.name}<NUMBER>)", target.name
+            kernels.append(Kernel(attribute_string(code, c, "host_name") or name, call, args, fibers, limit))
             code.blank(c.start, c.end)
     for i, w in enumerate(code.plain[:-1]):  # what is left: `decltype(f<float>)`
         if w in templates and code.t[i].text and code.plain[i + 1] == "<" and templates[w].template:

@@ -1,4 +1,11 @@
-// Atomics: the processor's own, since threadgroups run on several cores. The order asked for is kept.
+// Atomics: the processor's own, since threadgroups run on several cores. All are sequentially consistent,
+// whatever order is asked for.
+template <int BYTES> struct sm_bits;
+template <> struct sm_bits<1> { typedef uchar type; };
+template <> struct sm_bits<2> { typedef ushort type; };
+template <> struct sm_bits<4> { typedef uint type; };
+template <> struct sm_bits<8> { typedef ulong type; };
+
 namespace metal {
 enum memory_order { memory_order_relaxed = 0, memory_order_acquire = 2, memory_order_release = 3,
                     memory_order_acq_rel = 4, memory_order_seq_cst = 5 };
@@ -6,10 +13,6 @@ enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_th
 template <class T> struct _atomic { T value; };
 template <class T> using atomic = _atomic<T>;
 template <class T> struct sm_self_type { typedef T type; };   // keeps an argument out of deduction
-template <int BYTES> struct sm_bits;
-template <> struct sm_bits<1> { typedef uchar type; };
-template <> struct sm_bits<4> { typedef uint type; };
-template <> struct sm_bits<8> { typedef ulong type; };
 #define SM_ATOMICS(SPACE) \
     template <class T> SM_INLINE T atomic_load_explicit(const volatile SPACE _atomic<T> *p, memory_order) { \
         typedef typename sm_bits<sizeof(T)>::type B; \

@@ -1,5 +1,6 @@
 // The mathematical, common, integer, relational and geometric functions of the standard library.
-// float functions are those of the C library; half and bfloat compute in float and round once.
+// float functions are those of the C library; half computes in float and rounds once; bfloat has none of its own,
+// it converts to float, as in Metal.
 extern "C" {
 float acosf(float); float acoshf(float); float asinf(float); float asinhf(float); float atanf(float);
 float atanhf(float); float cosf(float); float coshf(float); float expf(float); float exp2f(float); float exp10f(float);
@@ -25,18 +26,15 @@ float nextafterf(float, float); int ilogbf(float); float ldexpf(float, int); flo
 #define SM_F1(NAME, EXPRESSION) \
     SM_INLINE float NAME(float a) { return EXPRESSION; } \
     SM_INLINE half NAME(half a) { return (half)NAME((float)a); } \
-    SM_INLINE bfloat NAME(bfloat a) { return (bfloat)NAME((float)a); } \
-    SM_V1(NAME, float, float) SM_V1(NAME, half, half) SM_V1(NAME, bfloat, bfloat)
+    SM_V1(NAME, float, float) SM_V1(NAME, half, half)
 #define SM_F2(NAME, EXPRESSION) \
     SM_INLINE float NAME(float a, float b) { return EXPRESSION; } \
     SM_INLINE half NAME(half a, half b) { return (half)NAME((float)a, (float)b); } \
-    SM_INLINE bfloat NAME(bfloat a, bfloat b) { return (bfloat)NAME((float)a, (float)b); } \
-    SM_V2(NAME, float) SM_V2(NAME, half) SM_V2(NAME, bfloat)
+    SM_V2(NAME, float) SM_V2(NAME, half)
 #define SM_F3(NAME, EXPRESSION) \
     SM_INLINE float NAME(float a, float b, float c) { return EXPRESSION; } \
     SM_INLINE half NAME(half a, half b, half c) { return (half)NAME((float)a, (float)b, (float)c); } \
-    SM_INLINE bfloat NAME(bfloat a, bfloat b, bfloat c) { return (bfloat)NAME((float)a, (float)b, (float)c); } \
-    SM_V3(NAME, float) SM_V3(NAME, half) SM_V3(NAME, bfloat)
+    SM_V3(NAME, float) SM_V3(NAME, half)
 #define SM_INTEGERS(M) M(char) M(uchar) M(short) M(ushort) M(int) M(uint) M(long) M(ulong)
 
 namespace metal {
@@ -143,7 +141,7 @@ SM_F3(median3, __builtin_fmaxf(__builtin_fminf(a, b), __builtin_fminf(__builtin_
 // ------------------------------------------------------------------------------------------- relations
 #define SM_TEST(NAME, EXPRESSION) \
     SM_INLINE bool NAME(float a) { return EXPRESSION; } SM_INLINE bool NAME(half a) { return NAME((float)a); } \
-    SM_INLINE bool NAME(bfloat a) { return NAME((float)a); } SM_V1(NAME, bool, float) SM_V1(NAME, bool, half)
+    SM_V1(NAME, bool, float) SM_V1(NAME, bool, half)
 SM_TEST(isnan, __builtin_isnan(a)) SM_TEST(isinf, __builtin_isinf(a)) SM_TEST(isfinite, __builtin_isfinite(a))
 SM_TEST(isnormal, __builtin_isnormal(a)) SM_TEST(signbit, __builtin_signbit(a) != 0)
 SM_INLINE bool isordered(float a, float b) { return !isnan(a) && !isnan(b); }
@@ -177,7 +175,7 @@ template <class V, class C, class = typename sm_if<(sm_traits<C>::count > 1)>::t
         return k < (T)0 ? V((T)0) : i * eta - n * (T)(eta * d + sqrt(k)); }
 #define SM_GEOMETRIES(T) SM_GEOMETRY(T, T##2, 2) SM_GEOMETRY(T, T##3, 3) SM_GEOMETRY(T, T##4, 4) \
     SM_INLINE T##3 cross(T##3 a, T##3 b) { return a.yzx * b.zxy - a.zxy * b.yzx; }
-SM_GEOMETRIES(float) SM_GEOMETRIES(half) SM_GEOMETRIES(bfloat)
+SM_GEOMETRIES(float) SM_GEOMETRIES(half)
 
 // ----------------------------------------------------------------------------------------- pack, unpack
 SM_INLINE float4 unpack_unorm4x8_to_float(uint v) {
@@ -199,9 +197,26 @@ SM_INLINE uint pack_float_to_unorm2x16(float2 v) {
     v = rint(saturate(v) * 65535.0f);
     return (uint)v.x | (uint)v.y << 16; }
 
-// fast:: and precise:: are the same functions here
-namespace fast { using namespace metal; }
-namespace precise { using namespace metal; }
+// fast:: and precise:: are the same functions here. Not by `using namespace`: a program may add overloads there.
+#define SM_FORMS \
+    using metal::acos; using metal::acosh; using metal::asin; using metal::asinh; using metal::atan; \
+    using metal::atan2; using metal::atanh; using metal::ceil; using metal::copysign; using metal::cos; \
+    using metal::cosh; using metal::cospi; using metal::divide; using metal::exp; using metal::exp10; \
+    using metal::exp2; using metal::fabs; using metal::abs; using metal::fdim; using metal::floor; \
+    using metal::fma; using metal::fmax; using metal::fmax3; using metal::fmedian3; using metal::fmin; \
+    using metal::fmin3; using metal::fmod; using metal::fract; using metal::frexp; using metal::ilogb; \
+    using metal::isfinite; using metal::isinf; using metal::isnan; using metal::isnormal; \
+    using metal::isordered; using metal::isunordered; using metal::ldexp; using metal::log; \
+    using metal::log10; using metal::log2; using metal::max; using metal::max3; using metal::median3; \
+    using metal::min; using metal::min3; using metal::modf; using metal::nextafter; using metal::pow; \
+    using metal::powr; using metal::rint; using metal::round; using metal::rsqrt; using metal::select; \
+    using metal::signbit; using metal::sin; using metal::sincos; using metal::sinh; using metal::sinpi; \
+    using metal::sqrt; using metal::tan; using metal::tanh; using metal::tanpi; using metal::trunc; \
+    using metal::clamp; using metal::mix; using metal::saturate; using metal::sign; \
+    using metal::smoothstep; using metal::step; using metal::distance; using metal::length; \
+    using metal::normalize;
+namespace fast { SM_FORMS }
+namespace precise { SM_FORMS }
 }
 
 #define M_E_F 2.71828182845904523536f

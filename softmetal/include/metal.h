@@ -6,3 +6,4 @@
 #include "simd.h"
 #include "matrix.h"
 #include "atomic.h"
+#include "apple.h"

@@ -4,6 +4,7 @@
 // the source rewriter (softmetal/source.py): `float4(...)` becomes `sm_make<float4>(...)`, and a cast
 // `(float4)x` becomes `sm_caster<float4>{} ->* x`, an operator that binds as tightly as a cast.
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
 #pragma clang diagnostic ignored "-Wduplicate-decl-specifier"
 
 #define SM_INLINE __attribute__((always_inline, nodebug)) inline
@@ -102,9 +103,11 @@ template <class To, class From> struct sm_convert {          // one value to ano
         if constexpr (sm_same<To, From>::value) return v;
         else if constexpr (sm_traits<To>::count > 1 && sm_traits<From>::count == sm_traits<To>::count) {
             To r = {};
-            for (int i = 0; i < (int)sm_traits<To>::count; i++) r[i] = (typename sm_traits<To>::element)v[i];
+            for (int i = 0; i < (int)sm_traits<To>::count; i++)
+                r[i] = sm_convert<typename sm_traits<To>::element, typename sm_traits<From>::element>::to(v[i]);
             return r;
-        } else return (To)v;
+        } else if constexpr (sm_is_float<To>::value && sm_is_float<From>::value) return (To)(float)v;   // half to bfloat
+        else return (To)v;
     }
 };
 template <class V, class A> SM_INLINE void sm_append(thread V &v, thread int &at, A a) {
@@ -126,7 +129,8 @@ template <class A, class... B> struct sm_all_scalars<A, B...> {
 };
 template <class T, class A, class B, class... C> SM_INLINE constexpr T sm_make(A a, B b, C... c) {
     typedef typename sm_traits<T>::element E;
-    if constexpr (sm_traits<T>::count <= 1) return T(a, b, c...);
+    if constexpr (sm_traits<T>::count <= 1 && __is_aggregate(T)) return T{a, b, c...};
+    else if constexpr (sm_traits<T>::count <= 1) return T(a, b, c...);
     else if constexpr (sm_all_scalars<A, B, C...>::value && !sm_same<E, bool>::value) {
         static_assert(sizeof...(C) + 2 == sm_traits<T>::count, "wrong number of elements for this vector type");
         return T{(E)a, (E)b, (E)c...};
@@ -139,6 +143,26 @@ template <class T, class A, class B, class... C> SM_INLINE constexpr T sm_make(A
         return r;
     }
 }
+
+template <class T, class... A> SM_INLINE T sm_fill(A... a) {        // `float4 v = {x, y};`
+    T r = T((typename sm_traits<T>::element)0);
+    int at = 0;
+    (sm_append(r, at, a), ...);
+    return r;
+}
+// An argument `{x, y}`: becomes whatever the parameter is.
+template <class... A> struct sm_braces;
+template <class A> struct sm_braces<A> { A a; template <class T> SM_INLINE operator T() const { return sm_make<T>(a); } };
+template <class A, class B> struct sm_braces<A, B> {
+    A a; B b;
+    template <class T> SM_INLINE operator T() const { return sm_make<T>(a, b); } };
+template <class A, class B, class C> struct sm_braces<A, B, C> {
+    A a; B b; C c;
+    template <class T> SM_INLINE operator T() const { return sm_make<T>(a, b, c); } };
+template <class A, class B, class C, class D> struct sm_braces<A, B, C, D> {
+    A a; B b; C c; D d;
+    template <class T> SM_INLINE operator T() const { return sm_make<T>(a, b, c, d); } };
+template <class... A> SM_INLINE sm_braces<A...> sm_list(A... a) { return {a...}; }
 
 template <class T> struct sm_caster {};
 template <class T, class A> SM_INLINE constexpr T operator->*(sm_caster<T>, A a) { return sm_make<T>(a); }
@@ -211,6 +235,51 @@ template <class T, class F> struct conditional<false, T, F> { typedef F type; };
 template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
 template <class T> struct make_scalar { typedef typename sm_traits<T>::element type; };
 template <class T> using make_scalar_t = typename make_scalar<T>::type;
+template <class A, class B> constexpr bool is_convertible_v = __is_convertible(A, B);
+template <class A, class B> struct is_convertible { static constexpr constant bool value = __is_convertible(A, B); };
+template <class A, class B> constexpr bool is_base_of_v = __is_base_of(A, B);
+template <class A, class... B> constexpr bool is_constructible_v = __is_constructible(A, B...);
+template <class T> constexpr bool is_arithmetic_v = sm_traits<T>::count == 1;
+template <class T> struct is_arithmetic { static constexpr constant bool value = is_arithmetic_v<T>; };
+template <class T> constexpr bool is_vector_v = (sm_traits<T>::count > 1);
+template <class T> struct is_vector { static constexpr constant bool value = is_vector_v<T>; };
+template <class T> constexpr bool is_enum_v = __is_enum(T);
+template <class T> constexpr bool is_class_v = __is_class(T);
+template <class T> constexpr bool is_pointer_v = __is_pointer(T);
+template <class T> constexpr bool is_const_v = __is_const(T);
+template <class T> constexpr bool is_void_v = __is_void(T);
+template <class T> constexpr bool is_empty_v = __is_empty(T);
+template <class T> struct is_signed { static constexpr constant bool value = is_signed_v<T>; };
+template <class T> struct is_unsigned { static constexpr constant bool value = is_unsigned_v<T>; };
+template <class T> using make_unsigned_t = __make_unsigned(T);
+template <class T> using make_signed_t = __make_signed(T);
+template <class T> struct make_unsigned { typedef __make_unsigned(T) type; };
+template <class T> struct make_signed { typedef __make_signed(T) type; };
+template <class T> using underlying_type_t = __underlying_type(T);
+template <class T> using decay_t = __decay(T);
+template <class T> struct decay { typedef __decay(T) type; };
+template <class...> using void_t = void;
+template <class... B> constexpr bool disjunction_v = (B::value || ...);
+template <class... B> constexpr bool conjunction_v = (B::value && ...);
+template <class... B> struct disjunction { static constexpr constant bool value = (B::value || ...); };
+template <class... B> struct conjunction { static constexpr constant bool value = (B::value && ...); };
+template <class B> struct negation { static constexpr constant bool value = !B::value; };
+template <class... B> using _disjunction = disjunction<B...>;
+template <class... B> using _conjunction = conjunction<B...>;
+template <class T, size_t N> struct array {
+    T __elems_[N];
+    SM_INLINE T operator[](size_t i) const { return __elems_[i]; }
+    SM_INLINE T &operator[](size_t i) { return __elems_[i]; }
+    static constexpr size_t size() { return N; }
+};
+template <class T> using uniform = T;
+template <class T> SM_INLINE constexpr T make_uniform(T v) { return v; }
+template <class T> struct remove_addrspace { typedef T type; };
+template <class T> struct remove_addrspace<device T> { typedef T type; };
+template <class T> struct remove_addrspace<__global T> { typedef T type; };
+template <class T> struct remove_addrspace<threadgroup T> { typedef T type; };
+template <class T> struct remove_addrspace<thread T> { typedef T type; };
+template <class T> using remove_addrspace_t = typename remove_addrspace<T>::type;
 template <class T> struct remove_reference { typedef T type; };
 template <class T> struct remove_reference<T &> { typedef T type; };
 template <class T> using remove_reference_t = typename remove_reference<T>::type;
@@ -227,4 +296,13 @@ template <bool B> using bool_constant = integral_constant<bool, B>;
 typedef bool_constant<true> true_type;
 typedef bool_constant<false> false_type;
 using ::as_type;
+
+struct os_log {        // messages of kernels go nowhere
+    constexpr os_log(constant char *, constant char *) {}
+    template <class... A> SM_INLINE void log(constant char *, A...) const {}
+    template <class... A> SM_INLINE void log_debug(constant char *, A...) const {}
+    template <class... A> SM_INLINE void log_info(constant char *, A...) const {}
+    template <class... A> SM_INLINE void log_error(constant char *, A...) const {}
+    template <class... A> SM_INLINE void log_fault(constant char *, A...) const {}
+};
 }
