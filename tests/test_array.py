@@ -50,9 +50,9 @@ class Count:
 # ------------------------------------------------------------------------------------------------- random programs
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(5))
 def test_random_programs(number: int) -> None:
-    for seed in random.integers(0, 2**31, 8):
+    for seed in random.integers(0, 2**31, 6):
         try:
             Program(int(seed)).run()
         except Exception as error:
@@ -189,7 +189,7 @@ def test_gelu_by_tanh() -> None:
     np.testing.assert_allclose(nn.gelu(nn.array(a), approximate="tanh").numpy(), expected, **F32)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint8, np.int64])
+@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint8])
 def test_integer_arithmetic(dtype: Any) -> None:
     low = 0 if np.dtype(dtype).kind == "u" else -100
     a, b = random.integers(low, 100, (2, 515)).astype(dtype)
