@@ -35,7 +35,7 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
     if weights.format in FLOAT_FORMATS:
         return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
     parts = quantize_activations(x)
-    block_t = min((8, 16, 32, 64), key=lambda block: tl.cdiv(tokens, block) * (block + DECODE_COST))
+    block_t = min((16, 64), key=lambda block: tl.cdiv(tokens, block) * (block + DECODE_COST))
     block_n = max(16, math.gcd(rows, 64))
     return launch(
         quantized_matmul_kernel, (tl.cdiv(rows, block_n), tl.cdiv(tokens, block_t)), x=parts.values,
