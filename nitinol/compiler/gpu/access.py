@@ -112,7 +112,7 @@ class Widths:
         op = value.op
         if value in self.divisible:
             return self.divisible[value] & -self.divisible[value]
-        if op is None or not isinstance(value.element, PointerType) and not value.element.is_int:
+        if op is None or (not isinstance(value.element, PointerType) and not value.element.is_int):
             return 1
         kind = op.kind
         if kind == "constant":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu.forms import Form, Index, fixed, linear
+from nitinol.compiler.gpu.forms import Form, Index, linear, variable
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op, Value
@@ -69,64 +69,50 @@ def convert(e: Emitter, value: Value, form: Form, source: Layout, result: Layout
         if choices == 1 and not shuffle.moves:
             return form.through(shuffle.registers[0])
         if result.count * choices <= source.count + result.count + 8 and choices <= 4:
-            return by_shuffles(e, value, form, shuffle, result)
+            return by_shuffles(e, value, form, source, shuffle, result)
     return by_memory(e, value, form, source, result)
 
 
-def by_shuffles(e: Emitter, value: Value, form: Form, shuffle: Shuffle, result: Layout) -> Form:
-    if " " in form.text(fixed(0)):  # an expression: computed once, before other lanes ask for it
-        form = e.store_in(e.name(value.name or "v"), value.element, 1 << len(shuffle.registers[0]), form) \
-            if False else form  # fmt: skip
-    others = [linear(shuffle.lanes[1], "lane"), linear(shuffle.lanes[2], "warp")]
-    choose = [linear(shuffle.registers[1], "lane"), linear(shuffle.registers[2], "warp")]
-    which = " ^ ".join(f"({t})" for t in choose if t != "0")
+def by_shuffles(e: Emitter, value: Value, form: Form, source: Layout, shuffle: Shuffle, result: Layout) -> Form:
+    """One shuffle for each register that another lane may ask for, then a choice among what came.
 
-    def text(index: Index) -> str:
-        start = index.through(shuffle.registers[0])
-        lane = " ^ ".join(f"({t})" for t in [*others, str(index.through(shuffle.lanes[0]))] if t != "0") or "0"
-        taken = []
-        for number in shuffle.choices:
-            read = form.text(start.at(number))
-            taken.append(e.dialect.shuffle(value.element, read, lane) if shuffle.moves else read)
-        out = taken[-1]
-        for number, one in reversed(list(zip(shuffle.choices[:-1], taken))):
-            out = f"(({which}) == {number} ? {one} : {out})"
+    Every shuffle has a statement of its own: all lanes must take part in it.
+    """
+    name = value.name or "v"
+    if shuffle.moves and not form.variable:  # computed once, before other lanes ask for it
+        form = e.store_in(e.name(name), value.element, source.count, form)
+    others = [linear(shuffle.lanes[1], "lane"), linear(shuffle.lanes[2], "warp")]
+
+    def taken(number: int) -> Form:
+        def text(index: Index) -> str:
+            read = form.text(index.through(shuffle.registers[0]).at(number))
+            if not shuffle.moves:
+                return read
+            lane = xor([*others, str(index.through(shuffle.lanes[0]))])
+            return e.dialect.shuffle(value.element, read, lane)
+
+        return Form(text, lambda i: {(n, False) for n, _ in form.names(i)}, form.simple)
+
+    parts = [taken(number) for number in shuffle.choices]
+    if len(parts) > 1 and shuffle.moves:
+        parts = [e.store_in(e.name(f"{name}_part"), value.element, result.count, part) for part in parts]
+    which = xor([linear(shuffle.registers[1], "lane"), linear(shuffle.registers[2], "warp")])
+
+    def pick(index: Index) -> str:
+        out = parts[-1].text(index)
+        for number, part in reversed(list(zip(shuffle.choices[:-1], parts))):
+            out = f"({which}) == {number} ? {part.operand(index)} : ({out})"
         return out
 
     def names(index: Index) -> set[tuple[str, bool]]:
-        return {(name, False) for name, _ in form.names(index)}
+        return set().union(*(part.names(index) for part in parts))
 
-    # all lanes must take part in every shuffle: a conditional operator evaluates one side only
-    if len(shuffle.choices) == 1 or not shuffle.moves:
-        return e.store_in(e.name(f"{value.name or 'v'}_moved"), value.element, result.count, Form(text, names))
-    return _chosen(e, value, form, shuffle, result, which, others)
+    return e.store_in(e.name(f"{name}_moved"), value.element, result.count, Form(pick, names, False))
 
 
-def _chosen(
-    e: Emitter, value: Value, form: Form, shuffle: Shuffle, result: Layout, which: str, others: list[str]
-) -> Form:
-    """One shuffle per register that may be asked for, each in a variable, then the choice."""
-
-    def one(number: int) -> Form:
-        def text(index: Index) -> str:
-            lane = " ^ ".join(f"({t})" for t in [*others, str(index.through(shuffle.lanes[0]))] if t != "0") or "0"
-            return e.dialect.shuffle(value.element, form.text(index.through(shuffle.registers[0]).at(number)), lane)
-
-        return Form(text, lambda i: {(name, False) for name, _ in form.names(i)})
-
-    name = value.name or "v"
-    taken = [
-        e.store_in(e.name(f"{name}_part"), value.element, result.count, one(number)) for number in shuffle.choices
-    ]
-
-    def pick(index: Index) -> str:
-        out = taken[-1].text(index)
-        for number, form in reversed(list(zip(shuffle.choices[:-1], taken))):
-            out = f"({which}) == {number} ? {form.text(index)} : ({out})"
-        return out
-
-    chosen = Form(pick, lambda i: set().union(*(t.names(i) for t in taken)), False)
-    return e.store_in(e.name(f"{name}_moved"), value.element, result.count, chosen)
+def xor(terms: list[str]) -> str:
+    terms = [t for t in terms if t != "0"]
+    return " ^ ".join(f"({t})" if " " in t else t for t in terms) or "0"
 
 
 def by_memory(e: Emitter, value: Value, form: Form, source: Layout, result: Layout) -> Form:
@@ -155,16 +141,14 @@ def write_tile(e: Emitter, form: Form, layout: Layout, value: Value, shared: str
     )  # fmt: skip
 
 
-def fetch(e: Emitter, name: str, value: Value, layout: Layout, text, access: Access) -> Form:  # noqa: ANN001
+def fetch(e: Emitter, name: str, value: Value, layout: Layout, text, access: Access) -> Form:
     """Reads threadgroup memory into a new variable."""
-    from nitinol.compiler.gpu.forms import variable
-
     kind = e.type(value.element)
     space = "" if kind.endswith("*") else " "
     if layout.count == 1:
         e.each(1, lambda i: [f"{kind}{space}{name} = {text(i)};"], [], [access])
     else:
-        e.each(layout.count, lambda i: [f"{name}[{i}] = {text(i)};"], [], [access], defines=name,
+        e.each(layout.count, lambda i: [f"{name}[{i}] = {text(i)};"], [], [access], defines=[name],
                declaration=f"{kind}{space}{name}[{layout.count}];")  # fmt: skip
     return variable(name, layout.count)
 

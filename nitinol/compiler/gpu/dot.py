@@ -68,7 +68,7 @@ def dot(e: Emitter, op: Op) -> None:
         e.say(e.dialect.matrix_declare(element, matrix, count))
         zero = matrix == names[2] and constant_of(op.operands[2]) == 0
 
-        def lines(i: Index, matrix=matrix, form=form, zero=zero, element=element) -> list[str]:  # noqa: ANN001
+        def lines(i: Index, matrix=matrix, form=form, zero=zero, element=element) -> list[str]:
             values = [e.type(element) + "(0)"] * 2 if zero else [form.text(i), form.text(i.at(1))]
             return e.dialect.matrix_set(matrix, half(i), (values[0], values[1]))
 
@@ -92,7 +92,7 @@ def half(i: Index) -> str:
     return "0" if not i.columns else "r >> 1"
 
 
-def pairs(e: Emitter, count: int, lines) -> None:  # noqa: ANN001
+def pairs(e: Emitter, count: int, lines) -> None:
     """Lines for each matrix, in a loop over every second register."""
     from nitinol.compiler.gpu.memory import Stepped
     from nitinol.compiler.gpu.tree import Each, Statement
@@ -173,5 +173,6 @@ def by_elements(e: Emitter, op: Op) -> None:
         value = f"fma({x}, {y}, {total})" if op.result.element.is_float else f"{total} + {x} * {y}"  # type: ignore[union-attr]
         return [f"for (int k = 0; k < {k}; k++) {total} = {value};"]
 
-    e.each(layout.count, lines, [form], [Access("read", piece) for _, piece in shared])
+    e.each(layout.count, lines, [form], [Access("read", piece) for _, piece in shared],
+           defines=[name])  # fmt: skip
     e.forms[op.result, layout] = form

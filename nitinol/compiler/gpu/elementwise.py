@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nitinol.compiler.gpu.forms import bare
 from nitinol.compiler.ir import COMPARISONS, Op
 from nitinol.compiler.semantics import round_to
 from nitinol.language.types import (
@@ -100,7 +101,7 @@ def _float(op: Op, element: DType, name: str, a: list[str], dialect: ModuleType,
     if kind == "neg":
         return f"-{a[0]}"
     narrow = element in _NARROW
-    wide = [f"float({x})" for x in a] if narrow else a
+    wide = [f"float({bare(x)})" if narrow else bare(x) for x in a]
     if kind in ("min", "max"):
         function = f"f{kind}"
         if op.attributes.get("propagate_nan", False):
@@ -125,29 +126,27 @@ def _integer(kind: str, element: DType, name: str, a: list[str], dialect: Module
             return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
         unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
         if narrow or element.is_signed:
-            return f"{name}({unsigned}({a[0]}) {_OPERATORS[kind]} {unsigned}({a[1]}))"
+            return f"{name}({unsigned}({bare(a[0])}) {_OPERATORS[kind]} {unsigned}({bare(a[1])}))"
         return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
-    if kind in ("div", "rem"):
-        text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
-    elif kind in ("and", "or", "xor", "shr"):
+    if kind in ("div", "rem") or kind in ("and", "or", "xor", "shr"):
         text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
     elif kind in ("min", "max"):
-        return f"{kind}({a[0]}, {a[1]})"
+        return f"{kind}({bare(a[0])}, {bare(a[1])})"
     elif kind == "mulhi":
         if not narrow:
-            return f"mulhi({a[0]}, {a[1]})"
+            return f"mulhi({bare(a[0])}, {bare(a[1])})"
         wide = "int" if element.is_signed else "uint"
-        return f"{name}({wide}({a[0]}) * {wide}({a[1]}) >> {element.bits})"
+        return f"{name}({wide}({bare(a[0])}) * {wide}({bare(a[1])}) >> {element.bits})"
     elif kind == "not":
         text = f"~{a[0]}"
     elif kind == "neg":
         unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
-        return f"{name}(-{unsigned}({a[0]}))"
+        return f"{name}(-{unsigned}({bare(a[0])}))"
     elif kind == "abs":
         if not element.is_signed:
             return a[0]
         unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
-        return f"{a[0]} < 0 ? {name}(-{unsigned}({a[0]})) : {a[0]}"
+        return f"{a[0]} < 0 ? {name}(-{unsigned}({bare(a[0])})) : {a[0]}"
     else:
         raise AssertionError(kind)
     return f"{name}({text})" if narrow else text
@@ -166,8 +165,8 @@ def cast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
     if target == int1:
         return f"{x} != 0"
     if source in _NARROW and target in _NARROW:
-        x = f"float({x})"  # holds both
-    return f"{name}({x})"
+        x = f"float({bare(x)})"  # holds both
+    return f"{name}({bare(x)})"
 
 
 def bitcast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
@@ -178,5 +177,5 @@ def bitcast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
             return f"({dialect.type_name(target)}){x}"
         return cast(x, source, target, dialect)
     if int1 in (source, target):
-        return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}({x})"
-    return f"as_type<{dialect.type_name(target)}>({x})"
+        return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}({bare(x)})"
+    return f"as_type<{dialect.type_name(target)}>({bare(x)})"

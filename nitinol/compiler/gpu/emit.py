@@ -15,14 +15,13 @@ from nitinol.compiler.analysis import base_pointer, uses_of
 from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.gpu import convert, dot, elementwise, memory, reduction
 from nitinol.compiler.gpu.assign import Assignment, operand_layouts
-from nitinol.compiler.gpu.forms import Form, Index, expression, fixed, linear, literal, variable
+from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
 from nitinol.compiler.gpu.tree import Access, Each, Nest, Scratch, Statement, accesses
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value, walk
 from nitinol.language.types import DType, PointerType
 
 Lines = Callable[[Index], Sequence[str]]
-_CALL = re.compile(r"[\w:<>]*\w|[\w:<>]+\([^()]*\)|\([^()]*\)")
 
 
 class Emitter:
@@ -79,7 +78,7 @@ class Emitter:
 
     def each(
         self, count: int, lines: Lines, reads: Sequence[Form] = (), touched: Sequence[Access] = (), step: int = 1,
-        defines: str = "", declaration: str = "",
+        defines: Sequence[str] = (), declaration: str = "",
     ) -> None:  # fmt: skip
         """Lines for every register: plain if there is one, else in a loop, if possible in the one before."""
         if count == 1:
@@ -94,6 +93,7 @@ class Emitter:
             isinstance(last, Each)
             and (last.count, last.step) == (count, step)
             and not any(name in last.defined and not plain for name, plain in names)
+            and not last.elsewhere & set(defines)
             and not any(a.conflicts(b) for a in touched for b in accesses(last))
             and not any(isinstance(a.where, Scratch) for a in touched)
         )
@@ -104,7 +104,8 @@ class Emitter:
         if declaration:
             self.nodes.insert(-1, Statement([declaration], self.line))
         last.statements.append(Statement(list(lines(index)), self.line, list(touched)))
-        last.defined.add(defines)
+        last.defined.update(defines)
+        last.elsewhere.update(name for name, plain in names if not plain)
 
     def type(self, element: DType | PointerType) -> str:
         return self.dialect.type_name(element)
@@ -116,7 +117,7 @@ class Emitter:
         if count == 1:
             self.each(1, lambda i: [f"{kind}{space}{name} = {form.text(i)};"], [form])
         else:
-            self.each(count, lambda i: [f"{name}[{i}] = {form.text(i)};"], [form], defines=name,
+            self.each(count, lambda i: [f"{name}[{i}] = {form.text(i)};"], [form], defines=[name],
                       declaration=f"{kind}{space}{name}[{count}];")  # fmt: skip
         return variable(name, count)
 
@@ -262,7 +263,7 @@ class Emitter:
             return elementwise.expression(op, list(texts), self.dialect, index, self.helpers)
 
         form = expression(make, *operands)
-        form = Form(form.text, form.names, bool(_CALL.fullmatch(form.text(fixed(0)))))
+        form = Form(form.text, form.names, closed(form.text(fixed(0))))
         if op.kind == "addptr":
             form = Form(form.text, form.names, False, (operands[0], operands[1]))
         return form
@@ -276,7 +277,7 @@ class Emitter:
                 return place
             return f"{start} + {place if place.isidentifier() or place.isdigit() else f'({place})'}"
 
-        return Form(text, lambda i: set(), not start and text(fixed(0)) in ("lane", "0"))
+        return Form(text, lambda i: set(), not start and not layout.registers and text(fixed(0)) in ("lane", "0"))
 
     def view(self, op: Op, result: Value, layout: Layout) -> Form:
         source = op.operands[0]
@@ -326,7 +327,7 @@ class Emitter:
         layouts = [self.assignment.home[v] for v in like]
         forms = [self.form(v, layout) for v, layout in zip(values, layouts)]
         index = Index(identity(8))
-        own = [next(iter(v.names(index)))[0] for v in variables]
+        own = [v.variable for v in variables]
         for i, form in enumerate(forms):
             reads = form.names(index)
             layout = layouts[i]
@@ -344,7 +345,7 @@ class Emitter:
                 continue
             self.each(
                 layout.count, lambda i, t=target, f=form: [f"{t.text(i)} = {f.text(i)};"], [form, target],  # type: ignore[misc]
-                defines=next(iter(target.names(index)))[0],
+                defines=[target.variable],
             )  # fmt: skip
 
     def nested(self, block: Block, loop: bool, work: Callable[[], None]) -> list[Any]:

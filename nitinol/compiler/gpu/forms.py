@@ -86,13 +86,15 @@ def linear(columns: Map, name: str, first: int = 0) -> str:
 class Form:
     """`text(index)`: the value in that register. `names(index)`: the arrays it reads and whether plainly at r.
 
-    `simple`: needs no parentheses as an operand. `parts`: base and offset of a pointer expression.
+    `simple`: needs no parentheses as an operand. `parts`: base and offset of a pointer expression. `variable`: the
+    name if it is a variable, which may be assigned to.
     """
 
     text: Callable[[Index], str]
     names: Callable[[Index], set[tuple[str, bool]]]
     simple: bool = True
     parts: tuple[Form, Form] | None = None
+    variable: str = ""
 
     def operand(self, index: Index) -> str:
         text = self.text(index)
@@ -109,8 +111,8 @@ class Form:
 def variable(name: str, count: int) -> Form:
     """A declared variable, an array if there is more than one register."""
     if count == 1:
-        return Form(lambda i: name, lambda i: {(name, True)})
-    return Form(lambda i: f"{name}[{i}]", lambda i: {(name, i.plain)})
+        return Form(lambda i: name, lambda i: {(name, True)}, variable=name)
+    return Form(lambda i: f"{name}[{i}]", lambda i: {(name, i.plain)}, variable=name)
 
 
 def expression(make: Callable[..., str], *operands: Form, simple: bool = False) -> Form:
@@ -124,3 +126,30 @@ def expression(make: Callable[..., str], *operands: Form, simple: bool = False) 
 
 def literal(text: str) -> Form:
     return Form(lambda i: text, lambda i: set())
+
+
+def bare(text: str) -> str:
+    """Without parentheses around the whole."""
+    return text[1:-1] if text.startswith("(") and _closing(text, 0) == len(text) - 1 else text
+
+
+def closed(text: str) -> bool:
+    """Whether a text can be an operand as it is: a name, number, call or index, or something in parentheses."""
+    at = 0
+    while at < len(text) and (text[at].isalnum() or text[at] in "_.:"):
+        at += 1
+    if at < len(text) and text[at] == "<" and at and (end := text.find(">", at)) > 0 and text[end + 1 : end + 2] == "(":
+        at = end + 1  # as_type<int>(...)
+    while at < len(text) and text[at] in "([":
+        at = _closing(text, at) + 1
+    return at == len(text)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket at `start` is closed."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] in "([") - (text[at] in ")]")
+        if depth == 0:
+            return at
+    return len(text)

@@ -85,11 +85,11 @@ def load(e: Emitter, op: Op) -> None:
     if width:
         vectors(e, layout, width, wide, reads, access, name, declaration)
     else:
-        e.each(layout.count, single, reads, [access], defines=name, declaration=declaration)
+        e.each(layout.count, single, reads, [access], defines=[name], declaration=declaration)
     e.forms[result, layout] = form
 
 
-def vectors(e: Emitter, layout: Layout, width: int, lines, reads: list[Form], access: Access, name: str, declaration: str) -> None:  # noqa: ANN001, E501
+def vectors(e: Emitter, layout: Layout, width: int, lines, reads: list[Form], access: Access, name: str, declaration: str) -> None:  # noqa: E501
     """One access for each group of 2**width registers."""
     if declaration:
         e.say(declaration)
@@ -101,7 +101,7 @@ def vectors(e: Emitter, layout: Layout, width: int, lines, reads: list[Form], ac
     def masked(i: Index) -> list[str]:
         return lines(Stepped(columns))
 
-    e.each(layout.count, masked, reads, [access], step=1 << width, defines=name)
+    e.each(layout.count, masked, reads, [access], step=1 << width, defines=[name])
 
 
 class Stepped(Index):
@@ -165,7 +165,7 @@ def atomic_cas(e: Emitter, op: Op) -> None:
         element, pointer.text(i), expected.text(i), desired.text(i), e.helpers))  # fmt: skip
 
 
-def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | None, text) -> None:  # noqa: ANN001
+def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | None, text) -> None:
     """One thread acts for each element; the old value is handed on to those that hold copies."""
     access = touched(e, op, "atomic", layout)
     owner = e.owner(layout)
@@ -182,7 +182,7 @@ def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | N
         target = name if layout.count == 1 else f"{name}[{i}]"
         return ([f"{target} = 0;"] if guard else []) + [f"{guard}{target} = {text(i)};"]
 
-    e.each(layout.count, lines, forms, [access], defines=name, declaration=declaration)
+    e.each(layout.count, lines, forms, [access], defines=[name], declaration=declaration)
     form = variable(name, layout.count)
     if used and owner:
         form = convert.by_memory(e, op.result, form, layout, layout)

@@ -23,7 +23,7 @@ def combine(e: Emitter, op: Op, left: Sequence[str], right: Sequence[str]) -> tu
     lines: list[str] = []
     single = combine_kind(op) is not None
 
-    def text(value) -> str:  # noqa: ANN001
+    def text(value) -> str:
         return texts[value] if value in texts else e.form(value).operand(fixed(0))
 
     for inner in region.ops[:-1]:
@@ -81,17 +81,8 @@ class Running:
             return before + [f"{r.text(i)} = {t};" for r, t in zip(results, texts)]
 
         reads = [Form(f.text, lambda i, f=f: {(n, False) for n, _ in f.names(i)}) for f in forms]  # type: ignore[misc]
-        self.e.each(count, lines, reads, defines=names[0])
-        for name in names[1:]:
-            self.mark(name)
+        self.e.each(count, lines, reads, defines=names)
         self.forms, self.count = results, count
-
-    def mark(self, name: str) -> None:
-        from nitinol.compiler.gpu.tree import Each
-
-        last = self.e.nodes[-1]
-        if isinstance(last, Each):
-            last.defined.add(name)
 
     def across(self, mask: int) -> None:
         """Combines with the lane whose number differs by `mask`; the lower lane's value is always on the left."""
@@ -115,14 +106,14 @@ class Running:
             before, texts = combine(e, op, left, right)
             return out + before + assign([f.text(i) for f in forms], texts, self.kinds)
 
-        e.each(self.count, scoped(lines) if self.count == 1 else lines, forms)
+        e.each(self.count, scoped(lines) if self.count == 1 else lines, forms, defines=[f.variable for f in forms])
 
 
 def assign(targets: Sequence[str], texts: Sequence[str], kinds: Sequence[str]) -> list[str]:
     return [f"{target} = {text};" for target, text in zip(targets, texts)]
 
 
-def scoped(lines):  # noqa: ANN001, ANN201
+def scoped(lines):
     """Lines in a block of their own, if they declare anything."""
 
     def inner(i: Index) -> list[str]:
@@ -200,9 +191,7 @@ def between_warps(e: Emitter, op: Op, running: Running, layout: Layout, result: 
         return out + [f"{r.text(i)} = {t};" for r, t in zip(results, current)]
 
     e.each(result.count, scoped(lines) if result.count == 1 else lines, [], [Access("read", p) for _, p in pieces],
-           defines=names[0])  # fmt: skip
-    for name in names[1:]:
-        running.mark(name)
+           defines=names)  # fmt: skip
     running.forms = results
 
 
@@ -221,13 +210,13 @@ def scan(e: Emitter, op: Op) -> None:
 
         def step(i: Index) -> list[str]:
             here, before = f"r ^ {flip}" if flip else "r", f"(r - 1) ^ {flip}" if flip else "r - 1"
-            names = [f.text(Index((), 0)).split("[")[0] for f in forms]
+            names = [f.variable for f in forms]
             lines, texts = combine(e, op, [f"{n}[{before}]" for n in names], [f"{n}[{here}]" for n in names])
             inner = lines + assign([f"{n}[{here}]" for n in names], texts, running.kinds)
             return [f"if ((r & {run - 1}) != 0) {{", *("    " + text for text in inner), "}"]
 
         reads = [Form(f.text, lambda i, f=f: {(n, False) for n, _ in f.names(i)}) for f in forms]  # type: ignore[misc]
-        e.each(count, step, reads, defines="*")
+        e.each(count, step, reads, defines=[f.variable for f in forms])
     if width > 1:
         lanes_scan(e, op, running, split, run, width, reverse)
     names = {r: v for r, v in zip(op.results, running.forms)}
@@ -269,7 +258,7 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
             inner = before + assign([t.text(i) for t in totals], texts, running.kinds)
             return [*out, f"if ({inside(distance)}) {{", *("    " + text for text in inner), "}"]
 
-        e.each(outer, scoped(lines) if outer == 1 else lines, totals)
+        e.each(outer, scoped(lines) if outer == 1 else lines, totals, defines=[t.variable for t in totals])
         distance *= 2
     if run == 1:
         running.forms = totals
@@ -285,7 +274,7 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
         inner = before + assign([f.text(i) for f in forms], texts, running.kinds)
         return [f"if ({inside(1)}) {{", *("    " + text for text in inner), "}"]
 
-    e.each(count, spread, [*forms, *(p.through(down) for p in prefixes)])
+    e.each(count, spread, [*forms, *(p.through(down) for p in prefixes)], defines=[f.variable for f in forms])
 
 
 __all__ = ["apply", "reduce", "scan"]

@@ -64,6 +64,7 @@ class Each:
     step: int
     statements: list[Statement]
     defined: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)  # arrays read at other registers than r
 
 
 @dataclass
