@@ -171,3 +171,25 @@ def test_a_masked_store_of_narrowed_lanes_leaves_the_others_alone(kind, block, n
     out = np.full(block, 77, kind)
     first_lanes[(1,)](x, out, N=n, BLOCK=block)
     np.testing.assert_array_equal(out, np.concatenate([x[:n].astype(kind), np.full(block - n, 77, kind)]))
+
+
+@jit
+def divide(x, y, quotient, remainder, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(quotient + i, tl.load(x + i) // tl.load(y + i))
+    tl.store(remainder + i, tl.load(x + i) % tl.load(y + i))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint8, np.uint32])
+def test_integer_division_is_total(kind):
+    info = np.iinfo(kind)
+    minus_one = info.max if info.min == 0 else -1
+    values = np.array([0, 1, 2, 7, info.max, info.min, info.min + 1, minus_one], kind)
+    x, y = (a.reshape(-1).copy() for a in np.meshgrid(values, values))
+    results = [np.full(64, 77, kind) for _ in range(4)]
+    divide[(1,)](x, y, *results[:2], BLOCK=64)
+    with interpret():
+        divide[(1,)](x, y, *results[2:], BLOCK=64)
+    np.testing.assert_array_equal(results[0], results[2])
+    np.testing.assert_array_equal(results[1], results[3])
+    np.testing.assert_array_equal(results[0][y == 0], 0)

@@ -398,3 +398,20 @@ def test_invariants_leave_loops():
     out[0] = 3
     run(function, (1,), [out, 5, 2])
     assert out[0] == sum(25 + 5 * i + 2 + 3 + j for i in range(2) for j in range(2))
+
+
+def test_comparisons_that_ranges_decide_are_folded():
+    from nitinol.language.types import PointerType, TileType
+
+    for kind, bound, expected in [("lt", 8, True), ("lt", 7, None), ("le", 7, True), ("ge", 0, True), ("gt", 7, False)]:
+        index = ir.create("arange", [], [TileType(int32, (8,))], start=0, end=8)
+        limit = ir.create("constant", [], [int32], value=bound)
+        tile = ir.create("splat", [limit.result], [TileType(int32, (8,))])
+        compare = ir.create(kind, [index.result, tile.result], [TileType(int1, (8,))])
+        pointer = ir.Value(PointerType(int1), None, "out")
+        pointers = ir.create("splat", [pointer], [TileType(PointerType(int1), (8,))])
+        store = ir.create("store", [pointers.result, compare.result], [])
+        block = ir.Block([], [index, limit, tile, compare, pointers, store])
+        function = ir.Function("kernel", [pointer], block, [1])
+        passes.simplify(function)
+        assert ir.constant_of(function.body.ops[-1].operands[1]) is expected, (kind, bound)

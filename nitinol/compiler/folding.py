@@ -145,7 +145,7 @@ class _Folder:
         if kind in ELEMENTWISE:
             if kind in _COMMUTATIVE and constant_of(op.operands[0]) is not None and constant_of(op.operands[1]) is None:
                 op.operands.reverse()
-            value = self.evaluated(op) or self.identity(op) or self.uniform(op)
+            value = self.evaluated(op) or self.decided(op) or self.identity(op) or self.uniform(op)
             return None if value is None else [value]
         if kind in ("broadcast", "reshape", "trans"):
             value = self.view(op)
@@ -180,6 +180,21 @@ class _Folder:
         scalars = [constant(n, v.element) for n, v in zip(numbers, op.operands)]
         with np.errstate(all="ignore"):
             return self.known(np.asarray(elementwise(op)(*scalars)).item(), op.result.type)
+
+    def decided(self, op: Op) -> Value | None:
+        """The result of an integer comparison that the ranges of both sides decide: `arange(0, 64) < 64`."""
+        if op.kind not in ("lt", "le", "gt", "ge") or (left := _range(op.operands[0])) is None:
+            return None
+        if (right := _range(op.operands[1])) is None:
+            return None
+        if op.kind in ("gt", "ge"):
+            left, right = right, left
+        strict = op.kind in ("lt", "gt")
+        if left[1] < right[0] or (left[1] == right[0] and not strict):
+            return self.known(True, op.result.type)
+        if left[0] > right[1] or (left[0] == right[1] and strict):
+            return self.known(False, op.result.type)
+        return None
 
     def uniform(self, op: Op) -> Value | None:
         """One scalar operation instead of one on tiles that hold the same value in each lane."""
@@ -294,3 +309,17 @@ def _holds(wide: DType | PointerType, narrow: DType | PointerType) -> bool:
     if wide.is_float:
         return narrow.bits < {float16: 11, bfloat16: 8, float32: 24, float64: 53}[wide]
     return wide.bits > narrow.bits and (wide.is_signed or not narrow.is_signed)
+
+
+def _range(value: Value) -> tuple[int, int] | None:
+    """The least and the greatest integer a tile of indices holds, if it is plain to see."""
+    number = constant_of(value)
+    if isinstance(number, int) and not isinstance(number, bool):
+        return number, number
+    op = value.op
+    if op is None:
+        return None
+    if op.kind == "arange":
+        return op.attributes["start"], op.attributes["end"] - 1
+    widens = op.kind == "cast" and op.result.element.nbytes >= op.operands[0].element.nbytes
+    return _range(op.operands[0]) if widens or op.kind in ("broadcast", "reshape", "trans") else None

@@ -13,6 +13,7 @@ blocks of a walk then share their address arithmetic and differ in an instructio
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -197,7 +198,8 @@ class LaneBuilder:
         width: int,
     ) -> Lanes:
         """One elementwise operation of the tile IR on lanes of the given element types."""
-        cheap = self._index_arithmetic(kind, args, types, result, width)
+        cheap = self._mask(kind, args, width) if result == int1 else None
+        cheap = cheap or self._index_arithmetic(kind, args, types, result, width)
         if cheap is not None:
             return cheap
         if all(isinstance(a, Uniform) for a in args):
@@ -216,6 +218,20 @@ class LaneBuilder:
         else:
             values = [self.vector(a, t, width) for a, t in zip(args, types)]
         return self.wrap(self._compute(kind, values, types, result, attributes), width)
+
+    def _mask(self, kind: str, args: list[Lanes], width: int) -> Lanes | None:
+        """Comparisons of constants, and conjunctions with them: a row's mask stays one bit for all lanes."""
+        if kind == "and":
+            for mask, other in (args, args[::-1]):
+                if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant):
+                    return other if mask.value.constant else mask
+        if kind in _COMPARE and all(isinstance(a, (Affine, Uniform)) for a in args):
+            lanes = [_constant_lanes(a, width) for a in args]
+            if None not in lanes:
+                bits = [_COMPARE[kind](x, y) for x, y in zip(*lanes)]  # type: ignore[arg-type]
+                if len(set(bits)) == 1:
+                    return Uniform(ir.Constant(I1, int(bits[0])))
+        return None
 
     def _index_arithmetic(
         self, kind: str, args: list[Lanes], types: list[DType | PointerType], result: DType | PointerType, width: int
@@ -392,10 +408,8 @@ class LaneBuilder:
             return getattr(b, kind)(*values)
         if kind in ("and", "or"):
             return getattr(b, kind + "_")(*values)
-        if kind == "div":
-            return b.sdiv(*values) if signed else b.udiv(*values)
-        if kind == "rem":
-            return b.srem(*values) if signed else b.urem(*values)
+        if kind in ("div", "rem"):
+            return self._divide(kind, values[0], values[1], signed)
         if kind == "shr":
             return b.ashr(*values) if signed else b.lshr(*values)
         if kind in tile_ir.COMPARISONS:
@@ -420,6 +434,30 @@ class LaneBuilder:
             product = b.mul(*(extend(v, wide) for v in values))
             return b.trunc(b.lshr(product, _splat_constant(wide, type.bits)), values[0].type)
         raise NotImplementedError(f"{kind} of {type}")
+
+    def _divide(self, kind: str, a: ir.Value, b: ir.Value, signed: bool) -> ir.Value:
+        """Integer division for every operand, as the interpreter has it: x / 0 is 0 and x % 0 is x (the instruction
+        would end the process, also in a masked-off lane), the least integer / -1 is itself."""
+        builder = self.b
+        if isinstance(b, ir.Constant):
+            numbers = b.constant if isinstance(b.constant, list) else [b.constant]
+            numbers = [n.constant if isinstance(n, ir.Constant) else n for n in numbers]
+            if all(isinstance(n, int) and n > 0 for n in numbers):
+                return {"div": builder.sdiv if signed else builder.udiv,
+                        "rem": builder.srem if signed else builder.urem}[kind](a, b)  # fmt: skip
+        zero, one = _splat_constant(b.type, 0), _splat_constant(b.type, 1)
+        undefined = is_zero = builder.icmp_signed("==", b, zero)
+        if signed:
+            minus = builder.icmp_signed("==", b, _splat_constant(b.type, -1))
+            undefined = builder.or_(is_zero, minus)
+        safe = builder.select(undefined, one, b)
+        if kind == "div":
+            value = builder.sdiv(a, safe) if signed else builder.udiv(a, safe)
+            if signed:
+                value = builder.select(minus, builder.sub(zero, a), value)
+            return builder.select(is_zero, zero, value)
+        value = builder.srem(a, safe) if signed else builder.urem(a, safe)
+        return builder.select(is_zero, a, value)
 
     def cast(self, value: ir.Value, source: DType | PointerType, result: DType | PointerType) -> ir.Value:
         """Value conversion of a scalar or a vector, by the rules of `cast` in the tile IR."""
@@ -477,6 +515,18 @@ class LaneBuilder:
         if function is None:
             function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
         return self.b.call(function, args)
+
+
+_COMPARE: dict[str, Any] = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+
+
+def _constant_lanes(lanes: Lanes, width: int) -> list[int] | None:
+    """The values of lanes that are known now, else None."""
+    assert not isinstance(lanes, Vector)
+    stride, base, _ = _parts(lanes)
+    return [base + stride * i for i in range(width)] if isinstance(base, int) else None
 
 
 def _parts(lanes: Uniform | Affine) -> tuple[int, Any, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -78,8 +79,14 @@ def load_lanes(
         pointer = g.scalar(address, PointerType(float32))
         if mask is None:
             return Uniform(_from_memory(g, b.load(pointer, align=size, typ=type), element))
-        return Uniform(_guarded_load(g, pointer, element, g.scalar(mask, int1), other))
+        filling = g.scalar(other, element) if other is not None else None
+        return Uniform(_guarded(g, g.scalar(mask, int1), llvm_type(element), 1, filling,
+                                lambda: load_lanes(g, address, element, 1)))
     vector = ir.VectorType(type, width)
+    if isinstance(mask, Uniform) and isinstance(address, Affine):  # masked-off lanes on absent pages are slow
+        filling = g.vector(other, element, width) if other is not None else None
+        return Vector(_guarded(g, g.scalar(mask, int1), llvm_type(element), width, filling,
+                               lambda: load_lanes(g, address, element, width)))
     fill = None
     if mask is not None:
         fill = ir.Constant(vector, ir.Undefined if other is None else None)
@@ -110,6 +117,10 @@ def load_lanes(
 
 
 def _masked_load(g: Generator, vector: ir.VectorType, args: list[ir.Value], align: int) -> ir.Value:
+    if vector.element == ir.HalfType():  # as bits: LLVM takes masked loads of half apart, lane by lane
+        bits = ir.VectorType(ir.IntType(16), vector.count)
+        args = [*args[:2], g.b.bitcast(args[2], bits)]
+        return g.b.bitcast(_masked_load(g, bits, args, align), vector)
     return _masked_call(g, f"llvm.masked.load.{mangle(vector)}.p0", vector, args, 0, align)
 
 
@@ -125,23 +136,24 @@ def _masked_call(
     return g.intrinsic(name, result, args)
 
 
-def _guarded_load(
-    g: Generator, pointer: ir.Value, element: DType | PointerType, flag: ir.Value, other: Lanes | None
+def _guarded(
+    g: Generator, flag: ir.Value, type: ir.Type, width: int, instead: ir.Value | None, load: Callable[[], Lanes]
 ) -> ir.Value:
-    """A scalar load that happens only if the flag is set."""
+    """A load that happens only if the flag is set; `instead`, or zeros, if not."""
     b = g.b
-    type = llvm_type(element)
-    instead = g.scalar(other, element) if other is not None else ir.Constant(type, None if type == POINTER else 0)
+    result = ir.VectorType(type, width) if width > 1 else type
     before = b.block
     inside, after = b.append_basic_block("guarded"), b.append_basic_block("loaded")
     b.cbranch(flag, inside, after)
     b.position_at_end(inside)
-    value = _from_memory(g, b.load(pointer, align=element.nbytes, typ=memory_type(element)), element)
+    lanes = load()
+    value = lanes.value  # type: ignore[union-attr]
+    end = b.block
     b.branch(after)
     b.position_at_end(after)
-    phi = b.phi(type)
-    phi.add_incoming(instead, before)
-    phi.add_incoming(value, inside)
+    phi = b.phi(result)
+    phi.add_incoming(instead if instead is not None else ir.Constant(result, None), before)
+    phi.add_incoming(value, end)
     return phi
 
 
@@ -196,6 +208,8 @@ def store_lanes(
         b.position_at_end(after)
         return
     value = _to_memory(g, g.vector(lanes, element, width), element)
+    if mask is not None and value.type.element == ir.HalfType():  # as for loads
+        value = b.bitcast(value, ir.VectorType(ir.IntType(16), width))
     if isinstance(address, Affine) and address.stride == size:
         first = g.scalar(address, PointerType(float32))
         if mask is None:
