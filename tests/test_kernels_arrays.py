@@ -147,3 +147,12 @@ def test_sampling_steps_hand_on_token_and_position(rng):
         assert state.token.numpy()[0] == chosen[-1]
     assert state.position.numpy()[0] == 5
     np.testing.assert_array_equal(state.history.numpy(), [0, 0, 0, *chosen, 0, 0])
+
+
+def test_absurd_sizes_are_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="a norm over 2097152 values"):
+        norm.rms_norm(na.empty((1, 1 << 21)), na.empty((1 << 21,)))
+    with pytest.raises(ValueError, match="head_dim is 7"):
+        rope.head_arguments(1, 7, True, False)
+    with pytest.raises(ValueError, match="a head_dim of 4096"):
+        attention.causal_attention(na.empty((1, 2, 4096)), na.empty((1, 2, 4096)), na.empty((1, 2, 4096)))

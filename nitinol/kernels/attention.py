@@ -211,6 +211,7 @@ def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
 
 def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
     """Constexpr arguments: queries, keys and values of a block, in fp32, fit a 32 to 64 KB cache together."""
+    check_head(head_dim)
     return {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": tl.next_power_of_2(head_dim),
         "BLOCK_M": min(64, max(8, tl.next_power_of_2(tokens))), "BLOCK_N": 64,
@@ -219,11 +220,18 @@ def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
 
 def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]:
     """Constexpr arguments: about 16 programs, whatever the number of threads."""
+    check_head(head_dim)
     return {
         "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,
         "SPLITS": tl.next_power_of_2(max(1, 16 // kv_heads)),
     }  # fmt: skip
+
+
+def check_head(head_dim: int) -> None:
+    """ValueError for heads that do not fit a block."""
+    if not 0 < head_dim <= 1024:
+        raise ValueError(f"attention with a head_dim of {head_dim}: expected 1 to 1024")
 
 
 def attention_reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float) -> np.ndarray:

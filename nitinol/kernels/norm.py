@@ -14,6 +14,8 @@ from nitinol.array import Output, launch
 from nitinol.kernels.tiles import load_row, store_row
 from nitinol.language.jit import jit
 
+LARGEST_ROW = 1 << 20  # the most values of a tile
+
 
 @jit
 def rms_norm_kernel(
@@ -88,6 +90,8 @@ def _size(x: Any) -> int:
 
 
 def _block(columns: int) -> dict[str, Any]:
+    if not 0 < columns <= LARGEST_ROW:
+        raise ValueError(f"a norm over {columns} values: expected 1 to {LARGEST_ROW}")
     block = tl.next_power_of_2(columns)
     return {"BLOCK": block, "EVEN": block == columns}
 

@@ -118,8 +118,8 @@ def rope_and_cache(
 
 def head_arguments(group: int, head_dim: int, interleaved: bool, norm: bool) -> dict[str, Any]:
     """The kernel's constexpr arguments. ValueError for an odd head_dim."""
-    if head_dim % 2:
-        raise ValueError(f"rotary embedding turns pairs of values: head_dim is {head_dim}, expected an even number")
+    if head_dim % 2 or not 0 < head_dim <= 1024:
+        raise ValueError(f"rotary embedding turns pairs of values: head_dim is {head_dim}, expected 2, 4, .. 1024")
     block = tl.next_power_of_2(head_dim // 2)
     return {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK": block, "INTERLEAVED": interleaved, "NORM": norm}
 
