@@ -214,7 +214,7 @@ def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
     check_head(head_dim)
     return {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": tl.next_power_of_2(head_dim),
-        "BLOCK_M": min(64, max(8, tl.next_power_of_2(tokens))), "BLOCK_N": 64,
+        "BLOCK_M": 16 if tokens <= 16 else 64, "BLOCK_N": 64,
     }  # fmt: skip
 
 
