@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from softmetal import source
-from softmetal.source import SCALARS, SPACES, VECTORS, Chunk, Code, error
+from softmetal.parse import SCALARS, SPACES, VECTORS, Chunk, Code, error, split
 
 REFUSED = {
     "double": "'double' is not supported in Metal; use float",
@@ -43,7 +42,7 @@ def check(code: Code, found: list[Chunk]) -> None:
 
 def check_parameters(code: Code, c: Chunk) -> None:
     assert c.parameters
-    for a, b in source.split(code, *c.parameters):
+    for a, b in split(code, *c.parameters):
         words = code.plain[a : next((k for k in range(a, b) if code.plain[k] == "="), b)]
         if ("*" in words or "&" in words) and not SPACES & set(words):
             if "auto" in words or "(" in words:
@@ -66,17 +65,23 @@ def check_body(code: Code, c: Chunk, kernels: set[str]) -> None:
                 raise error(code.t[i].line, "threadgroup variables can only be declared in a kernel")
         if p[i - 1] in (";", "{", "}") and (w in VECTORS or w in SCALARS or w == "const"):
             k = i + 1 if w == "const" else i
-            if p[k] in VECTORS or p[k] in SCALARS:
-                if p[k + 1] in ("*", "&") and p[k + 2].isidentifier() and p[k + 3] in ("=", ";", ","):
-                    raise error(code.t[i].line, f"the variable '{p[k + 2]}' is a pointer or reference without an address "
-                                "space: write device, constant, threadgroup or thread")  # fmt: skip
-        if w in kernels and p[i + 1] == "(" and code.t[i].kind == "word" and p[i - 1] not in (".", "->", "::"):
+            pointer = p[k + 1] in ("*", "&") and p[k + 2].isidentifier() and p[k + 3] in ("=", ";", ",")
+            if pointer and (p[k] in VECTORS or p[k] in SCALARS):
+                raise error(code.t[i].line, f"the variable '{p[k + 2]}' is a pointer or reference without an "
+                            "address space: write device, constant, threadgroup or thread")  # fmt: skip
+        if w in kernels and p[i + 1] == "(" and p[i - 1] not in (".", "->", "::"):
             raise error(code.t[i].line, f"'{w}' is a kernel; a kernel cannot be called from other functions")
 
 
 def check_variable(code: Code, c: Chunk) -> None:
     words = code.plain[c.start : c.end]
-    if c.template or c.instantiation or not words or words[0] in (";", "friend", "static_assert", "extern") or "sampler" in words:
+    if (
+        c.template
+        or c.instantiation
+        or not words
+        or words[0] in (";", "friend", "static_assert", "extern")
+        or "sampler" in words
+    ):
         return
     if "constant" not in words and len([w for w in words if w.isidentifier()]) >= 2:
         raise error(code.t[c.start].line, "a variable outside a function must be in the constant address space")
@@ -89,16 +94,16 @@ def suspects(code: Code, found: list[Chunk]) -> list[str]:
     for c in found:
         if c.kind == "function" and c.body:
             words = code.plain[c.body[0] : c.body[1]]
-            called = {w for w, n in zip(words, words[1:]) if w in names and n in ("(", "<")}
-            bodies.setdefault(c.name, set()).update(called)
+            calls = {w for w, n in zip(words, words[1:]) if w in names and n in ("(", "<")}  # noqa: RUF007
+            bodies.setdefault(c.name, set()).update(calls)
     result = []
     for name in bodies:
-        reached, todo = set(), [name]
+        reached: set[str] = set()
+        todo = [name]
         while todo:
-            for called in bodies.get(todo.pop(), ()):
-                if called not in reached:
-                    reached.add(called)
-                    todo.append(called)
+            new = bodies.get(todo.pop(), set()) - reached
+            reached |= new
+            todo += new
         if name in reached:
             result.append(name)
     return sorted(result)

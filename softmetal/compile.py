@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from softmetal import source
-from softmetal.source import Argument, Constant, Kernel, MetalError
+from softmetal.kernels import Argument, Kernel, entry
+from softmetal.parse import MetalError
+from softmetal.source import Constant
 
 HERE = Path(__file__).parent
 FREESTANDING = ["-nostdinc", "-fPIC", "-fno-exceptions", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"]
@@ -31,13 +33,19 @@ DIALECT = [
 ]
 # A call of the runtime is one place in the program: machine code must neither merge two nor copy one.
 ONE_PLACE = [
-    "-fno-optimize-sibling-calls",
-    *(x for flag in ("-enable-tail-merge=0", "-disable-tail-duplicate", "-disable-early-taildup", "-tail-dup-placement=0")
-      for x in ("-mllvm", flag)),
-]  # fmt: skip
+    *("-fno-optimize-sibling-calls", "-mllvm", "-enable-tail-merge=0", "-mllvm", "-disable-tail-duplicate"),
+    *("-mllvm", "-disable-early-taildup", "-mllvm", "-tail-dup-placement=0"),
+]
 # Clang leaves one access of every vectorised pair out when it instruments, hence no vectoriser there.
 INSTRUMENTED = [
-    *("-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-gdwarf-4", "-gline-tables-only", "-DSM_INSTRUMENTED"),
+    *(
+        "-fsanitize=thread",
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-gdwarf-4",
+        "-gline-tables-only",
+        "-DSM_INSTRUMENTED",
+    ),
     *("-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write"),
 ]
 
@@ -56,7 +64,11 @@ def zig() -> str:
 
 
 def target() -> list[str]:
-    return ["-target", f"{platform.machine()}-linux-gnu", "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"]
+    return [
+        "-target",
+        f"{platform.machine()}-linux-gnu",
+        "-march=native" if platform.machine() == "x86_64" else "-mcpu=native",
+    ]
 
 
 def run(arguments: Sequence[str], text: str | None = None) -> str:
@@ -79,7 +91,11 @@ def fingerprint() -> str:
     """Of everything but the source: compiler, processor, headers, flags, rewriter."""
     h = hashlib.sha256()
     with contextlib.suppress(OSError):
-        h.update("".join(sorted(set(re.findall(r"^(?:flags|Features).*$", Path("/proc/cpuinfo").read_text(), re.M)))).encode())
+        h.update(
+            "".join(
+                sorted(set(re.findall(r"^(?:flags|Features).*$", Path("/proc/cpuinfo").read_text(), re.M)))
+            ).encode()
+        )
     h.update(f"{zig()} {os.stat(zig()).st_size} {os.stat(zig()).st_mtime_ns}".encode())
     for path in sorted([*HERE.glob("include/*.h"), *HERE.glob("native/*"), *HERE.glob("*.py")]):
         h.update(path.name.encode() + path.read_bytes())
@@ -135,13 +151,17 @@ PREDEFINED = {
     "__HAVE_SIMDGROUP_MATRIX__": "1", "__HAVE_SIMDGROUP_REDUCTION__": "1", "__APPLE__": "1", "__cplusplus": "201703L",
     "METAL_FUNC": "inline __attribute__((always_inline))", "METAL_CONST_ARG(x)": "", "coherent(x)": "",
 }  # fmt: skip
-OURS = re.compile(r"^[ \t]*#[ \t]*(?:include|import)[ \t]*[<\"](?:metal_\w+|simd/simd\.h|TargetConditionals\.h)[>\"].*$", re.M)
+OURS = re.compile(
+    r"^[ \t]*#[ \t]*(?:include|import)[ \t]*[<\"](?:metal_\w+|simd/simd\.h|TargetConditionals\.h)[>\"].*$", re.M
+)
 
 
 def preprocess(text: str, macros: dict[str, str]) -> str:
     """Expands the user's macros; what the language's own headers define stays for the compiler."""
     flags = ["-E", "-undef", "-nostdinc", "-x", "c++", "-std=c++17", *defines({**PREDEFINED, **macros})]
-    done = run(["clang", *flags, "-Wno-builtin-macro-redefined", "-w", "-"], '# 1 "program_source"\n' + OURS.sub("", text))
+    done = run(
+        ["clang", *flags, "-Wno-builtin-macro-redefined", "-w", "-"], '# 1 "program_source"\n' + OURS.sub("", text)
+    )
     return done
 
 
@@ -166,7 +186,7 @@ class Compiled:
         return [*flags(instrumented), "-include-pch", str(header(instrumented))]
 
     def text(self, program: source.Program, wanted: Sequence[int]) -> str:
-        entries = "".join(source.entry(program.kernels[n], n) for n in wanted)
+        entries = "".join(entry(program.kernels[n], n) for n in wanted)
         return f'{program.text}\n# 1 "softmetal_entries"\n{entries}'
 
     def syntax(self, program: source.Program) -> None:
@@ -182,7 +202,9 @@ class Compiled:
             dump = run(["clang", *flags, "-Xclang", "-ast-dump=json", f"-Xclang=-ast-dump-filter={name}", "-"], text)
             calls |= references(dump)
         if name := cycle(calls):
-            raise MetalError(f"program_source: error: the function '{name.split(' ')[0]}' calls itself; Metal has no recursion")
+            raise MetalError(
+                f"program_source: error: the function '{name.split(' ')[0]}' calls itself; Metal has no recursion"
+            )
 
     def library(self, number: int, values: dict[str, str], instrumented: bool) -> Path:
         """Machine code of kernel `number`; of all kernels at once if they are few and nothing is specialised."""
@@ -224,12 +246,15 @@ def readable(messages: str) -> str:
 
 def references(dump: str) -> dict[str, set[str]]:
     """The functions of a dumped syntax tree, as "name type", with the functions that each refers to."""
-    decoder, found, at = json.JSONDecoder(), {}, 0
+    found: dict[str, set[str]] = {}
+    decoder, at = json.JSONDecoder(), 0
     while (at := dump.find("{", at)) >= 0:
         node, at = decoder.raw_decode(dump, at)
         for f in walk(node):
             if f.get("kind") in ("FunctionDecl", "CXXMethodDecl"):
-                used = [d["referencedDecl"] for d in walk(f) if d.get("kind") == "DeclRefExpr" and "referencedDecl" in d]
+                used = [
+                    d["referencedDecl"] for d in walk(f) if d.get("kind") == "DeclRefExpr" and "referencedDecl" in d
+                ]
                 found.setdefault(identity(f), set()).update(identity(d) for d in used)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from softmetal.device import Device
-from softmetal.device import SharedEventListener as MTLSharedEventListener
+from softmetal.events import SharedEventListener as MTLSharedEventListener
 from softmetal.objects import (
     CONSTANTS,
     MTLCommandBufferDescriptor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import Structure, c_char, c_uint32, c_uint64, c_void_p
+from ctypes import Structure, c_uint32, c_uint64, c_void_p
 
 from softmetal import compile
 
@@ -103,6 +103,3 @@ class Code:
         words = (c_uint64 * ((end - start) // 8)).from_address(start)
         found = {words[i + 1]: words[i + 2] for i in range(0, len(words), 3) if words[i] == number}
         return sum((size + 15) // 16 * 16 for size in found.values())
-
-
-__all__ = ["Code", "Counters", "Dispatch", "Op", "Report", "c_char", "execute", "read_counters", "runtime", "take_reports"]

@@ -233,7 +233,7 @@ def number(value: Any, name: str) -> str:
     if name in ("float", "half", "bfloat"):
         v = float(value)
         if math.isnan(v) or math.isinf(v):
-            return f"({name})({'-' if v < 0 else ''}__builtin_{'nan' if math.isnan(v) else 'inf'}f({chr(34) * 2 if math.isnan(v) else ''}))"
+            return f"({name})NAN" if math.isnan(v) else f"({name})({'-' if v < 0 else ''}INFINITY)"
         return f"({name}){v.hex()}f" if v >= 0 else f"({name})(-{abs(v).hex()}f)"
     v = int(value)
     if name in ("long", "ulong"):

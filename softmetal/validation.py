@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from softmetal import lines, native
-from softmetal.device import Buffer, Pipeline
+from softmetal.buffers import Buffer
+from softmetal.library import Pipeline
 
 BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE = range(1, 8)
 SPARE = 128  # entries that the runtime adds for a threadgroup's own memory
@@ -27,32 +28,37 @@ def count(array: ctypes.Array[ctypes.c_uint64]) -> int:
     return int(array[len(array) - 1])
 
 
-def describe(r: native.Report) -> str:
-    """A finding of the runtime as a sentence with kernel, thread and source line."""
+def describe(r: native.Report, instrumented: bool) -> str:
+    """A finding of the runtime as a sentence with kernel, thread and (in instrumented code) source line."""
     pipeline = Pipeline._all.get(r.kernel)
     name = pipeline.kernel.name if pipeline else "?"
-    code = pipeline._codes.get(True) or pipeline._codes.get(False) if pipeline else None
-    line = lines.find(code.path, r.pc - 1) if code and r.pc else ""
-    other = lines.find(code.path, r.other_pc - 1) if code and r.other_pc else ""
-    thread, group = tuple(r.thread), tuple(r.group)
-    where = f"kernel '{name}', thread {thread} of threadgroup {group}" + (f", line {line}" if line else "")
+    path = pipeline.code(True).path if pipeline and instrumented else ""
+    line = lines.find(path, r.pc - 1) if path and r.pc else ""
+    other = lines.find(path, r.other_pc - 1) if path and r.other_pc else ""
+    at_other = f" in line {other}" if other else ""
+    where = f"kernel '{name}', thread {tuple(r.thread)} of threadgroup {tuple(r.group)}" + (
+        f", line {line}" if line else ""
+    )
     space = "threadgroup" if r.space == 2 else "device"
-    access = f"{'writes' if r.write else 'reads'} {r.size} bytes"
-    before = f"{'written' if r.other_write else 'read'} by thread {r.other_thread}" + (f" in line {other}" if other else "")
+    access = f"{where}: {'writes' if r.write else 'reads'} {r.size} bytes"
+    done = "written" if r.other_write else "read"
+    who = f"thread {r.other_thread}" if r.other_thread < 1024 else "several threads"
     if r.kind == BOUNDS:
-        place = (f"{r.offset} bytes after the start of memory of {r.length} bytes" if r.length else f"at address {r.address:#x}, "
-                 "where no argument of the kernel lies")  # fmt: skip
-        return f"validation: out of bounds: {where}: {access} {place}"
+        place = f"{r.offset} bytes after the start of memory of {r.length} bytes"
+        nowhere = f"at address {r.address:#x}, where no argument of the kernel lies"
+        return f"validation: out of bounds: {access} {place if r.length else nowhere}"
     if r.kind == RACE:
-        return f"validation: data race: {where}: {access} of {space} memory, {before} of the same threadgroup with no barrier between"
+        before = f"{done} by {who}{at_other} of the same threadgroup with no barrier between"
+        return f"validation: data race: {access} of {space} memory, {before}"
     if r.kind == RACE_ACROSS:
-        what = f"{'written' if r.other_write else 'read'} by another threadgroup or dispatch" + (f" in line {other}" if other else "")
-        return f"validation: data race: {where}: {access} of device memory, {what} with nothing that orders them"
+        before = f"{done} by another threadgroup or dispatch{at_other} with nothing that orders them"
+        return f"validation: data race: {access} of device memory, {before}"
     if r.kind == DIVERGENT:
-        return (f"validation: divergent barrier: {where}: waits at a barrier that other threads of the threadgroup do not reach"
-                + (f" (one waits in line {other})" if other else " (they have ended)"))  # fmt: skip
+        others = f"one waits{at_other}" if other else "they have ended"
+        return f"validation: divergent barrier: {where}: waits at a barrier that not all threads reach ({others})"
     if r.kind == UNINITIALISED:
-        return f"validation: uninitialised: {where}: {access} of threadgroup memory that nobody has written"
+        return f"validation: uninitialised: {access} of threadgroup memory that nobody has written"
     if r.kind == TOO_LARGE:
         return f"{where}: threadgroup memory exceeds 32768 bytes"
-    return f"page fault: {where}: touches address {r.address:#x}, which is no memory of the process (run with validation to see why)"
+    hint = "" if instrumented else " (run with validation to see why)"
+    return f"page fault: {where}: touches address {r.address:#x}, which is no memory of the process{hint}"

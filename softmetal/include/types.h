@@ -258,7 +258,6 @@ template <class T> struct make_signed { typedef __make_signed(T) type; };
 template <class T> using underlying_type_t = __underlying_type(T);
 template <class T> using decay_t = __decay(T);
 template <class T> struct decay { typedef __decay(T) type; };
-template <class...> using void_t = void;
 template <class... B> constexpr bool disjunction_v = (B::value || ...);
 template <class... B> constexpr bool conjunction_v = (B::value && ...);
 template <class... B> struct disjunction { static constexpr constant bool value = (B::value || ...); };
@@ -298,11 +297,11 @@ typedef bool_constant<false> false_type;
 using ::as_type;
 
 struct os_log {        // messages of kernels go nowhere
-    constexpr os_log(constant char *, constant char *) {}
-    template <class... A> SM_INLINE void log(constant char *, A...) const {}
-    template <class... A> SM_INLINE void log_debug(constant char *, A...) const {}
-    template <class... A> SM_INLINE void log_info(constant char *, A...) const {}
-    template <class... A> SM_INLINE void log_error(constant char *, A...) const {}
-    template <class... A> SM_INLINE void log_fault(constant char *, A...) const {}
+    template <class A, class B> constexpr os_log(A, B) {}
+    template <class F, class... A> SM_INLINE void log(F, A...) const {}
+    template <class F, class... A> SM_INLINE void log_debug(F, A...) const {}
+    template <class F, class... A> SM_INLINE void log_info(F, A...) const {}
+    template <class F, class... A> SM_INLINE void log_error(F, A...) const {}
+    template <class F, class... A> SM_INLINE void log_fault(F, A...) const {}
 };
 }

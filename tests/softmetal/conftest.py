@@ -55,9 +55,13 @@ class Runner:
         for i, length in enumerate(memory):
             encoder.setThreadgroupMemoryLength_atIndex_(length, i)
         if threads is not None:
-            encoder.dispatchThreads_threadsPerThreadgroup_(Metal.MTLSizeMake(*three(threads)), Metal.MTLSizeMake(*three(size)))
+            encoder.dispatchThreads_threadsPerThreadgroup_(
+                Metal.MTLSizeMake(*three(threads)), Metal.MTLSizeMake(*three(size))
+            )
         else:
-            encoder.dispatchThreadgroups_threadsPerThreadgroup_(Metal.MTLSizeMake(*three(groups)), Metal.MTLSizeMake(*three(size)))
+            encoder.dispatchThreadgroups_threadsPerThreadgroup_(
+                Metal.MTLSizeMake(*three(groups)), Metal.MTLSizeMake(*three(size))
+            )
         encoder.endEncoding()
         commands.commit()
         commands.waitUntilCompleted()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (Metal source in strings)
 """Kernels in the style of other people's Metal code, compared with NumPy; each also clean under validation."""
 
 from __future__ import annotations
@@ -326,7 +327,12 @@ def test_attention(runner, mode, rng, size, keys, causal):
     constants.setConstantValue_type_atIndex_(np.bool_(causal), Metal.MTLDataTypeBool, 1)
     if size == 64:
         constants.setConstantValue_type_withName_(np.float32(0.125), Metal.MTLDataTypeFloat, "scale_given")
-    runner.run("attention", [q, k, v, out, np.array([queries, keys], "u4").tobytes()], groups=(queries, heads), constants=constants)
+    runner.run(
+        "attention",
+        [q, k, v, out, np.array([queries, keys], "u4").tobytes()],
+        groups=(queries, heads),
+        constants=constants,
+    )
     s = np.einsum("hqd,hkd->hqk", q.astype("d"), k.astype("d")) * (0.125 if size == 64 else 0.25)
     if causal:
         s[:, np.arange(keys)[None] > np.arange(queries)[:, None] + keys - queries] = -np.inf

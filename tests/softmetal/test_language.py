@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (Metal source in strings)
 """The language: operations between lanes, vectors, conversions, the library, classes and templates."""
 
 from __future__ import annotations
@@ -65,10 +66,15 @@ def test_reductions_and_scans(simd, rng, width, group):
     for name, op, first in (("sum", np.add, 0), ("product", np.multiply, 1)):
         for kind in ("inclusive", "exclusive"):
             expected = np.concatenate([scan(r, op, np.float32(first), kind == "inclusive") for r in rows])
-            assert np.allclose(lanes(simd, f"{group}_prefix_{kind}_{name}_f", x, size=64), expected, rtol=1e-5), (kind, name)
+            assert np.allclose(lanes(simd, f"{group}_prefix_{kind}_{name}_f", x, size=64), expected, rtol=1e-5), (
+                kind,
+                name,
+            )
     n = rng.integers(-(1 << 20), 1 << 20, 32).astype("i4")
     for name, f in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}.items():
-        assert np.array_equal(lanes(simd, f"{group}_{name}_i", n), np.repeat(f.reduce(n.reshape(-1, width), axis=1), width))
+        assert np.array_equal(
+            lanes(simd, f"{group}_{name}_i", n), np.repeat(f.reduce(n.reshape(-1, width), axis=1), width)
+        )
     if group == "simd":
         assert np.array_equal(lanes(simd, "simd_sum_i", n), np.full(32, n.sum()))
         assert np.array_equal(lanes(simd, "simd_max_i", n), np.full(32, n.max()))

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (Metal source in strings)
 """What Metal refuses is refused, with the line; and what is broken says so in a sentence."""
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def test_refused(source):
 
 def test_accepted_though_it_looks_like_the_refused():
     """Overloads that call each other, methods, references to local variables with their space, tables."""
-    Runner(HEAD + """
+    Runner(
+        HEAD
+        + """
 static float f(float x) { return x; }
 static float f(float2 x) { return f(x.x) + f(x.y); }
 template <typename T> T g(T x) { return x; }
@@ -74,7 +77,8 @@ kernel void k(device float* x [[buffer(0)]]) {
     float a[n]; thread float* p = a; thread float& r = a[1]; r = 3; p[0] = f(float2(1, 2)) * 2;
     U u; u.f = 1; x[0] = inner::make(p[0]).more() + table[1] * g(r) + u.u + A::make(2);
 }
-""")
+"""
+    )
 
 
 def test_missing_function_and_missing_compiler():
@@ -97,6 +101,9 @@ def test_the_cache_is_used_and_shared(tmp_path, monkeypatch):
         "p, e = d.newComputePipelineStateWithFunction_error_(l.newFunctionWithName_('k'), None)\nprint(len(runs))"
     )
     monkeypatch.setenv("SOFTMETAL_CACHE", str(tmp_path))
-    counts = [int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout) for _ in "ab"]
+    counts = [
+        int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+        for _ in "ab"
+    ]
     assert counts[0] > 0 and counts[1] == 0
     assert all(p.suffix in (".so", ".json", ".pch") for p in tmp_path.iterdir())

@@ -1,0 +1,80 @@
+"""Vectors: constructors, casts and lists that clang's vectors lack become calls of the header's templates."""
+
+from __future__ import annotations
+
+from softmetal.parse import MATRICES, SCALARS, SPACES, VECTORS, Code
+
+
+def type_names(code: Code) -> set[str]:
+    """Names that may stand for a vector: template type parameters and aliases."""
+    p, names = code.plain, set(VECTORS | MATRICES)
+    for i, w in enumerate(p[:-2]):
+        if not p[i + 1].isidentifier():
+            continue
+        if (w in ("typename", "class") and p[i + 2] in (",", ">", "=")) or (w == "using" and p[i + 2] == "="):
+            names.add(p[i + 1])
+        elif w == "typedef" and ";" in p[i : i + 60]:
+            names.add(p[p.index(";", i) - 1])
+    return {n for n in names if n.isidentifier()}
+
+
+def rewrite_vectors(code: Code) -> None:
+    """Constructors and casts of types that are, or may be, vectors."""
+    p, t, names = code.plain, code.t, type_names(code)
+    declarators = SPACES | {"const", "typename", "struct", "class", "enum", "using", "new", "operator", "~", "goto"}
+    for i, w in enumerate(p):
+        nxt = p[i + 1] if i + 1 < len(p) else ""
+        before = p[i - 1] if i else ""
+        if w in ("vec", "matrix") and nxt == "<" and (close := code.angle(i + 1)) > 0:
+            if p[close + 1] == "(" and before not in ("using", "operator"):
+                start = i - 2 if before == "::" else i
+                t[start].text = "sm_make<" + t[start].text
+                t[close].text += ">"
+            elif before == "(" and p[close + 1] == ")" and is_cast(code, i - 1, close + 1):
+                t[i - 1].text, t[close + 1].text = "sm_caster<", ">{} ->* "
+        elif w in names and nxt == "(" and before not in declarators:
+            follows_type = (t[i - 1].kind == "word" and before not in ("return", "else", "case", "do")) if i else False
+            if (not follows_type and before not in ("::", "<", ">")) or (before in ("<", ">") and not follows_type):
+                t[i].text = f"sm_make<{t[i].text}>"
+            elif before == "::" and p[i - 2] == "metal":
+                t[i - 2].text, t[i].text = "sm_make<metal", t[i].text + ">"
+        elif w == "{" and before in ("(", ",") and p[enclosing(code, i)] == "(" and p[code.match[i] + 1] in (",", ")"):
+            t[i].text, t[code.match[i]].text = "sm_list(", ")"  # an argument `{x, y}`
+        elif w in VECTORS and nxt.isidentifier() and p[i + 2 : i + 4] == ["=", "{"] and before in (";", "{", "}", ")"):
+            close = code.match[i + 3]
+            if p[close + 1] == ";" and "{" not in p[i + 4 : close]:
+                t[i + 3].text, t[close].text = f"sm_fill<{t[i].text}>(", ")"  # the rest is zero
+        elif w in VECTORS and nxt.isidentifier() and p[i + 2] == "(" and constructs(code, i + 2):
+            t[i + 1].text += f" = sm_make<{t[i].text}>"  # `short2 at(x, y);`
+        elif w in names and before == "(" and nxt == ")" and is_cast(code, i - 1, i + 1):
+            t[i - 1].text, t[i + 1].text = "sm_caster<", ">{} ->* "
+        elif w == "static_cast" and nxt == "<" and (p[i + 2] in names or p[i + 2] == "vec"):
+            close = code.angle(i + 1)
+            if close == i + 3 or p[i + 2] == "vec":
+                t[i].text = "sm_make"
+
+
+def enclosing(code: Code, i: int) -> int:
+    """The opening bracket around token i, or 0."""
+    i -= 1
+    while i > 0 and not (code.plain[i] in ("(", "[", "{") and i in code.match):
+        i = code.match[i] if code.plain[i] in (")", "]", "}") else i
+        i -= 1
+    return max(i, 0)
+
+
+def constructs(code: Code, opening: int) -> bool:
+    """Whether `T name(...)` makes a variable: the parentheses hold values, not parameters, and end the statement."""
+    p, first = code.plain, code.plain[opening + 1]
+    types = VECTORS | MATRICES | SPACES | {*SCALARS, "const", "void", ")", "unsigned", "size_t", "thread"}
+    return p[code.match[opening] + 1] == ";" and (first not in types or p[opening + 2] == "(")
+
+
+def is_cast(code: Code, opening: int, closing: int) -> bool:
+    """Whether `(T)` is a cast: nothing before it that it could be the argument of, an operand after it."""
+    p = code.plain
+    before, after = (p[opening - 1] if opening else ""), (p[closing + 1] if closing + 1 < len(p) else "")
+    if before == ">" or (before.isidentifier() and before not in ("return", "else", "case")):
+        return False
+    kind = code.t[closing + 1].kind if closing + 1 < len(p) else ""
+    return kind in ("word", "number", "string") or after in ("(", "-", "+", "!", "~", "*", "&", "::", "{", "++", "--")
