@@ -67,12 +67,14 @@ def compile_function(
     Raises CompilationError with the Python line for what the dialect's devices cannot do.
     """
     from nitinol.compiler.gpu.emit import Emitter, _Pointer
+    from nitinol.compiler.gpu.small_dots import expand_small_dots
     from nitinol.compiler.gpu.tree import Scratch, allocate, place_barriers, render
 
     if simdgroups < 1 or simdgroups & (simdgroups - 1) or 32 * simdgroups > dialect.MOST_THREADS:
         most = dialect.MOST_THREADS // 32
         raise ValueError(f"{function.name}: {simdgroups} simdgroups; expected a power of two up to {most}")
     aliases = aliases or tuple(range(len(function.parameters)))
+    expand_small_dots(function)
     e = Emitter(function, dialect, simdgroups.bit_length() - 1, aliases)
     name = re.sub(r"\W", "_", name or function.name)
     name = f"{name}_kernel" if name in dialect.RESERVED else name
@@ -95,6 +97,11 @@ def compile_function(
         except dialect.Unsupported as problem:
             e.location = function.location
             raise e.error(f"parameter {parameter.name} of {problem}") from None
+    most = dialect.MOST_BUFFERS - 1  # one holds the scalar arguments
+    if len(pointers) > most:
+        e.location = function.location
+        raise e.error(f"{function.name} has {len(pointers)} pointer parameters and {dialect.NAME} kernels at most {most}; "
+                      "put arrays together")  # fmt: skip
     e.run(function.body)
     nbytes = allocate(e.body, dialect.SHARED_ROOMY)
     if nbytes > dialect.SHARED_LIMIT:

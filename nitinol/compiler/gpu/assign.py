@@ -40,6 +40,7 @@ class Assignment:
         self.strides = AxisStrides()
         self.widths = Widths(function, self.strides)
         self.home: dict[Value, Layout | None] = {}
+        self.weak: dict[Value, tuple[int, Layout]] = {}
         self.wanted: dict[Value, list[Layout]] = {}
         self.chosen: dict[Op, Layout] = {}
         self.fragments: dict[Op, tuple[Layout, Layout, Layout] | None] = {}
@@ -75,6 +76,36 @@ class Assignment:
             layouts = self.results(op)
             for result, layout in zip(op.results, layouts):
                 self.home[result] = layout if result.shape else self.scalar
+                if layout is None and result.shape:
+                    self.suggest(op, result)
+
+    def suggest(self, op: Op, result: Value) -> None:
+        """For a tile without a home: where it would be if its largest source with a home stayed where it is.
+
+        Anchors that have nothing else to go by take this: in sum(weights[:, :, None] * x) the weights do not move.
+        """
+        self.weak.pop(result, None)
+        found = [(self.weight(v), v) for v in op.operands if v.shape]
+        found = [(w, v) for w, v in found if w is not None]
+        if not found or op.kind not in ELEMENTWISE and op.kind not in ("broadcast", "reshape", "trans"):
+            return
+        (size, layout), source = max(found, key=lambda pair: pair[0][0])
+        if op.kind == "broadcast":
+            view = view_map("broadcast", source.shape, result.shape, {})
+            back = [0] * layout.bits
+            for bit, column in enumerate(view):
+                if column:
+                    back[column.bit_length() - 1] = 1 << bit
+            grown = layout.through(tuple(back), len(view))
+            new = tuple(1 << bit for bit, column in enumerate(view) if not column)
+            layout = Layout(len(view), grown.registers + new, grown.lanes, grown.warps)
+        elif op.kind in ("reshape", "trans"):
+            layout = self.turned(op, layout)
+        self.weak[result] = size, layout
+
+    def weight(self, value: Value) -> tuple[int, Layout] | None:
+        home = self.home.get(value)
+        return self.weak.get(value) if home is None else (home.bits, home)
 
     def results(self, op: Op) -> Sequence[Layout | None]:
         """Homes of an operation's results; chooses the layouts that the operation works in."""
@@ -115,6 +146,9 @@ class Assignment:
     def first(self, values: Sequence[Value]) -> Layout:
         """The first home among the values, or a plain layout."""
         found = [h for v in values if (h := self.home_of(v)) is not None]
+        weak = [self.weak[v] for v in values if v in self.weak]
+        if not found and weak:
+            found = [max(weak, key=lambda pair: pair[0])[1]]
         return found[0] if found else self.default(values[0].shape)
 
     def view_homes(self, op: Op) -> list[Layout | None]:
@@ -122,10 +156,7 @@ class Assignment:
         if op.kind in ("splat", "broadcast") or source is None:
             return [None] * len(op.results)
         if op.kind in ("reshape", "trans"):
-            inverse = [0] * source.bits
-            for bit, column in enumerate(view_map(op.kind, op.operands[0].shape, op.result.shape, op.attributes)):
-                inverse[column.bit_length() - 1] = 1 << bit
-            return [source.through(tuple(inverse), source.bits)]
+            return [self.turned(op, source)]
         if op.kind == "split":
             drop = tuple(0 if bit == 0 else 1 << (bit - 1) for bit in range(source.bits))
             return [source.through(drop, source.bits - 1)] * 2
@@ -135,6 +166,13 @@ class Assignment:
         front = sum(1 for c in source.registers if c < 1 << cut) if cut else 0
         registers = (*columns[0][:front], 1 << cut, *columns[0][front:])
         return [Layout(source.bits + 1, registers, columns[1], columns[2])]
+
+    def turned(self, op: Op, source: Layout) -> Layout:
+        """The layout of a reshaped or transposed tile whose source stays where it is."""
+        inverse = [0] * source.bits
+        for bit, column in enumerate(view_map(op.kind, op.operands[0].shape, op.result.shape, op.attributes)):
+            inverse[column.bit_length() - 1] = 1 << bit
+        return source.through(tuple(inverse), source.bits)
 
     def store_layout(self, op: Op) -> Layout:
         """The value's home if memory likes it about as well as the coalesced layout, else that."""
@@ -189,9 +227,9 @@ class Assignment:
                     self.home[variable], changed = layout, True
             if not changed:
                 break
-        undecided = [v for v in variables if self.home[v] is None]
-        for variable in undecided:
-            self.home[variable] = self.default(variable.shape)
+        for variable, following in zip(variables, nexts):
+            if self.home[variable] is None:
+                self.home[variable] = self.first([following])
         body()
 
     def results_for(self, op: Op) -> Sequence[Layout | None]:

@@ -6,7 +6,7 @@ every simdgroup has; else a trip through threadgroup memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu.forms import Form, Index, linear, variable
@@ -79,7 +79,7 @@ def by_shuffles(e: Emitter, value: Value, form: Form, source: Layout, shuffle: S
     Every shuffle has a statement of its own: all lanes must take part in it.
     """
     name = value.name or "v"
-    if shuffle.moves and not form.variable:  # computed once, before other lanes ask for it
+    if shuffle.moves and not form.stored:  # computed once, before other lanes ask for it
         form = e.store_in(e.name(name), value.element, source.count, form)
     others = [linear(shuffle.lanes[1], "lane"), linear(shuffle.lanes[2], "warp")]
 
@@ -116,27 +116,64 @@ def xor(terms: list[str]) -> str:
 
 
 def by_memory(e: Emitter, value: Value, form: Form, source: Layout, result: Layout) -> Form:
-    shared, piece = e.scratch(value.element, 1 << source.bits)
-    write_tile(e, form, source, value, shared, Access("write", piece))
-    read = Access("read", piece)
+    """All elements to threadgroup memory and back, in several rounds if it is too small for all at once."""
     name = e.name(f"{value.name or 'v'}_moved")
-    kind = e.type(value.element)
+    target = variable(name, result.count)
+    rounds = common_registers(source, result, max(1, value.element.nbytes), e.dialect.SHARED_ROOMY)
+    if rounds:
+        e.declare(name, value.element, result.count)
+    whole, keep, kept = source.bits - len(rounds), [], 0  # a round's elements are numbered without the rounds' bits
+    for bit in range(source.bits):
+        keep.append(0 if 1 << bit in rounds else 1 << kept)
+        kept += 1 << bit not in rounds
+    shared, piece = e.scratch(value.element, 1 << whole)
+    for number in range(1 << len(rounds)):
+        parts = []
+        for layout in (source, result):
+            own = [layout.registers.index(column) for column in rounds]
+            rest = tuple(1 << bit for bit in range(len(layout.registers)) if bit not in own)
+            constant = sum(1 << bit for i, bit in enumerate(own) if number >> i & 1)
+            registers = tuple(c for c in layout.registers if c not in rounds)
+            parts.append((replace(layout, registers=registers), rest, constant))
+        (writer, rest, constant), (reader, back, offset) = parts
+        view = Form(lambda i, m=rest, c=constant: form.text(i.through(m).at(c)),  # type: ignore[misc]
+                    lambda i, m=rest, c=constant: form.names(i.through(m).at(c)), form.simple)  # type: ignore[misc]
+        write_tile(e, view if rounds else form, writer, value, shared, Access("write", piece), tuple(keep))
+        kind = e.type(value.element)
+        cast = f"({kind})" if kind.endswith("*") else ""
 
-    def text(index: Index) -> str:
-        cell = f"{shared}[{e.place(result, index)}]"
-        return f"({kind}){cell}" if kind.endswith("*") else cell
+        def text(i: Index, layout: Layout = reader, cast: str = cast) -> str:
+            return f"{cast}{shared}[{e.place(layout, i, tuple(keep))}]"
 
-    return fetch(e, name, value, result, text, read)
+        if not rounds:
+            return fetch(e, name, value, result, text, Access("read", piece))
+        e.each(
+            reader.count,
+            lambda i, m=back, c=offset, text=text: [f"{target.text(i.through(m).at(c))} = {text(i)};"],  # type: ignore[misc]
+            [], [Access("read", piece)], defines=[name],
+        )  # fmt: skip
+    return target
 
 
-def write_tile(e: Emitter, form: Form, layout: Layout, value: Value, shared: str, access: Access) -> None:
-    """Every element once, at its place."""
+def common_registers(source: Layout, result: Layout, nbytes: int, limit: int) -> list[int]:
+    """Columns of registers of both layouts, as many as make one round's elements fit in `limit` bytes."""
+    common = [c for c in source.registers if c in result.registers and c & (c - 1) == 0]
+    rounds: list[int] = []
+    while common and nbytes << (source.bits - len(rounds)) > limit:
+        rounds.append(common.pop())
+    return rounds
+
+
+def write_tile(
+    e: Emitter, form: Form, layout: Layout, value: Value, shared: str, access: Access, map_: Map | None = None
+) -> None:
+    """Every element once, at its place (mapped on)."""
     owner = e.owner(layout)
     guard = f"if ({' && '.join(owner)}) " if owner else ""
     bits = "(ulong)" if e.type(value.element).endswith("*") else ""
     e.each(
         layout.count,
-        lambda i: [f"{guard}{shared}[{e.place(layout, i)}] = {bits}{form.operand(i) if bits else form.text(i)};"],
+        lambda i: [f"{guard}{shared}[{e.place(layout, i, map_)}] = {bits}{form.operand(i) if bits else form.text(i)};"],
         [form], [access],
     )  # fmt: skip
 

@@ -94,6 +94,7 @@ class Emitter:
             and (last.count, last.step) == (count, step)
             and not any(name in last.defined and not plain for name, plain in names)
             and not last.elsewhere & set(defines)
+            and not any(name in last.partial for name, _ in names)
             and not any(a.conflicts(b) for a in touched for b in accesses(last))
             and not any(isinstance(a.where, Scratch) for a in touched)
         )

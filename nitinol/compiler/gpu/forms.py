@@ -87,7 +87,8 @@ class Form:
     """`text(index)`: the value in that register. `names(index)`: the arrays it reads and whether plainly at r.
 
     `simple`: needs no parentheses as an operand. `parts`: base and offset of a pointer expression. `variable`: the
-    name if it is a variable, which may be assigned to.
+    name if it is a variable, which may be assigned to. `stored`: is or reads a variable, so that its text may be
+    repeated.
     """
 
     text: Callable[[Index], str]
@@ -95,6 +96,7 @@ class Form:
     simple: bool = True
     parts: tuple[Form, Form] | None = None
     variable: str = ""
+    stored: bool = False
 
     def operand(self, index: Index) -> str:
         text = self.text(index)
@@ -102,17 +104,20 @@ class Form:
 
     def through(self, map_: Map) -> Form:
         """The value whose register i is this one's register map_(i)."""
+        if map_ == identity(len(map_)):
+            return self
         parts = None if self.parts is None else (self.parts[0].through(map_), self.parts[1].through(map_))
         return Form(
-            lambda i: self.text(i.through(map_)), lambda i: self.names(i.through(map_)), self.simple, parts
-        )
+            lambda i: self.text(i.through(map_)), lambda i: self.names(i.through(map_)), self.simple, parts,
+            stored=self.stored,
+        )  # fmt: skip
 
 
 def variable(name: str, count: int) -> Form:
     """A declared variable, an array if there is more than one register."""
     if count == 1:
-        return Form(lambda i: name, lambda i: {(name, True)}, variable=name)
-    return Form(lambda i: f"{name}[{i}]", lambda i: {(name, i.plain)}, variable=name)
+        return Form(lambda i: name, lambda i: {(name, True)}, variable=name, stored=True)
+    return Form(lambda i: f"{name}[{i}]", lambda i: {(name, i.plain)}, variable=name, stored=True)
 
 
 def expression(make: Callable[..., str], *operands: Form, simple: bool = False) -> Form:

@@ -74,9 +74,9 @@ def load(e: Emitter, op: Op) -> None:
         type_, read, parts = e.dialect.wide_load(element, size, pointer.text(i))
         parts = [f"{p} != 0" for p in parts] if element == int1 else parts
         if mask is None:
-            lines = [f"{type_} v = {read};"]
+            lines = [f"{type_} wide = {read};"]
             return lines + [" ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
-        lines = [f"if ({mask.text(i)}) {{", f"    {type_} v = {read};"]
+        lines = [f"if ({mask.text(i)}) {{", f"    {type_} wide = {read};"]
         lines.append("    " + " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size)))
         lines.append("} else {")
         lines.append("    " + " ".join(f"{name}[{i.at(n)}] = {default(i.at(n))};" for n in range(size)))

@@ -16,6 +16,7 @@ NAME = "Metal"
 SHARED_LIMIT = 32768  # bytes of threadgroup memory of every Apple GPU
 SHARED_ROOMY = 16384  # up to here conversions get memory of their own; with more, fewer threadgroups share a core
 MOST_THREADS = 1024
+MOST_BUFFERS = 31
 
 TYPES = {
     "int1": "bool", "int8": "char", "int16": "short", "int32": "int", "int64": "long", "uint8": "uchar",
@@ -25,12 +26,12 @@ TYPES = {
 # What a variable must not be called: words of the language and functions that the emitter uses.
 RESERVED = frozenset(
     """alignas alignof and asm atomic auto bfloat bfloat2 bfloat4 bool break buffer case catch char class compl const
-    constant constexpr continue decltype default delete device discard_fragment do double dynamic_cast else enum explicit
-    export extern false float for fragment friend goto half if inline int int32_t kernel lane long metal mutable
+    constant constexpr continue decltype default delete device discard_fragment do double dynamic_cast else enum
+    explicit export extern false float for fragment friend goto half if inline int int32_t kernel lane long metal mutable
     namespace new noexcept not nullptr object operator or patch precise fast private protected public r ray_data
     register reinterpret_cast restrict return sampler scratch short signed size_t sizeof static static_assert struct
     switch template texture this thread threadgroup throw true try typedef typeid typename uchar uint ulong union
-    unsigned ushort using vertex visible void volatile warp while xor arguments status grid group as_type select min max
+    unsigned ushort using vertex visible void volatile warp while wide xor arguments status grid group as_type select min max
     abs exp exp2 log log2 sqrt rsqrt sin cos tanh erf floor ceil fma fmod fmin fmax mulhi isnan clamp sign step mix dot
     length cross distance normalize round trunc fract pow any all popcount clz ctz rotate saturate INFINITY NAN quad
     simd_sum simd_shuffle simd_shuffle_xor barrier vec matrix packed array half2 half4 float2 float3 float4 int2 int3
@@ -81,13 +82,13 @@ def vector(element: DType, count: int) -> str:
 
 
 def wide_load(element: DType, count: int, address: str) -> tuple[str, str, list[str]]:
-    """Type, text and the elements' texts (of a variable `v`) of one load of 2, 4, 8 or 16 neighbours."""
+    """Type, text and the elements' texts (of a variable `wide`) of one load of 2, 4, 8 or 16 neighbours."""
     if count <= 4:
         kind = vector(element, count)
-        return kind, f"*(device {kind} *)({address})", [f"v.{c}" for c in "xyzw"[:count]]
+        return kind, f"*(device {kind} *)({address})", [f"wide.{c}" for c in "xyzw"[:count]]
     words, each = count * element.nbytes // 4, 4 // element.nbytes
     part = vector(element, each)
-    parts = [f"as_type<{part}>(v.{c}).{d}" for c in "xyzw"[:words] for d in "xyzw"[:each]]
+    parts = [f"as_type<{part}>(wide.{c}).{d}" for c in "xyzw"[:words] for d in "xyzw"[:each]]
     return f"uint{words}", f"*(device uint{words} *)({address})", parts
 
 

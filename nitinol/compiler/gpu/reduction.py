@@ -64,24 +64,31 @@ class Running:
             self.e.store_in(name, v.element, self.count, f) for name, v, f in zip(names, self.op.operands, self.forms)
         ]
 
-    def halve(self, bit: int) -> None:
-        """Combines registers that differ in one bit of their number."""
-        low = identity(bit) + tuple(1 << (b + 1) for b in range(bit, self.count.bit_length() - 2))
-        names = self.names()
-        count = self.count // 2
+    def fold(self, bits: int) -> None:
+        """Combines all registers that differ in bits of this mask, in order."""
+        kept = [bit for bit in range(self.count.bit_length() - 1) if not bits >> bit & 1]
+        into = tuple(0 if bits >> bit & 1 else 1 << kept.index(bit) for bit in range(self.count.bit_length() - 1))
+        names, count = self.names(), 1 << len(kept)
         self.declare(names, count)
         results = [variable(name, count) for name in names]
         forms = self.forms
 
         def lines(i: Index) -> list[str]:
-            source = i.through(low)
-            before, texts = combine(
-                self.e, self.op, [f.operand(source) for f in forms], [f.operand(source.at(1 << bit)) for f in forms]
-            )
-            return before + [f"{r.text(i)} = {t};" for r, t in zip(results, texts)]
+            targets = [r.text(i.through(into)) for r in results]
+            before, texts = combine(self.e, self.op, targets, [f.operand(i) for f in forms])
+            first = "r == 0" if not kept else f"(r & {bits}) == 0"
+            if len(targets) == 1 and not before:
+                return [f"{targets[0]} = {first} ? {forms[0].operand(i)} : {texts[0]};"]
+            start = assign(targets, [f.text(i) for f in forms])
+            inner = before + assign(targets, texts)
+            return [f"if ({first}) {{", *_indent(start), "} else {", *_indent(inner), "}"]
 
-        reads = [Form(f.text, lambda i, f=f: {(n, False) for n, _ in f.names(i)}) for f in forms]  # type: ignore[misc]
-        self.e.each(count, lines, reads, defines=names)
+        self.e.each(self.count, lines, forms, defines=names)
+        if count > 1:  # a later statement in the same loop would read too early
+            self.e.nodes[-1].elsewhere.update(names)
+            self.e.nodes[-1].partial.update(names)
+        else:
+            self.e.nodes[-1].partial.update(names)
         self.forms, self.count = results, count
 
     def across(self, mask: int) -> None:
@@ -104,13 +111,17 @@ class Running:
                 left.append(a)
                 right.append(b)
             before, texts = combine(e, op, left, right)
-            return out + before + assign([f.text(i) for f in forms], texts, self.kinds)
+            return out + before + assign([f.text(i) for f in forms], texts)
 
         e.each(self.count, scoped(lines) if self.count == 1 else lines, forms, defines=[f.variable for f in forms])
 
 
-def assign(targets: Sequence[str], texts: Sequence[str], kinds: Sequence[str]) -> list[str]:
+def assign(targets: Sequence[str], texts: Sequence[str]) -> list[str]:
     return [f"{target} = {text};" for target, text in zip(targets, texts)]
+
+
+def _indent(lines: Sequence[str]) -> list[str]:
+    return ["    " + text for text in lines]
 
 
 def scoped(lines):
@@ -129,9 +140,9 @@ def reduce(e: Emitter, op: Op) -> None:
     running = Running(e, op, [e.form(v, layout) for v in op.operands], layout.count)
     result_layout = e.assignment.home[op.results[0]]
     assert result_layout is not None
-    for bit in reversed(range(len(layout.registers))):
-        if layout.registers[bit] & along:
-            running.halve(bit)
+    own = sum(1 << bit for bit, column in enumerate(layout.registers) if column & along)
+    if own:
+        running.fold(own)
     lanes = [bit for bit, column in enumerate(layout.lanes) if column & along]
     kind, element = combine_kind(op), op.operands[0].element
     assert isinstance(element, DType)
@@ -212,7 +223,7 @@ def scan(e: Emitter, op: Op) -> None:
             here, before = f"r ^ {flip}" if flip else "r", f"(r - 1) ^ {flip}" if flip else "r - 1"
             names = [f.variable for f in forms]
             lines, texts = combine(e, op, [f"{n}[{before}]" for n in names], [f"{n}[{here}]" for n in names])
-            inner = lines + assign([f"{n}[{here}]" for n in names], texts, running.kinds)
+            inner = lines + assign([f"{n}[{here}]" for n in names], texts)
             return [f"if ((r & {run - 1}) != 0) {{", *("    " + text for text in inner), "}"]
 
         reads = [Form(f.text, lambda i, f=f: {(n, False) for n, _ in f.names(i)}) for f in forms]  # type: ignore[misc]
@@ -255,7 +266,7 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
             out: list[str] = []
             others = far(distance, totals, i, out)
             before, texts = combine(e, op, others, [t.text(i) for t in totals])
-            inner = before + assign([t.text(i) for t in totals], texts, running.kinds)
+            inner = before + assign([t.text(i) for t in totals], texts)
             return [*out, f"if ({inside(distance)}) {{", *("    " + text for text in inner), "}"]
 
         e.each(outer, scoped(lines) if outer == 1 else lines, totals, defines=[t.variable for t in totals])
@@ -271,7 +282,7 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
 
     def spread(i: Index) -> list[str]:
         before, texts = combine(e, op, [p.text(i.through(down)) for p in prefixes], [f.text(i) for f in forms])
-        inner = before + assign([f.text(i) for f in forms], texts, running.kinds)
+        inner = before + assign([f.text(i) for f in forms], texts)
         return [f"if ({inside(1)}) {{", *("    " + text for text in inner), "}"]
 
     e.each(count, spread, [*forms, *(p.through(down) for p in prefixes)], defines=[f.variable for f in forms])

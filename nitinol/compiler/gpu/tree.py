@@ -65,6 +65,7 @@ class Each:
     statements: list[Statement]
     defined: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)  # arrays read at other registers than r
+    partial: set[str] = field(default_factory=set)  # variables that have their values only after the loop
 
 
 @dataclass
