@@ -50,7 +50,8 @@ class Assignment:
             if op.kind in ("load", "store") and op.operands[0].shape:
                 shape = op.operands[0].shape
                 width = self.widths.vector_bits(op, memory_order(self.strides.of(op.operands[0]), shape))
-                self.vectors[shape] = min(self.vectors.get(shape, 4), width)
+                if width:  # one that cannot be wide must not narrow the others
+                    self.vectors[shape] = min(self.vectors.get(shape, 4), width)
         for parameter in function.parameters:
             self.home[parameter] = self.scalar
         self.forward(function.body)
@@ -184,7 +185,8 @@ class Assignment:
     def segments(self, op: Op, layout: Layout) -> float:
         """64-byte pieces of memory that one warp touches, over all its registers, each access on its own."""
         pointer = op.operands[0]
-        strides, nbytes = self.strides.of(pointer), op.operands[1].element.nbytes
+        assert isinstance(pointer.element, PointerType)
+        strides, nbytes = self.strides.of(pointer), pointer.element.element.nbytes
         weight = [0] * layout.bits
         for axis, bits in enumerate(axis_bits(pointer.shape)):
             stride = strides[axis]
@@ -280,11 +282,14 @@ class Assignment:
         """Wants the operands in the layouts that the operation needs them in."""
         kind = op.kind
         if kind in ELEMENTWISE or kind in VIEWS:
+            self.move_up(op)
             for result in op.results:
                 for layout in self.versions(result):
                     for operand, needed in zip(op.operands, operand_layouts(op, layout)):
                         self.want(operand, needed)
         elif kind in ("load", "store", "atomic_rmw", "atomic_cas", "reduce", "scan", "assert", "device_print"):
+            if kind == "load" and op.result.shape:
+                self.load_in_place(op)
             for operand in op.operands:
                 self.want(operand, self.chosen[op] if operand.shape else self.scalar)
         elif kind == "gather":
@@ -316,6 +321,23 @@ class Assignment:
                 self.pass_on(region.terminator.operands, op.results)
                 self.backward(region)
             self.want(op.operands[0], self.scalar)
+
+    def move_up(self, op: Op) -> None:
+        """A result that is wanted in one other layout only is computed there if just one operand has to move: the
+        conversion may then end at a load, or at fewer bytes."""
+        wanted, home = self.wanted.get(op.results[0], []), self.home[op.results[0]]
+        settled = [v for v in op.operands if v.shape and self.home.get(v) is not None]
+        if len(op.results) == 1 and home is not None and len(wanted) == 1 and len(settled) <= 1:
+            self.home[op.results[0]] = wanted[0]
+
+    def load_in_place(self, op: Op) -> None:
+        """Loads at once in the only wanted layout if that costs memory little more: several simdgroups then load the
+        same elements, from the cache, and save a trip through threadgroup memory with its barriers."""
+        wanted, home = self.wanted.get(op.result, []), self.home[op.result]
+        if len(wanted) == 1 and wanted[0] != home and home is not None:
+            index_only = all(self.home.get(v) is None or not v.shape for v in op.operands)
+            if index_only and self.segments(op, wanted[0]) <= 4 * self.segments(op, home):
+                self.chosen[op] = self.home[op.result] = wanted[0]
 
     def pass_on(self, values: Sequence[Value], variables: Sequence[Value]) -> None:
         for value, variable in zip(values, variables):

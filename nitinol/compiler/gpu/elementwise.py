@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.compiler.gpu.forms import bare
+from nitinol.compiler.gpu.forms import bare, lean
 from nitinol.compiler.ir import COMPARISONS, Op
 from nitinol.compiler.semantics import round_to
 from nitinol.language.types import (
@@ -84,7 +84,7 @@ def expression(op: Op, a: list[str], dialect: ModuleType, index: bool, helpers: 
     if kind in COMPARISONS:
         return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
     if kind == "addptr":
-        return f"{a[0]} + {a[1]}"
+        return lean(a[0], "+", a[1])
     assert isinstance(element, DType)
     name = dialect.type_name(element)
     if element == int1:
@@ -97,7 +97,7 @@ def expression(op: Op, a: list[str], dialect: ModuleType, index: bool, helpers: 
 def _float(op: Op, element: DType, name: str, a: list[str], dialect: ModuleType, helpers: set[str]) -> str:
     kind = op.kind
     if kind in ("add", "sub", "mul", "div"):
-        return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+        return lean(a[0], _OPERATORS[kind], a[1])
     if kind == "neg":
         return f"-{a[0]}"
     narrow = element in _NARROW
@@ -123,7 +123,7 @@ def _integer(kind: str, element: DType, name: str, a: list[str], dialect: Module
     narrow = element.bits < 32
     if kind in ("add", "sub", "mul", "shl"):
         if index and not narrow:
-            return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+            return lean(a[0], _OPERATORS[kind], a[1])
         unsigned = dialect.type_name(uint32 if narrow else _UNSIGNED[element.bits])
         if narrow or element.is_signed:
             return f"{name}({unsigned}({bare(a[0])}) {_OPERATORS[kind]} {unsigned}({bare(a[1])}))"

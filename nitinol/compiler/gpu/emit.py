@@ -278,7 +278,7 @@ class Emitter:
                 return place
             return f"{start} + {place if place.isidentifier() or place.isdigit() else f'({place})'}"
 
-        return Form(text, lambda i: set(), not start and not layout.registers and text(fixed(0)) in ("lane", "0"))
+        return Form(text, lambda i: set(), not start and not layout.registers and text(fixed(0)).isalnum())
 
     def view(self, op: Op, result: Value, layout: Layout) -> Form:
         source = op.operands[0]

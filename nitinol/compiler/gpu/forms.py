@@ -138,6 +138,25 @@ def bare(text: str) -> str:
     return text[1:-1] if text.startswith("(") and _closing(text, 0) == len(text) - 1 else text
 
 
+def lean(left: str, operator: str, right: str) -> str:
+    """A sum or product without parentheses that precedence makes superfluous."""
+    if operator in "+-":
+        left = bare(left) if _operators(bare(left)) <= set("*/%+-") else left
+        right = bare(right) if _operators(bare(right)) <= set("*/%") else right
+    return f"{left} {operator} {right}"
+
+
+def _operators(text: str) -> set[str]:
+    """The operators outside of brackets; what is not between spaces is none."""
+    depth, out = 0, ""
+    for character in text:
+        depth -= character in ")]"
+        out += character if depth == 0 else "."
+        depth += character in "(["
+    words = out.split()
+    return {"?"} if text.startswith(("-", "(")) and not closed(text) else set(words[1::2])
+
+
 def closed(text: str) -> bool:
     """Whether a text can be an operand as it is: a name, number, call or index, or something in parentheses."""
     at = 0
