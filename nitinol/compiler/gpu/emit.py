@@ -369,6 +369,7 @@ class Emitter:
         variables = self.carry(carried, op.operands[3:])
         name = self.name(counter.name or "i")
         self.forms[counter, self.assignment.scalar] = variable(name, 1)
+        self.index[counter] = True
         location = self.location
 
         def work() -> None:

@@ -41,7 +41,7 @@ class Index:
         covered = 0
         for column in self.columns:
             covered |= column
-        return f"{text} {'^' if covered & self.constant else '|'} {self.constant}"
+        return f"({text}) ^ {self.constant}" if covered & self.constant else f"{text} | {self.constant}"
 
 
 def fixed(number: int) -> Index:

@@ -126,7 +126,7 @@ def shuffle_xor(element: DType | PointerType, value: str, mask: int) -> str:
 def reduce_lanes(kind: str, element: DType, value: str) -> str | None:
     """A reduction over all lanes in one operation, the same in every lane; None if there is none of that meaning."""
     names = {"add": "sum", "mul": "product", "and": "and", "or": "or", "xor": "xor", "min": "min", "max": "max"}
-    if element.nbytes == 8 or element in (bfloat16, int1) or kind not in names:
+    if element.nbytes not in (2, 4) or element == bfloat16 or kind not in names:
         return None
     return f"simd_{names[kind]}({value})"
 
@@ -140,6 +140,13 @@ FUNCTIONS = {
 HELPERS = {
     "nan_min": "template <typename T> T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
     "nan_max": "template <typename T> T nan_max(T x, T y) { return x != x ? x : y != y ? y : fmax(x, y); }",
+    "compare_and_swap": """// The weak form may fail where the values are equal: then once more.
+template <typename T, typename A> T compare_and_swap(device A *cell, T expected, T desired) {
+    T found = expected;
+    while (!atomic_compare_exchange_weak_explicit(cell, &found, desired, memory_order_relaxed, memory_order_relaxed)
+           && found == expected) { }
+    return found;
+}""",
     "erf": """// 1 - exp(-t * p(t)) with t = |x|; below 1/2 the Taylor series, so that small results keep their digits.
 float erf(float x) {
     float t = min(abs(x), 3.95f), q = x * x;
@@ -197,6 +204,18 @@ def matrix_product(c: str, a: str, b: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- atomics
 
 
+def atomic_cas(element: DType, pointer: str, expected: str, desired: str, helpers: set[str]) -> str:
+    """Returns the old value; floats are compared by their bits."""
+    if element.bits != 32:
+        raise Unsupported(f"{element}: Apple GPUs compare and swap 32-bit values only")
+    helpers.add("compare_and_swap")
+    if element.is_float:
+        bits = f"(device atomic_uint *)({pointer}), as_type<uint>({expected}), as_type<uint>({desired})"
+        return f"as_type<float>(compare_and_swap<uint>({bits}))"
+    name = type_name(element)
+    return f"compare_and_swap<{name}>((device atomic_{name} *)({pointer}), {expected}, {desired})"
+
+
 def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
     """Returns the old value. 32-bit integers, and float addition."""
     names = {"add": "add", "max": "max", "min": "min", "and": "and", "or": "or", "xor": "xor"}
@@ -204,7 +223,7 @@ def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
     if element.bits == 32 and (element.is_int or kind in ("add", "xchg")):
         operation = "exchange" if kind == "xchg" else f"fetch_{names[kind]}"
         return f"atomic_{operation}_explicit((device atomic_{name} *)({pointer}), {value}, memory_order_relaxed)"
-    raise Unsupported(f"atomic {kind} of {element}: Apple GPUs have them for 32-bit integers and add for fp32")
+    raise Unsupported(f"{kind} of {element}: Apple GPUs have them for 32-bit integers and add for fp32")
 
 
 # ---------------------------------------------------------------------------------------------------------- kernel
