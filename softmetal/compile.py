@@ -175,10 +175,14 @@ class Compiled:
         if path.exists():
             facts = json.loads(path.read_text())
         else:
-            program = source.rewrite(preprocess(text, macros))
-            self.syntax(program)
-            facts = {"kernels": [k.json() for k in program.kernels], "constants": [vars(c) for c in program.constants]}
+            program, choices = self.checked(preprocess(text, macros))
+            facts = {
+                "kernels": [k.json() for k in program.kernels],
+                "constants": [vars(c) for c in program.constants],
+                "choices": choices,
+            }
             replace(path, json.dumps(facts))
+        self.choices = facts["choices"]
         self.kernels = [Kernel(**{**k, "arguments": [Argument(**a) for a in k["arguments"]]}) for k in facts["kernels"]]
         self.constants = [Constant(**c) for c in facts["constants"]]
 
@@ -189,9 +193,23 @@ class Compiled:
         entries = "".join(entry(program.kernels[n], n) for n in wanted)
         return f'{program.text}\n# 1 "softmetal_entries"\n{entries}'
 
+    def checked(self, text: str) -> tuple[source.Program, list[int]]:
+        """The rewritten program, free of errors, and the lines whose `?:` had to be rewritten for that."""
+        choices: set[int] = set()
+        while True:
+            program = source.rewrite(text, choices=choices)
+            try:
+                self.syntax(program)
+                return program, sorted(choices)
+            except MetalError as e:
+                found = {int(n) for n in AMBIGUOUS.findall(str(e))} - choices
+                if not found:
+                    raise
+                choices |= found
+
     def syntax(self, program: source.Program) -> None:
         """Type-checks everything, every kernel included; raises MetalError with clang's messages."""
-        flags = [*self.flags(False), "-fsyntax-only"]
+        flags = [*self.flags(False), "-fsyntax-only", "-ferror-limit=50"]
         text = self.text(program, range(len(program.kernels)))
         try:
             run(["clang", *flags, "-"], text)
@@ -212,7 +230,7 @@ class Compiled:
         path = cache_folder() / f"{key(self.identity, wanted, sorted(values.items()), instrumented)}.so"
         if not path.exists():
             pre = preprocess(self.source, self.macros)
-            program = source.rewrite(pre, values, all_fibers=instrumented)
+            program = source.rewrite(pre, values, instrumented, self.choices)
             try:
                 build(path, [("-", self.flags(instrumented))], self.text(program, wanted))
             except MetalError as e:
@@ -227,6 +245,9 @@ def replace(path: Path, text: str) -> None:
     os.replace(name, path)
 
 
+AMBIGUOUS = re.compile(
+    r"program_source:(\d+):\d+: error: (?:conditional expression is ambiguous|incompatible operand types)"
+)
 SPELLINGS = [
     (re.compile(r"__global_device\b"), "device"),
     (re.compile(r"const __global\b|__global const\b"), "constant"),

@@ -115,7 +115,7 @@ class Device:
             if release:
                 release()
             raise UsageError(f"newBufferWithBytesNoCopy: address {address:#x} and length {length} must be multiples "
-                             f"of the page size ({PAGE}), and the memory that long ({available} bytes given)")  # fmt: skip
+                             f"of the page size ({PAGE}), and the memory that long ({available} given)")  # fmt: skip
         if length > self.maxBufferLength():
             return None
         modes.count("allocations")

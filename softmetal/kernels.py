@@ -47,6 +47,7 @@ class Argument:
     name: str
     reference: bool = False
     attribute: str = ""
+    optional: bool = False  # there only where a function constant says so
 
 
 @dataclass
@@ -107,7 +108,7 @@ def arguments(code: Code, chunk: Chunk) -> list[Argument]:
             raise error(line, f"the index of [[{kind}({attributes[kind]})]] is not a constant number") from None
         if index > 30:
             raise error(line, f"[[{kind}({index})]] of '{name}': a kernel has at most 31 of them, 0 to 30")
-        result.append(Argument(kind, index, space, name, "&" in words))
+        result.append(Argument(kind, index, space, name, "&" in words, optional="function_constant" in attributes))
     for kind in ("buffer", "threadgroup"):
         used = {x.index for x in result if x.kind == kind}
         if len([x for x in result if x.kind == kind and x.index >= 0]) > len(used - {-1}):

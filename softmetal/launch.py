@@ -33,6 +33,8 @@ class Launch:
         d.kernel, d.width = pipeline.serial, 32
         d.size[:], d.groups[:], d.threads[:] = size, groups, threads
         for a in pipeline.buffers:
+            if a.index not in bound and a.optional:
+                continue
             if a.index not in bound:
                 raise UsageError(f"'{kernel.name}': nothing is bound to [[buffer({a.index})]], its argument '{a.name}'")
             memory, offset = bound[a.index]

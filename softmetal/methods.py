@@ -33,6 +33,21 @@ def rewrite_classes(code: Code, found: list[Chunk]) -> None:
             t[max(at, after) - 1].text += " thread"
 
 
+def rewrite_constant_references(code: Code) -> None:
+    """`const thread T&` binds to a temporary in Metal; clang's references do so only without an address space."""
+    p = code.plain
+    for i, w in enumerate(p):
+        if w != "thread" or "const" not in (p[i - 1], p[i + 1]):
+            continue
+        k = i + 1 + (p[i + 1] == "const")
+        while p[k].isidentifier() or p[k] == "::":
+            k += 1
+            if p[k] == "<" and code.angle(k) > 0:
+                k = code.angle(k) + 1
+        if p[k] == "&":
+            code.t[i].text = ""
+
+
 def returns_thread(code: Code, m: Chunk) -> bool:
     words = code.plain[m.start : m.name_at]
     return "thread" in words and bool({"&", "*"} & set(words))

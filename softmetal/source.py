@@ -14,13 +14,14 @@ keeps line breaks where they were: clang's messages and the debug information sp
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from softmetal import check
 from softmetal.kernels import Argument, Kernel, arguments, attribute_number, attribute_string, reaches_others
-from softmetal.methods import rewrite_classes
+from softmetal.methods import rewrite_classes, rewrite_constant_references
 from softmetal.parse import Chunk, Code, MetalError, chunks, error
-from softmetal.vectors import rewrite_vectors
+from softmetal.vectors import rewrite_choices, rewrite_vectors
 
 # Words that C++ for OpenCL reserves and Metal does not.
 RESERVED = {
@@ -137,10 +138,13 @@ def is_template_id(code: Code, k: int, templates: dict[str, Chunk]) -> bool:
     return code.plain[k] in templates and code.plain[k + 1] == "<" and templates[code.plain[k]].template is not None
 
 
-def rewrite(text: str, values: dict[str, str] | None = None, all_fibers: bool = False) -> Program:
+def rewrite(
+    text: str, values: dict[str, str] | None = None, all_fibers: bool = False, choices: Container[int] = ()
+) -> Program:
     """Preprocessed Metal source to text for clang, without entry points.
 
-    `values` gives function constants by name as literals. Raises MetalError."""
+    `values` gives function constants by name as literals; `choices` are the lines whose `?:` takes values, not
+    objects. Raises MetalError."""
     code = Code(text)
     found = list(chunks(code))
     check.check(code, found)
@@ -151,7 +155,9 @@ def rewrite(text: str, values: dict[str, str] | None = None, all_fibers: bool = 
             token.text += "f"  # clang's option for this fails inside templates
     constants = rewrite_constants(code, values)
     rewrite_vectors(code)
+    rewrite_choices(code, choices)
     rewrite_classes(code, found)
+    rewrite_constant_references(code)
     kernels: list[Kernel] = []
     templates: dict[str, Chunk] = {}
     facts: dict[int, tuple[list[Argument], bool, int]] = {}

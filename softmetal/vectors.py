@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from softmetal.parse import MATRICES, SCALARS, SPACES, VECTORS, Code
 
 
@@ -52,6 +54,25 @@ def rewrite_vectors(code: Code) -> None:
             close = code.angle(i + 1)
             if close == i + 3 or p[i + 2] == "vec":
                 t[i].text = "sm_make"
+
+
+def rewrite_choices(code: Code, lines: Container[int]) -> None:
+    """`c ? x : y` between objects in different address spaces, where clang cannot choose a type: between copies."""
+    p, t = code.plain, code.t
+    for i, w in enumerate(p):
+        if w != "?" or t[i].line not in lines:
+            continue
+        middle, end = i + 1, 0
+        depth = 0
+        while p[middle] != ":" or depth:
+            depth += (p[middle] == "?") - (p[middle] == ":")
+            middle = code.match.get(middle, middle) + 1
+        end = middle + 1
+        while p[end] not in (";", ",", ")", "]", "}", ":"):
+            end = code.match.get(end, end) + 1
+        t[i].text += " sm_copy("
+        t[middle].text = ") : sm_copy("
+        t[end].text = ")" + t[end].text
 
 
 def enclosing(code: Code, i: int) -> int:

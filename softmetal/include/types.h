@@ -164,6 +164,8 @@ template <class A, class B, class C, class D> struct sm_braces<A, B, C, D> {
     template <class T> SM_INLINE operator T() const { return sm_make<T>(a, b, c, d); } };
 template <class... A> SM_INLINE sm_braces<A...> sm_list(A... a) { return {a...}; }
 
+template <class T> SM_INLINE constexpr T sm_copy(T v) { return v; }
+
 template <class T> struct sm_caster {};
 template <class T, class A> SM_INLINE constexpr T operator->*(sm_caster<T>, A a) { return sm_make<T>(a); }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import Metal, Runner
 
@@ -61,7 +62,7 @@ def test_refused(source):
 
 def test_accepted_though_it_looks_like_the_refused():
     """Overloads that call each other, methods, references to local variables with their space, tables."""
-    Runner(
+    r = Runner(
         HEAD
         + """
 static float f(float x) { return x; }
@@ -73,12 +74,24 @@ namespace inner { struct A { float x; static float make(float y) { return y; } f
   inline A make(float x) { A a; a.x = x; return a; } }
 using namespace inner;
 union U { float f; uint u; };
+template <typename T> struct Two { T a, b; Two() = default; Two(T x) : a(x), b(x) {}
+    template <typename V> Two(Two<V> o) : a(T(o.a)), b(T(o.b)) {}
+    bool operator<(Two o) const { return a < o.a; } operator float() const { return float(a); }
+    thread T& first() { return a; } T twice() const { return 2 * a; } };
+struct Holder { Two<float> two; float sum(const thread float& x) { two.first() += x; return two.a + two.twice(); } };
+float take(uint2 p, const thread float& f) { return p.x + f; }
 kernel void k(device float* x [[buffer(0)]]) {
     float a[n]; thread float* p = a; thread float& r = a[1]; r = 3; p[0] = f(float2(1, 2)) * 2;
     U u; u.f = 1; x[0] = inner::make(p[0]).more() + table[1] * g(r) + u.u + A::make(2);
+    Holder h; h.two = n > 1 ? Two<float>(3) : ((device Two<float>*)x)[1];  // two address spaces, one class
+    short2 at(1, 2); uint4 some = {1, 2};
+    x[1] = h.sum(1.5f) + take({1, 2}, 2.0f) + at.y + some.y + some.z;
 }
 """
     )
+    x = np.zeros(8, "f")
+    r.run("k", [x], groups=1, size=1)
+    assert x[1] == 4.5 + 2 * 4.5 + 3 + 2 + 2 + 0
 
 
 def test_missing_function_and_missing_compiler():
