@@ -28,6 +28,9 @@ _PLACES = {
     "load": "nitinol.generate.model",
     "Model": "nitinol.generate.model",
     "Options": "nitinol.generate.options",
+    # so that a Triton kernel runs with `import nitinol as triton`
+    **dict.fromkeys(("cdiv", "next_power_of_2", "autotune", "Config", "heuristics"), "nitinol.language"),
+    "JITFunction": "nitinol.language.jit",
 }
 
 
