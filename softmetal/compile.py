@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softmetal import source
+from softmetal import mixed, source
 from softmetal.kernels import Argument, Kernel, entry
 from softmetal.parse import MetalError
 from softmetal.source import Constant
@@ -209,10 +209,10 @@ class Compiled:
 
     def syntax(self, program: source.Program) -> None:
         """Type-checks everything, every kernel included; raises MetalError with clang's messages."""
-        flags = [*self.flags(False), "-fsyntax-only", "-ferror-limit=50"]
+        flags = [*self.flags(False), "-fsyntax-only", *mixed.RANGES]
         text = self.text(program, range(len(program.kernels)))
         try:
-            run(["clang", *flags, "-"], text)
+            text = mixed.settled(text, lambda t: run(["clang", *flags, "-"], t) + t)
         except MetalError as e:
             raise MetalError(readable(str(e))) from None
         calls: dict[str, set[str]] = {}
@@ -231,8 +231,9 @@ class Compiled:
         if not path.exists():
             pre = preprocess(self.source, self.macros)
             program = source.rewrite(pre, values, instrumented, self.choices)
+            unit = [("-", [*self.flags(instrumented), *mixed.RANGES])]
             try:
-                build(path, [("-", self.flags(instrumented))], self.text(program, wanted))
+                mixed.settled(self.text(program, wanted), lambda t: build(path, unit, t))
             except MetalError as e:
                 raise MetalError(readable(str(e))) from None
         return path
@@ -246,9 +247,10 @@ def replace(path: Path, text: str) -> None:
 
 
 AMBIGUOUS = re.compile(
-    r"program_source:(\d+):\d+: error: (?:conditional expression is ambiguous|incompatible operand types)"
+    r"program_source:(\d+):\d+:\S* error: (?:conditional expression is ambiguous|incompatible operand types)"
 )
 SPELLINGS = [
+    (re.compile(r"(:\d+):(?:\{[\d:-]+\})+:"), r"\1:"),
     (re.compile(r"__global_device\b"), "device"),
     (re.compile(r"const __global\b|__global const\b"), "constant"),
     (re.compile(r"__global\b"), "device"),

@@ -178,7 +178,7 @@ def declaration(code: Code, i: int, end: int, scope: str) -> Chunk:
             if not c.parameters and not assigned and not skip and not is_type:
                 c.parameters = (i + 1, code.match[i])
                 operator = next((k for k in range(before, max(before - 3, c.start), -1) if p[k] == "operator"), None)
-                c.name_at, c.name = before, "operator" if operator else p[before]
+                c.name_at, c.name = operator or before, "operator" if operator else p[before]
             i = code.match[i] + 1
             continue
         elif w == "{":

@@ -164,6 +164,9 @@ template <class A, class B, class C, class D> struct sm_braces<A, B, C, D> {
     template <class T> SM_INLINE operator T() const { return sm_make<T>(a, b, c, d); } };
 template <class... A> SM_INLINE sm_braces<A...> sm_list(A... a) { return {a...}; }
 
+template <class V, class S> SM_INLINE constexpr typename sm_traits<V>::element sm_fit(S v) {   // mixed.py
+    return (typename sm_traits<V>::element)v;
+}
 template <class T> SM_INLINE constexpr T sm_copy(T v) { return v; }
 
 template <class T> struct sm_caster {};

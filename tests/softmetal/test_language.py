@@ -350,3 +350,21 @@ kernel void f(device float* o [[buffer(0)]]) {
     r.run("f", [o], groups=1, size=1)
     expected = [math.pi, 2**31, 44, -56, 2**40, -3, -1, -28, np.float16(0.1), 65504, 1, 1.5, 2, 1, -65504, 0]
     assert np.allclose(o, np.array(expected, "f"), rtol=1e-7)
+
+
+def test_half_vectors_and_float_scalars(rng):
+    """The scalar is converted to the vector's element type, in templates and nested expressions too."""
+    r = Runner("""
+#include <metal_stdlib>
+using namespace metal;
+template <typename T> vec<T, 2> f(vec<T, 2> a, vec<T, 2> b) { return a - 0.5 * b; }
+#define HALVE(x) ((x) * 0.5f)
+kernel void k(device half4* x [[buffer(0)]], device float2* y [[buffer(1)]], constant float& s [[buffer(2)]]) {
+    half4 h = x[0]; h *= 2.0; h = 0.25 * ((h + 1.0f * s) * s) + HALVE(h);
+    x[0] = h; y[0] = f<float>(y[0], y[1]) + float2(f<half>(half2(1), half2(3)));
+}""")
+    x, y = rng.integers(-8, 9, 4).astype(np.float16), rng.integers(-8, 9, (2, 2)).astype("f")
+    h, before = x * 2, y.copy()
+    r.run("k", [x, y, np.float32(2)], groups=1, size=1)
+    assert np.array_equal(x, 0.25 * (h + 2) * 2 + h / 2)
+    assert np.array_equal(y[0], before[0] - 0.5 * before[1] - 0.5)
