@@ -42,7 +42,7 @@ def compile_kernel(
     if found is None:
         name, parameters = kernel.__name__, len(signature.parameters)
         identity = f"{kernel.cache_key}/{signature}"
-        source = functools.cache(lambda: tile_ir(kernel, signature))
+        source = functools.cache(lambda: _without_breakpoints(tile_ir(kernel, signature)))
         found = _compiled[key] = _target(target)(name, source, parameters, aliases, identity)
     return found
 
@@ -50,6 +50,21 @@ def compile_kernel(
 def compile_function(function: Any, aliases: tuple[int, ...] = (), key: str = "", target: str = "cpu") -> Any:
     """The executable of a tile IR function; `key` names it in the cache on disk ("": not cached)."""
     return _target(target)(function.name, lambda: function, len(function.parameters), aliases, key)
+
+
+def _without_breakpoints(function: Any) -> Any:
+    """What is compiled: stops, and what only they look at, are for the interpreter."""
+    from nitinol.compiler.passes import simplify
+
+    def clean(block: Any) -> None:
+        block.ops = [op for op in block.ops if op.kind != "breakpoint"]
+        for op in block.ops:
+            for region in op.regions:
+                clean(region)
+
+    clean(function.body)
+    simplify(function)
+    return function
 
 
 def _target(name: str) -> Any:

@@ -58,7 +58,7 @@ def _isinstance(value: Any, kinds: Any) -> bool:
 
 # Python's builtins as kernels see them.
 BUILTINS: dict[Any, Any] = {
-    "range": core.range, "print": device_print, "isinstance": _isinstance,
+    "range": core.range, "print": device_print, "isinstance": _isinstance, "breakpoint": breakpoint,
     "min": _extremum(math.minimum, min), "max": _extremum(math.maximum, max),
     "abs": lambda x: math.abs(x) if isinstance(x, tensor) else abs(x),
     **{f.__name__: f for f in (len, int, float, bool, str, tuple, list, type, getattr, hasattr, zip, enumerate, sum,
@@ -272,6 +272,11 @@ class Expressions:
 
     # ----------------------------------------------------------------------------------------------------- calls
 
+    def breakpoint(self) -> None:
+        """Where the interpreter stops, with the run-time variables that are visible here; compiled code goes on."""
+        visible = {name: value for name, value in self.local.items() if isinstance(value, tensor)}
+        core.emit_many("breakpoint", tuple(visible.values()), (), names=tuple(visible))
+
     def eval_Call(self, node: ast.Call) -> Any:
         function = self.evaluate(node.func)
         arguments = self.elements(node.args)
@@ -283,6 +288,8 @@ class Expressions:
         function = getattr(function, "jit_function", function)
         if isinstance(function, JITFunction):
             return self.builder.call(function, arguments, keywords)
+        if function is breakpoint:
+            return self.breakpoint()
         if function is core.constexpr:
             return known(arguments[0], "the value of constexpr")
         if not callable(function):

@@ -363,6 +363,14 @@ class _Machine:
 
         return step
 
+    def step_breakpoint(self, op: ir.Op) -> Step:
+        code = compile("breakpoint()", str(op.location or "kernel"), "exec")
+
+        def step(*values: Array) -> None:
+            exec(code, dict(zip(op.attributes["names"], values)) | {"program": self.program})
+
+        return step
+
     def step_assert(self, op: ir.Op) -> Step:
         def step(condition: Array, *rest: Array) -> None:
             holds = np.asarray(condition)

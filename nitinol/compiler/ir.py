@@ -47,6 +47,7 @@ blocks are visible inside. Scalars are values whose type is a bare element type;
     if              int1 -> *results                           regions: then, else; both yield results
     device_print    values                                     prefix, hex
     assert          int1 (scalar or tile)                      message
+    breakpoint      values                                     names; the interpreter stops here, targets never see it
 
 Elementwise operands have one type: no implicit broadcast or promotion at this level.
 """
@@ -77,7 +78,7 @@ UNARY = FLOAT_UNARY | {"neg", "not", "abs"}
 ELEMENTWISE = BINARY | COMPARISONS | UNARY | {"fma", "select", "cast", "bitcast", "addptr"}
 VIEWS = frozenset("splat broadcast reshape trans join split cat".split())  # compute nothing
 WRITES = frozenset("store atomic_rmw atomic_cas".split())
-EFFECTS = WRITES | {"device_print", "assert"}
+EFFECTS = WRITES | {"device_print", "assert", "breakpoint"}
 TERMINATORS = frozenset(("yield", "condition"))
 CONTROL = frozenset(("for", "while", "if"))
 
@@ -383,7 +384,7 @@ def _check(op: Op) -> str | None:
     elif kind == "if":
         if operands != [int1] or any(_types(r.terminator.operands) != results for r in op.regions):
             return "needs a scalar int1 and both regions to yield the results"
-    elif kind not in ("yield", "condition", "device_print", "assert"):
+    elif kind not in ("yield", "condition", "device_print", "assert", "breakpoint"):
         return "no such operation"
     return None
 
