@@ -31,8 +31,6 @@ class Library:
         text = join([e.source for e in executables])
         self.library, error = self.device.newLibraryWithSource_options_error_(text, None, None)
         if self.library is None:
-            with open("/tmp/failed.metal", "w") as out:
-                out.write(text)
             raise AssertionError(f"{error.localizedDescription()}")
 
     def run(self, executable: Executable, grid: tuple[int, int, int], values: Sequence[Any]) -> None:

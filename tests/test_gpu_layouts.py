@@ -76,9 +76,8 @@ def test_owners_act_once_for_every_element(rng):
     for _ in range(100):
         made = random_layout(rng, int(rng.integers(0, 9)))
         lanes, warps = made.copies
-        owned = [
-            made.place(r, lane, w) for r in range(made.count) for lane, w in threads() if not (lane & lanes or w & warps)
-        ]
+        acting = [(lane, w) for lane, w in threads() if not lane & lanes and not w & warps]
+        owned = [made.place(r, lane, w) for r in range(made.count) for lane, w in acting]
         assert sorted(owned) == list(range(1 << made.bits))
         for place in owned:
             register, lane, warp = made.locate(place)

@@ -67,8 +67,9 @@ def compile_function(
     Raises CompilationError with the Python line for what the dialect's devices cannot do.
     """
     from nitinol.compiler.gpu.emit import Emitter, _Pointer
+    from nitinol.compiler.gpu.forms import literal
     from nitinol.compiler.gpu.small_dots import expand_small_dots
-    from nitinol.compiler.gpu.tree import Scratch, allocate, place_barriers, render
+    from nitinol.compiler.gpu.tree import allocate, leaves, place_barriers, render
 
     if simdgroups < 1 or simdgroups & (simdgroups - 1) or 32 * simdgroups > dialect.MOST_THREADS:
         most = dialect.MOST_THREADS // 32
@@ -79,8 +80,6 @@ def compile_function(
     name = re.sub(r"\W", "_", name or function.name)
     name = f"{name}_kernel" if name in dialect.RESERVED else name
     pointers, scalars, buffers, fields = [], [], [], []
-    from nitinol.compiler.gpu.forms import literal
-
     for index, parameter in enumerate(function.parameters):
         written = e.name(parameter.name or f"argument{index}")
         element = parameter.element
@@ -100,8 +99,8 @@ def compile_function(
     most = dialect.MOST_BUFFERS - 1  # one holds the scalar arguments
     if len(pointers) > most:
         e.location = function.location
-        raise e.error(f"{function.name} has {len(pointers)} pointer parameters and {dialect.NAME} kernels at most {most}; "
-                      "put arrays together")  # fmt: skip
+        raise e.error(f"{function.name} has {len(pointers)} pointer parameters and {dialect.NAME} kernels at most "
+                      f"{most}; put arrays together")  # fmt: skip
     e.run(function.body)
     nbytes = allocate(e.body, dialect.SHARED_ROOMY)
     if nbytes > dialect.SHARED_LIMIT:
@@ -109,7 +108,7 @@ def compile_function(
         raise e.error(f"{function.name} needs {nbytes} bytes of threadgroup memory and {dialect.NAME} devices have "
                       f"{dialect.SHARED_LIMIT}; use smaller tiles")  # fmt: skip
     barriers = place_barriers(e.body, dialect.barrier)
-    for statement in _all(e.body):
+    for statement in leaves(e.body):
         if isinstance(statement, _Pointer):
             statement.settle()
     struct_text, head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts))
@@ -118,14 +117,8 @@ def compile_function(
     lines += [struct_text, head]
     if nbytes:
         lines.append("    " + dialect.shared_memory(nbytes))
-    lines += [*render(e.body), "}", ""]
-    assert Scratch is not None
+    lines += [*render(e.body, dialect.UNROLL), "}", ""]
     return Executable(
         name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts)
     )
 
-
-def _all(nodes: list[Any]) -> Any:
-    from nitinol.compiler.gpu.tree import leaves
-
-    return leaves(nodes)

@@ -80,18 +80,17 @@ class Widths:
             return False
         if op.kind in ("and", "or", "xor", "not"):
             return all(self.uniform(v, first, width) for v in op.operands)
-        if op.kind in ("broadcast", "reshape") and len(places := self.image(op, ((1 << width) - 1) << first)) == width:
-            if list(places) == list(range(places[0], places[0] + width)):
-                return self.uniform(op.operands[0], places[0], width)
-        if op.kind in COMPARISONS and isinstance(op.operands[0].element, PointerType) is False:
+        run = ((1 << width) - 1) << first
+        if op.kind in ("broadcast", "reshape") and len(bits := self.image(op, run)) == width:
+            return bits == list(range(bits[0], bits[0] + width)) and self.uniform(op.operands[0], bits[0], width)
+        if op.kind in COMPARISONS and not isinstance(op.operands[0].element, PointerType):
             a, b = op.operands
             steps = self.step(a, first, width), self.step(b, first, width)
             if op.kind in ("gt", "le"):
                 a, b, steps = b, a, steps[::-1]
             if op.kind in ("eq", "ne") or steps != (1, 0):  # lt, ge of a run against a bound that it cannot straddle
                 return steps == (0, 0)
-            places = ((1 << width) - 1) << first
-            return all(self.multiple(v, places) % (1 << width) == 0 for v in (a, b))
+            return all(self.multiple(v, run) % (1 << width) == 0 for v in (a, b))
         return False
 
     def image(self, op: Op, places: int) -> list[int]:

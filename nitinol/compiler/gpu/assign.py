@@ -86,9 +86,8 @@ class Assignment:
         Anchors that have nothing else to go by take this: in sum(weights[:, :, None] * x) the weights do not move.
         """
         self.weak.pop(result, None)
-        found = [(self.weight(v), v) for v in op.operands if v.shape]
-        found = [(w, v) for w, v in found if w is not None]
-        if not found or op.kind not in ELEMENTWISE and op.kind not in ("broadcast", "reshape", "trans"):
+        found = [(w, v) for v in op.operands if v.shape and (w := self.weight(v)) is not None]
+        if not found or (op.kind not in ELEMENTWISE and op.kind not in ("broadcast", "reshape", "trans")):
             return
         (size, layout), source = max(found, key=lambda pair: pair[0][0])
         if op.kind == "broadcast":
@@ -180,7 +179,8 @@ class Assignment:
         best, home = self.coalesced(op), self.home_of(op.operands[1])
         if home is None or home == best:
             return best
-        return home if self.segments(op, home) <= 1.5 * self.segments(op, best) else best
+        near = 1.5 * self.segments(op, best) + 4  # 4 more cost less than a barrier
+        return home if self.segments(op, home) <= near else best
 
     def segments(self, op: Op, layout: Layout) -> float:
         """64-byte pieces of memory that one warp touches, over all its registers, each access on its own."""
@@ -216,7 +216,9 @@ class Assignment:
             tuple([1 << bit for bit in warps] + [0] * (self.warp_bits - len(warps))),
         )
 
-    def settle(self, variables: Sequence[Value], starts: Sequence[Value], nexts: Sequence[Value], body: Callable) -> None:
+    def settle(
+        self, variables: Sequence[Value], starts: Sequence[Value], nexts: Sequence[Value], body: Callable[[], None]
+    ) -> None:
         """Homes of carried values: what the loop makes of them if it has a preference, else what they come in."""
         for variable, start in zip(variables, starts):
             self.home[variable] = self.home_of(start)
@@ -297,10 +299,10 @@ class Assignment:
             self.want(op.operands[1], self.chosen[op])
         elif kind == "dot":
             fragments = self.fragments[op]
-            layouts = fragments or (*(self.first([v]) for v in op.operands[:2]), self.home[op.result])
-            for operand, layout in zip(op.operands, layouts):
-                assert layout is not None
-                self.want(operand, layout)
+            first, second = (self.first([v]) for v in op.operands[:2])
+            for operand, where in zip(op.operands, fragments or (first, second, self.home[op.result])):
+                assert where is not None
+                self.want(operand, where)
         elif kind == "for":
             block = op.regions[0]
             for value in op.operands[:3]:

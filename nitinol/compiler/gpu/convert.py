@@ -6,6 +6,7 @@ every simdgroup has; else a trip through threadgroup memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from nitinol.compiler.gpu.forms import Form, Index, linear, variable
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op, Value
+from nitinol.language.types import PointerType
 
 if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
@@ -170,15 +172,16 @@ def write_tile(
     """Every element once, at its place (mapped on)."""
     owner = e.owner(layout)
     guard = f"if ({' && '.join(owner)}) " if owner else ""
-    bits = "(ulong)" if e.type(value.element).endswith("*") else ""
-    e.each(
-        layout.count,
-        lambda i: [f"{guard}{shared}[{e.place(layout, i, map_)}] = {bits}{form.operand(i) if bits else form.text(i)};"],
-        [form], [access],
-    )  # fmt: skip
+    pointer = isinstance(value.element, PointerType)
+
+    def lines(i: Index) -> list[str]:
+        text = e.dialect.to_number(form.text(i)) if pointer else form.text(i)
+        return [f"{guard}{shared}[{e.place(layout, i, map_)}] = {text};"]
+
+    e.each(layout.count, lines, [form], [access])
 
 
-def fetch(e: Emitter, name: str, value: Value, layout: Layout, text, access: Access) -> Form:
+def fetch(e: Emitter, name: str, value: Value, layout: Layout, text: Callable[[Index], str], access: Access) -> Form:
     """Reads threadgroup memory into a new variable."""
     kind = e.type(value.element)
     space = "" if kind.endswith("*") else " "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu import convert
-from nitinol.compiler.gpu.forms import Index, fixed
-from nitinol.compiler.gpu.layout import Layout, axis_bits, bits_of
-from nitinol.compiler.gpu.tree import Access
+from nitinol.compiler.gpu.forms import Form, Index, Stepped, fixed, variable
+from nitinol.compiler.gpu.layout import Layout, Map, axis_bits, bits_of
+from nitinol.compiler.gpu.tree import Access, Each, Statement
 from nitinol.compiler.ir import Op, constant_of
 from nitinol.language.types import DType
 
@@ -16,130 +18,145 @@ if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """How one matrix of an instruction lies in a simdgroup: the bit of the row (0) or column (1) number that each bit
+    of the register and of the lane number is."""
+
+    registers: tuple[tuple[int, int], ...]
+    lanes: tuple[tuple[int, int], ...]
+
+    def bits(self, axis: int) -> int:
+        """How many bits of the row or column number are inside a matrix."""
+        return sum(1 for own, _ in self.registers + self.lanes if own == axis)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A matrix instruction c += a b of a dialect, by the fragments of its operands."""
+
+    a: Fragment
+    b: Fragment
+    c: Fragment
+
+
 def fragments(op: Op, warp_bits: int, dialect: ModuleType) -> tuple[Layout, Layout, Layout] | None:
-    """Layouts of a, b and the accumulator in matrix instructions; None if the dialect has none for these types."""
-    if not dialect.matrix_supported(op):
+    """Layouts of a, b and the accumulator in matrix instructions; None if the dialect has none for these tiles."""
+    instruction = dialect.matrix_instruction(op)
+    if instruction is None:
         return None
-    a, b, acc = op.operands
-    side = dialect.MATRIX_SIDE_BITS
-    m, n = (axis_bits(acc.shape)[axis] for axis in (-2, -1))
-    rows, columns = m[side:], n[side:]  # bits that number the matrices
-    warps: list[tuple[str, int]] = []
+    a, b, acc = (v.shape for v in op.operands)
+    m, n = (axis_bits(acc)[axis] for axis in (-2, -1))
+    rows, columns = m[instruction.c.bits(0) :], n[instruction.c.bits(1) :]  # bits that number the matrices
+    warps: list[tuple[str, int]] = []  # which matrices are whose: an upper bit of m or n for each warp bit
     while len(warps) < warp_bits and (rows or columns):
-        kind, bits, all_bits = ("row", rows, m) if len(rows) >= len(columns) else ("column", columns, n)
-        warps.append((kind, all_bits.index(bits.pop())))
-    batch = range(len(m) + len(n), bits_of(acc.shape))
-    batches = len(batch)
+        axis, bits, every = ("m", rows, m) if len(rows) >= len(columns) else ("n", columns, n)
+        warps.append((axis, every.index(bits.pop())))
+    return (
+        _layout(a, "mk", instruction.a, warps, warp_bits),
+        _layout(b, "kn", instruction.b, warps, warp_bits),
+        _layout(acc, "mn", instruction.c, warps, warp_bits),
+    )
 
-    def layout(shape: tuple[int, ...], row: str, column: str) -> Layout:
-        """`row` and `column` say which of the accumulator's axes ("row", "column") the tile's are, "" for k."""
-        first, second = (axis_bits(shape)[axis] for axis in (-2, -1))
-        inner = {"row": first, "column": second}
-        outer = {row: first, column: second}
 
-        def cell(item: tuple[str, int]) -> int:
-            return 1 << inner[item[0]][item[1]]
-
-        taken = {1 << outer[kind][number] for kind, number in warps if kind in outer}
-        rest = [1 << bit for bit in (*second[side:], *first[side:]) if 1 << bit not in taken]
-        top = bits_of(shape) - batches
-        registers = [cell(dialect.MATRIX_REGISTER), *rest, *(1 << (top + i) for i in range(batches))]
-        own = [1 << outer[kind][number] if kind in outer else 0 for kind, number in warps]
-        own += [0] * (warp_bits - len(own))
-        return Layout(bits_of(shape), tuple(registers), tuple(map(cell, dialect.MATRIX_LANES)), tuple(own))
-
-    return layout(a.shape, "row", ""), layout(b.shape, "", "column"), layout(acc.shape, "row", "column")
+def _layout(
+    shape: tuple[int, ...], axes: str, fragment: Fragment, warps: list[tuple[str, int]], warp_bits: int
+) -> Layout:
+    """An operand's tile: inside a matrix as the fragment says, then columns, rows and batches of matrices."""
+    places = [axis_bits(shape)[-2], axis_bits(shape)[-1]]
+    own = [1 << places[axes.index(axis)][number] if axis in axes else 0 for axis, number in warps]
+    outer = [*places[1][fragment.bits(1) :], *places[0][fragment.bits(0) :]]
+    batches = range(len(places[0]) + len(places[1]), bits_of(shape))
+    rest = [1 << bit for bit in (*outer, *batches) if 1 << bit not in own]
+    return Layout(
+        bits_of(shape),
+        (*(1 << places[axis][bit] for axis, bit in fragment.registers), *rest),
+        tuple(1 << places[axis][bit] for axis, bit in fragment.lanes),
+        (*own, *(0,) * (warp_bits - len(own))),
+    )
 
 
 def dot(e: Emitter, op: Op) -> None:
     layouts = e.assignment.fragments[op]
     if layouts is None:
         return by_elements(e, op)
-    a, b, acc = layouts
-    forms = [e.form(v, layout) for v, layout in zip(op.operands, layouts)]
-    elements = [v.element for v in op.operands]
+    instruction: Instruction = e.dialect.matrix_instruction(op)
+    parts = (instruction.a, instruction.b, instruction.c)
     name = op.result.name or "product"
-    names = [e.name(f"{name}_{part}") for part in ("a", "b", "c")]
-    counts = [layout.count // 2 for layout in layouts]
-    pair = Index((2,) * 0)
-    del pair
-    for element, matrix, count, form, layout in zip(elements, names, counts, forms, layouts):
-        assert isinstance(element, DType)
-        e.say(e.dialect.matrix_declare(element, matrix, count))
-        zero = matrix == names[2] and constant_of(op.operands[2]) == 0
-
-        def lines(i: Index, matrix=matrix, form=form, zero=zero, element=element) -> list[str]:
-            values = [e.type(element) + "(0)"] * 2 if zero else [form.text(i), form.text(i.at(1))]
-            return e.dialect.matrix_set(matrix, half(i), (values[0], values[1]))
-
-        pairs(e, layout.count, lines)
-    tiles(e, op, layouts, names)
-    result = e.name(op.result.name or "product")
-    count = acc.count
-    e.say(f"{e.type(op.result.element)} {result}[{count}];")
+    names = [e.name(f"{name}_{part}") for part in "abc"]
+    for value, matrix, layout, fragment in zip(op.operands, names, layouts, parts):
+        assert isinstance(value.element, DType)
+        width = len(fragment.registers)
+        zero = matrix == names[2] and constant_of(value) == 0
+        e.say(e.dialect.matrix_declare(value.element, matrix, layout.count >> width))
+        fill(e, layout, width, setter(e, matrix, e.form(value, layout), width, value.element, zero))
+    e.say(*product(e, op, layouts, parts, names))
+    acc, width = layouts[2], len(instruction.c.registers)
+    result = e.declare(e.name(op.result.name or "product"), op.result.element, acc.count)
 
     def out(i: Index) -> list[str]:
-        return [f"{result}[{i.at(n)}] = {e.dialect.matrix_get(names[2], half(i), n)};" for n in (0, 1)]
+        cell = f"{names[2]}[{_matrix(i, width)}]"
+        return [f"{result.text(i.at(n))} = {e.dialect.matrix_get(cell, n)};" for n in range(1 << width)]
 
-    pairs(e, count, out)
-    from nitinol.compiler.gpu.forms import variable
-
-    e.forms[op.result, acc] = variable(result, count)
-
-
-def half(i: Index) -> str:
-    """The number of the matrix that a pair of registers belongs to."""
-    return "0" if not i.columns else "r >> 1"
+    fill(e, acc, width, out)
+    e.forms[op.result, acc] = variable(result.variable, acc.count)
 
 
-def pairs(e: Emitter, count: int, lines) -> None:
-    """Lines for each matrix, in a loop over every second register."""
-    from nitinol.compiler.gpu.memory import Stepped
-    from nitinol.compiler.gpu.tree import Each, Statement
+def setter(
+    e: Emitter, matrix: str, form: Form, width: int, element: DType, zero: bool
+) -> Callable[[Index], list[str]]:
+    """Lines that put a thread's registers into a matrix."""
 
-    if count == 2:
+    def lines(i: Index) -> list[str]:
+        values = [f"{e.type(element)}(0)" if zero else form.text(i.at(n)) for n in range(1 << width)]
+        return e.dialect.matrix_set(f"{matrix}[{_matrix(i, width)}]", values)
+
+    return lines
+
+
+def _matrix(i: Index, width: int) -> str:
+    """The number of the matrix that a register belongs to."""
+    return f"r >> {width}" if i.columns else "0"
+
+
+def fill(e: Emitter, layout: Layout, width: int, lines: Callable[[Index], list[str]]) -> None:
+    """Lines for each matrix: registers in steps of those of one matrix."""
+    if layout.count == 1 << width:
         e.say(*lines(fixed(0)))
         return
-    index = Stepped(tuple(0 if bit == 0 else 1 << bit for bit in range(count.bit_length() - 1)))
-    e.nodes.append(Each(count, 2, [Statement(lines(index), e.line)]))
+    index = Stepped(tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers))))
+    e.nodes.append(Each(layout.count, 1 << width, [Statement(lines(index), e.line)]))
 
 
-def tiles(e: Emitter, op: Op, layouts: tuple[Layout, Layout, Layout], names: list[str]) -> None:
-    """One product for each matrix of the accumulator and each step along k."""
-    a, b, acc = layouts
-    k = axis_bits(op.operands[0].shape)[-1][3:]
-    m, n = (len([c for c in layout.registers[1:] if c in {1 << bit for bit in axis_bits(v.shape)[axis]}])
-            for layout, v, axis in ((acc, op.operands[2], -2), (acc, op.operands[2], -1)))  # fmt: skip
-    batch = 1 << (len(acc.registers) - 1 - m - n)
-    for_batch = f"for (int i = 0; i < {batch}; i++) " if batch > 1 else ""
-    where = {True: "i", False: "0"}[batch > 1]
-    ks = len(k)
+def product(
+    e: Emitter, op: Op, layouts: tuple[Layout, Layout, Layout], parts: tuple[Fragment, ...], names: list[str]
+) -> list[str]:
+    """Loops over the matrices: one instruction for each of the accumulator's and each step along k."""
 
-    def number(*parts: tuple[str, int]) -> str:
-        """Numbers of bits side by side, the first lowest."""
-        shift, out = 0, []
-        for name, bits in parts:
-            if bits:
-                out.append(f"{name} << {shift}" if shift else name)
-            shift += bits
-        return " | ".join(reversed(out)) or "0"
+    def counted(which: int, axis: int) -> int:
+        """Bits that number an operand's matrices along an axis, within a warp."""
+        layout, fragment = layouts[which], parts[which]
+        along = {1 << bit for bit in axis_bits(op.operands[which].shape)[axis - 2]}
+        return sum(1 for column in layout.registers[len(fragment.registers) :] if column in along)
 
-    bits = batch.bit_length() - 1
-    product = e.dialect.matrix_product(
-        f"{names[2]}[{number(('n', n), ('m', m), (where, bits))}]",
-        f"{names[0]}[{number(('k', ks), ('m', m), (where, bits))}]",
-        f"{names[1]}[{number(('n', n), ('k', ks), (where, bits))}]",
-    )
-    loops = [("k", ks), ("m", m), ("n", n)]
+    bits = {"m": counted(2, 0), "n": counted(2, 1), "k": counted(0, 1)}
+    bits["i"] = len(layouts[2].registers) - len(parts[2].registers) - bits["m"] - bits["n"]
+
+    def cell(name: str, axes: str) -> str:
+        shift, terms = 0, []
+        for axis in axes:
+            if bits[axis]:
+                terms.append(f"{axis} << {shift}" if shift else axis)
+            shift += bits[axis]
+        return f"{name}[{' | '.join(reversed(terms)) or '0'}]"
+
     lines, pad = [], ""
-    if for_batch:
-        lines.append(for_batch.rstrip())
-        pad = "    "
-    for name, count in loops:
-        if count:
-            lines.append(f"{pad}for (int {name} = 0; {name} < {1 << count}; {name}++)")
+    for axis in "ikmn":
+        if bits[axis]:
+            lines += [pad + e.dialect.UNROLL, f"{pad}for (int {axis} = 0; {axis} < {1 << bits[axis]}; {axis}++)"]
             pad += "    "
-    e.say(*lines, pad + product)
+    a, b, c = cell(names[0], "kmi"), cell(names[1], "nki"), cell(names[2], "nmi")
+    return [*lines, pad + e.dialect.matrix_product(c, a, b)]
 
 
 def by_elements(e: Emitter, op: Op) -> None:
@@ -153,26 +170,23 @@ def by_elements(e: Emitter, op: Op) -> None:
         name, piece = e.scratch(value.element, 1 << theirs.bits)
         convert.write_tile(e, e.form(value, theirs), theirs, value, name, Access("write", piece))
         shared.append((name, piece))
-    k = a.shape[-1]
-    n_bits, k_bits = (len(axis_bits(b.shape)[-1]), len(axis_bits(a.shape)[-1]))
-    m_bits = len(axis_bits(a.shape)[-2])
-    rest = range(m_bits + n_bits, layout.bits)
-    # places of a[.., m, 0] and b[.., 0, n] for the place of acc[.., m, n]
-    left = [0] * n_bits + [1 << (bit + k_bits) for bit in range(m_bits)]
-    left += [1 << (bit - n_bits + k_bits) for bit in rest]
-    right = [1 << bit for bit in range(n_bits)] + [0] * m_bits + [1 << (bit - m_bits + k_bits) for bit in rest]
-    kind = e.type(op.result.element)
-    name = e.name(op.result.name or "product")
-    form = e.store_in(name, op.result.element, layout.count, e.form(acc, layout))
+    m, n, k = (len(axis_bits(v.shape)[axis]) for v, axis in ((acc, -2), (acc, -1), (a, -1)))
+    batch = range(m + n, layout.bits)
+    # the places of a[.., m, 0] and b[.., 0, n] for the place of acc[.., m, n]
+    left: Map = (*(0,) * n, *(1 << (bit + k) for bit in range(m)), *(1 << (bit - n + k) for bit in batch))
+    right: Map = (*(1 << bit for bit in range(n)), *(0,) * m, *(1 << (bit - m + k) for bit in batch))
+    element = op.result.element
+    assert isinstance(element, DType)
+    kind = e.type(element)
+    form = e.store_in(e.name(op.result.name or "product"), element, layout.count, e.form(acc, layout))
 
     def lines(i: Index) -> list[str]:
-        first, second = e.place(layout, i, tuple(left)), e.place(layout, i, tuple(right))
-        x = f"{kind}({shared[0][0]}[({first}) + k])"
-        y = f"{kind}({shared[1][0]}[({second}) + (k << {n_bits})])"
+        x = f"{kind}({shared[0][0]}[({e.place(layout, i, left)}) + k])"
+        y = f"{kind}({shared[1][0]}[({e.place(layout, i, right)}) + (k << {n})])"
         total = form.text(i)
-        value = f"fma({x}, {y}, {total})" if op.result.element.is_float else f"{total} + {x} * {y}"  # type: ignore[union-attr]
-        return [f"for (int k = 0; k < {k}; k++) {total} = {value};"]
+        value = f"fma({x}, {y}, {total})" if element.is_float else f"{total} + {x} * {y}"
+        return [f"for (int k = 0; k < {1 << k}; k++) {total} = {value};"]
 
-    e.each(layout.count, lines, [form], [Access("read", piece) for _, piece in shared],
-           defines=[name])  # fmt: skip
+    reads = [Access("read", piece) for _, piece in shared]
+    e.each(layout.count, lines, [form], reads, defines=[form.variable])
     e.forms[op.result, layout] = form

@@ -134,7 +134,7 @@ def _integer(kind: str, element: DType, name: str, a: list[str], dialect: Module
         return f"{kind}({bare(a[0])}, {bare(a[1])})"
     elif kind == "mulhi":
         if not narrow:
-            return f"mulhi({bare(a[0])}, {bare(a[1])})"
+            return f"{dialect.FUNCTIONS[kind]}({bare(a[0])}, {bare(a[1])})"
         wide = "int" if element.is_signed else "uint"
         return f"{name}({wide}({bare(a[0])}) * {wide}({bare(a[1])}) >> {element.bits})"
     elif kind == "not":
@@ -158,7 +158,7 @@ def cast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
     if isinstance(target, PointerType):
         return f"({dialect.type_name(target)}){x}"
     if isinstance(source, PointerType):
-        return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}((ulong){x})"
+        return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}({dialect.to_number(bare(x))})"
     if float64 in (source, target):
         dialect.type_name(float64)
     name = dialect.type_name(target)
@@ -178,4 +178,4 @@ def bitcast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
         return cast(x, source, target, dialect)
     if int1 in (source, target):
         return f"{x} != 0" if target == int1 else f"{dialect.type_name(target)}({bare(x)})"
-    return f"as_type<{dialect.type_name(target)}>({bare(x)})"
+    return dialect.bit_cast(dialect.type_name(target), bare(x))

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from nitinol.compiler.analysis import base_pointer, uses_of
+from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.gpu import convert, dot, elementwise, memory, reduction
 from nitinol.compiler.gpu.assign import Assignment, operand_layouts
 from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
 from nitinol.compiler.gpu.tree import Access, Each, Nest, Scratch, Statement, accesses
-from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value, walk
+from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
 
 Lines = Callable[[Index], Sequence[str]]
@@ -159,8 +159,8 @@ class Emitter:
         nbytes = max(1, element.nbytes) * count
         if nbytes > self.dialect.SHARED_LIMIT:
             raise self.error(
-                f"this needs {nbytes} bytes of threadgroup memory to move a tile between threads and {self.dialect.NAME} "
-                f"devices have {self.dialect.SHARED_LIMIT}; use smaller tiles"
+                f"this needs {nbytes} bytes of threadgroup memory to move a tile between threads and "
+                f"{self.dialect.NAME} devices have {self.dialect.SHARED_LIMIT}; use smaller tiles"
             )
         piece = Scratch(nbytes)
         name = self.name("shared")
@@ -486,4 +486,3 @@ HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "device_print": Emitter.refuse,
 }
 
-__all__ = ["Emitter", "base_pointer", "walk"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nitinol.compiler.gpu.layout import Map, compose, identity
+from nitinol.compiler.gpu.layout import Map, apply, compose, identity
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,6 @@ class Index:
     constant: int = 0
 
     def through(self, map_: Map) -> Index:
-        from nitinol.compiler.gpu.layout import apply
-
         return Index(compose(map_, self.columns), apply(map_, self.constant))
 
     def at(self, number: int) -> Index:
@@ -42,6 +40,18 @@ class Index:
         for column in self.columns:
             covered |= column
         return f"({text}) ^ {self.constant}" if covered & self.constant else f"{text} | {self.constant}"
+
+
+class Stepped(Index):
+    """`r` in a loop that goes in steps: its low bits are zero."""
+
+    def __str__(self) -> str:
+        if self.columns and all(column in (0, 1 << bit) for bit, column in enumerate(self.columns)):
+            return f"r + {self.constant}" if self.constant else "r"
+        return super().__str__()
+
+    def at(self, number: int) -> Index:
+        return Stepped(self.columns, self.constant ^ number)
 
 
 def fixed(number: int) -> Index:

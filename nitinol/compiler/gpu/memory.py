@@ -7,18 +7,22 @@ pointer comes from, so that barriers come between threads that meet there, and o
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import convert
-from nitinol.compiler.gpu.forms import Form, Index, variable
+from nitinol.compiler.gpu.forms import Form, Index, Stepped, variable
 from nitinol.compiler.gpu.layout import Layout
 from nitinol.compiler.gpu.tree import Access
-from nitinol.compiler.ir import Op, Value
+from nitinol.compiler.ir import Op
 from nitinol.language.types import DType, PointerType, int1
 
 if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
+
+Lines = Callable[[Index], list[str]]
+Text = Callable[[Index], str]
 
 
 def touched(e: Emitter, op: Op, how: str, layout: Layout) -> Access:
@@ -75,7 +79,7 @@ def load(e: Emitter, op: Op) -> None:
         parts = [f"{p} != 0" for p in parts] if element == int1 else parts
         if mask is None:
             lines = [f"{type_} wide = {read};"]
-            return lines + [" ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
+            return [*lines, " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
         lines = [f"if ({mask.text(i)}) {{", f"    {type_} wide = {read};"]
         lines.append("    " + " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size)))
         lines.append("} else {")
@@ -89,32 +93,18 @@ def load(e: Emitter, op: Op) -> None:
     e.forms[result, layout] = form
 
 
-def vectors(e: Emitter, layout: Layout, width: int, lines, reads: list[Form], access: Access, name: str, declaration: str) -> None:  # noqa: E501
+def vectors(
+    e: Emitter, layout: Layout, width: int, lines: Lines, reads: list[Form], access: Access, name: str = "",
+    declaration: str = "",
+) -> None:  # fmt: skip
     """One access for each group of 2**width registers."""
     if declaration:
         e.say(declaration)
     if layout.count == 1 << width:
         e.say("{", *("    " + text for text in lines(Index((), 0))), "}", accesses=[access])
         return
-    columns = tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers)))
-
-    def masked(i: Index) -> list[str]:
-        return lines(Stepped(columns))
-
-    e.each(layout.count, masked, reads, [access], step=1 << width, defines=[name])
-
-
-class Stepped(Index):
-    """`r` in a loop that goes in steps: its low bits are zero."""
-
-    def __str__(self) -> str:
-        count = len(self.columns)
-        if self.columns == tuple(0 if not c else 1 << bit for bit, c in enumerate(self.columns)) and count:
-            return f"r + {self.constant}" if self.constant else "r"
-        return super().__str__()
-
-    def at(self, number: int) -> Index:
-        return Stepped(self.columns, self.constant ^ number)
+    index = Stepped(tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers))))
+    e.each(layout.count, lambda _: lines(index), reads, [access], step=1 << width, defines=[name])
 
 
 def store(e: Emitter, op: Op) -> None:
@@ -133,7 +123,7 @@ def store(e: Emitter, op: Op) -> None:
         return f"if ({' && '.join(conditions)}) " if conditions else ""
 
     def text(i: Index) -> str:
-        return f"uchar({value.text(i)})" if element == int1 else value.text(i)
+        return f"{e.dialect.memory_type(int1)}({value.text(i)})" if element == int1 else value.text(i)
 
     def single(i: Index) -> list[str]:
         return [f"{guard(i)}{cell(pointer, i)} = {text(i)};"]
@@ -143,7 +133,7 @@ def store(e: Emitter, op: Op) -> None:
         return [guard(i) + e.dialect.wide_store(element, pointer.text(i), values)]
 
     if width:
-        vectors(e, layout, width, wide, reads, access, "", "")
+        vectors(e, layout, width, wide, reads, access)
     else:
         e.each(layout.count, single, reads, [access])
 
@@ -165,7 +155,7 @@ def atomic_cas(e: Emitter, op: Op) -> None:
         element, pointer.text(i), expected.text(i), desired.text(i), e.helpers))  # fmt: skip
 
 
-def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | None, text) -> None:
+def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | None, text: Text) -> None:
     """One thread acts for each element; the old value is handed on to those that hold copies."""
     access = touched(e, op, "atomic", layout)
     owner = e.owner(layout)
@@ -193,6 +183,3 @@ def assertion_number(kernel: str, op: Op) -> int:
     """A number for the status word that is not zero and tells assertions apart."""
     return zlib.crc32(f"{kernel} {op.location} {op.attributes.get('message', '')}".encode()) | 1
 
-
-def is_read(value: Value) -> bool:
-    return value.op is not None and value.op.kind == "load"

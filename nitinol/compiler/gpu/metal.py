@@ -1,13 +1,14 @@
 """The Metal dialect: everything that the emitter's text needs and that differs between GPU languages.
 
-A CUDA dialect is another module with these names; the emitter takes the module. Fragments of matrix instructions are
-layouts, so the emitter needs no other knowledge of them than `matrix_fragments` and the text of one product.
+A CUDA dialect is another module with these names; the emitter takes the module. A matrix instruction is described by
+its fragments, which are layouts, and by the text that fills, multiplies and reads one: nothing else is known of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nitinol.compiler.gpu.dot import Fragment, Instruction
 from nitinol.compiler.gpu.layout import LANE_BITS
 from nitinol.compiler.ir import Op
 from nitinol.language.types import DType, PointerType, bfloat16, float16, float32, float64, int1
@@ -25,18 +26,19 @@ TYPES = {
 
 # What a variable must not be called: words of the language and functions that the emitter uses.
 RESERVED = frozenset(
-    """alignas alignof and asm atomic auto bfloat bfloat2 bfloat4 bool break buffer case catch char class compl const
-    constant constexpr continue decltype default delete device discard_fragment do double dynamic_cast else enum
-    explicit export extern false float for fragment friend goto half if inline int int32_t kernel lane long metal mutable
-    namespace new noexcept not nullptr object operator or patch precise fast private protected public r ray_data
-    register reinterpret_cast restrict return sampler scratch short signed size_t sizeof static static_assert struct
-    switch template texture this thread threadgroup throw true try typedef typeid typename uchar uint ulong union
-    unsigned ushort using vertex visible void volatile warp while wide xor arguments status grid group as_type select min max
-    abs exp exp2 log log2 sqrt rsqrt sin cos tanh erf floor ceil fma fmod fmin fmax mulhi isnan clamp sign step mix dot
-    length cross distance normalize round trunc fract pow any all popcount clz ctz rotate saturate INFINITY NAN quad
-    simd_sum simd_shuffle simd_shuffle_xor barrier vec matrix packed array half2 half4 float2 float3 float4 int2 int3
-    int4 uint2 uint3 uint4 char4 uchar4 short4 ushort4 local global generic pipe uniform M_PI_F MAXFLOAT main
-    simdgroup simd coherent depth2d texture2d imageblock mesh intersection function_ref tile""".split()
+    """INFINITY MAXFLOAT M_PI_F NAN abs alignas alignof all and any arguments array as_type asm atomic auto barrier
+    bfloat bfloat2 bfloat4 bool break buffer case catch ceil char char4 clamp class clz coherent compl const
+    constant constexpr continue cos cross ctz decltype default delete depth2d device discard_fragment distance
+    do dot double dynamic_cast else enum erf exp exp2 explicit export extern false fast float float2 float3
+    float4 floor fma fmax fmin fmod for fract fragment friend function_ref generic global goto grid group half
+    half2 half4 if imageblock inline int int2 int3 int32_t int4 intersection isnan kernel lane length local log
+    log2 long main matrix max mesh metal min mix mulhi mutable namespace new noexcept normalize not nullptr
+    object operator or packed patch pipe popcount pow precise private protected public quad r ray_data register
+    reinterpret_cast restrict return rotate round rsqrt sampler saturate scratch select short short4 sign signed
+    simd simd_shuffle simd_shuffle_xor simd_sum simdgroup sin size_t sizeof sqrt static static_assert status
+    step struct switch tanh template texture texture2d this thread threadgroup throw tile true trunc try typedef
+    typeid typename uchar uchar4 uint uint2 uint3 uint4 ulong uniform union unsigned ushort ushort4 using vec
+    vertex visible void volatile warp while wide xor""".split()
 )
 
 HEADER = """#include <metal_stdlib>
@@ -63,7 +65,7 @@ def memory_type(element: DType) -> str:
 
 def shared_pointer(element: DType | PointerType, name: str, offset: int) -> str:
     """Declares a view of the threadgroup memory."""
-    kind = "ulong" if isinstance(element, PointerType) else type_name(element)
+    kind = "ulong" if isinstance(element, PointerType) else type_name(element)  # pointers as numbers
     return f"threadgroup {kind} *{name} = (threadgroup {kind} *)(scratch + {offset});"
 
 
@@ -105,8 +107,15 @@ def wide_store(element: DType, address: str, values: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------- lanes
 
 
-def shuffle(element: DType | PointerType, value: str, lane: str, how: str = "simd_shuffle") -> str:
-    """The value that another lane has. The language shuffles numbers of 16 and 32 bits and vectors of those."""
+SHUFFLES = {"from": "simd_shuffle", "xor": "simd_shuffle_xor", "up": "simd_shuffle_up", "down": "simd_shuffle_down"}
+
+
+def shuffle(element: DType | PointerType, value: str, lane: str, which: str = "from") -> str:
+    """The value of another lane: lane number `lane`, or own number xor, minus ("up") or plus ("down") it.
+
+    The language shuffles numbers of 16 and 32 bits and vectors of those.
+    """
+    how = SHUFFLES[which]
     if isinstance(element, PointerType):
         bits = f"as_type<uint2>((ulong)({value}))"
         return f"({type_name(element)})as_type<ulong>({how}({bits}, ushort({lane})))"
@@ -119,10 +128,6 @@ def shuffle(element: DType | PointerType, value: str, lane: str, how: str = "sim
     return f"{how}({value}, ushort({lane}))"
 
 
-def shuffle_xor(element: DType | PointerType, value: str, mask: int) -> str:
-    return shuffle(element, value, str(mask), "simd_shuffle_xor")
-
-
 def reduce_lanes(kind: str, element: DType, value: str) -> str | None:
     """A reduction over all lanes in one operation, the same in every lane; None if there is none of that meaning."""
     names = {"add": "sum", "mul": "product", "and": "and", "or": "or", "xor": "xor", "min": "min", "max": "max"}
@@ -133,9 +138,21 @@ def reduce_lanes(kind: str, element: DType, value: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
 
+UNROLL = "#pragma clang loop unroll(full)"
+
+
+def bit_cast(kind: str, text: str) -> str:
+    return f"as_type<{kind}>({text})"
+
+
+def to_number(pointer: str) -> str:
+    """A pointer as a 64-bit number."""
+    return f"(ulong)({pointer})"
+
+
 FUNCTIONS = {
     name: f"precise::{name}" for name in "exp exp2 log log2 sqrt rsqrt sin cos tanh".split()
-} | {"floor": "floor", "ceil": "ceil", "erf": "erf"}  # fmt: skip
+} | {"floor": "floor", "ceil": "ceil", "erf": "erf", "mulhi": "mulhi"}  # fmt: skip
 
 HELPERS = {
     "nan_min": "template <typename T> T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
@@ -169,32 +186,28 @@ float erf(float x) {
 
 # -------------------------------------------------------------------------------------------------------- matrices
 
-MATRIX_TYPES = {float16: "half", bfloat16: "bfloat", float32: "float"}
-MATRIX_SIDE_BITS = 3
-
-# The 8x8 matrices of a simdgroup, two neighbours of a row per lane, as observed on Apple GPUs (MLX relies on it too):
-# (row bit or column bit, place) of the register bit and of the five lane bits.
-MATRIX_REGISTER = ("column", 0)
-MATRIX_LANES = (("column", 1), ("row", 0), ("row", 1), ("column", 2), ("row", 2))
+# The 8x8 matrices of a simdgroup, two neighbours of a row per lane, as observed on Apple GPUs (MLX relies on it too).
+_MATRIX = Fragment(((1, 0),), ((1, 1), (0, 0), (0, 1), (1, 2), (0, 2)))
 
 
-def matrix_supported(op: Op) -> bool:
-    """Whether a dot can go through simdgroup_matrix."""
+def matrix_instruction(op: Op) -> Instruction | None:
+    """simdgroup_matrix 8x8x8 for a dot, if it has these types and at least this size."""
     a, b, acc = op.operands
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    return a.element == b.element and a.element in MATRIX_TYPES and acc.element == float32 and min(m, n, k) >= 8
+    fits = a.element == b.element and a.element in (float16, bfloat16, float32) and acc.element == float32
+    return Instruction(_MATRIX, _MATRIX, _MATRIX) if fits and min(m, n, k) >= 8 else None
 
 
 def matrix_declare(element: DType, name: str, count: int) -> str:
-    return f"simdgroup_matrix<{MATRIX_TYPES[element]}, 8, 8> {name}[{count}];"
+    return f"simdgroup_matrix<{TYPES[element.name]}, 8, 8> {name}[{count}];"
 
 
-def matrix_set(name: str, index: str, values: tuple[str, str]) -> list[str]:
-    return [f"{name}[{index}].thread_elements()[{i}] = {v};" for i, v in enumerate(values)]
+def matrix_set(matrix: str, values: Sequence[str]) -> list[str]:
+    return [f"{matrix}.thread_elements()[{i}] = {v};" for i, v in enumerate(values)]
 
 
-def matrix_get(name: str, index: str, part: int) -> str:
-    return f"{name}[{index}].thread_elements()[{part}]"
+def matrix_get(matrix: str, number: int) -> str:
+    return f"{matrix}.thread_elements()[{number}]"
 
 
 def matrix_product(c: str, a: str, b: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu import elementwise
+from nitinol.compiler.gpu import convert, elementwise
 from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
-from nitinol.compiler.gpu.layout import Layout, apply, axis_bits, compose, identity, without_axis
+from nitinol.compiler.gpu.layout import Layout, axis_bits, compose, without_axis
 from nitinol.compiler.gpu.tree import Access
-from nitinol.compiler.ir import ELEMENTWISE, Op, combine_kind
+from nitinol.compiler.ir import ELEMENTWISE, Op, Value, combine_kind
 from nitinol.language.types import DType
 
 if TYPE_CHECKING:
@@ -84,11 +84,7 @@ class Running:
             return [f"if ({first}) {{", *_indent(start), "} else {", *_indent(inner), "}"]
 
         self.e.each(self.count, lines, forms, defines=names)
-        if count > 1:  # a later statement in the same loop would read too early
-            self.e.nodes[-1].elsewhere.update(names)
-            self.e.nodes[-1].partial.update(names)
-        else:
-            self.e.nodes[-1].partial.update(names)
+        self.e.nodes[-1].partial.update(names)
         self.forms, self.count = results, count
 
     def across(self, mask: int) -> None:
@@ -98,7 +94,7 @@ class Running:
         forms = self.forms
 
         def lines(i: Index) -> list[str]:
-            other = [e.dialect.shuffle_xor(v.element, f.text(i), mask) for v, f in zip(op.operands, forms)]
+            other = [e.dialect.shuffle(v.element, f.text(i), str(mask), "xor") for v, f in zip(op.operands, forms)]
             if whole is not None:
                 _, texts = combine(e, op, [forms[0].text(i)], other)
                 return [f"{forms[0].text(i)} = {texts[0]};"]
@@ -174,13 +170,10 @@ def between_warps(e: Emitter, op: Op, running: Running, layout: Layout, result: 
         warps[bit] ^= 1 << (result.bits + number)
     partial = Layout(result.bits + len(parts), result.registers, compose(drop, layout.lanes), tuple(warps))
     assert running.count == result.count
-    owner = e.owner(partial)
-    guard = f"if ({' && '.join(owner)}) " if owner else ""
     pieces = []
     for value, form in zip(op.operands, running.forms):
         shared, piece = e.scratch(value.element, 1 << partial.bits)
-        e.each(partial.count, lambda i, s=shared, f=form: [f"{guard}{s}[{e.place(partial, i)}] = {f.text(i)};"], [form],
-               [Access("write", piece)])  # type: ignore[misc] # fmt: skip
+        convert.write_tile(e, form, partial, value, shared, Access("write", piece))
         pieces.append((shared, piece))
     names = [e.name(r.name or "whole") for r in op.results]
     running.declare(names, result.count)
@@ -235,6 +228,11 @@ def scan(e: Emitter, op: Op) -> None:
         e.forms[result, layout] = form
 
 
+def neighbour(e: Emitter, value: Value, form: Form, how: str) -> Form:
+    """The value that the lane before (or behind) has."""
+    return Form(lambda i: e.dialect.shuffle(value.element, form.text(i), "1", how), form.names)
+
+
 def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width: int, reverse: bool) -> None:
     forms, count = running.forms, running.count
     outer = count // run
@@ -246,7 +244,7 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
         for v, f in zip(op.operands, forms)
     ]  # fmt: skip
     position = f"(lane & {width - 1})" if width < 32 else "lane"
-    how = "simd_shuffle_down" if reverse else "simd_shuffle_up"
+    how = "down" if reverse else "up"
 
     def inside(distance: int) -> str:
         return f"{position} < {width - distance}" if reverse else f"{position} >= {distance}"
@@ -276,8 +274,7 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
         return
     prefixes = []
     for value, form in zip(op.operands, totals):
-        moved = Form(lambda i, v=value, f=form: e.dialect.shuffle(v.element, f.text(i), "1", how), form.names)  # type: ignore[misc]
-        prefixes.append(e.store_in(e.name("prefix"), value.element, outer, moved))
+        prefixes.append(e.store_in(e.name("prefix"), value.element, outer, neighbour(e, value, form, how)))
     down = tuple(0 if bit < split else 1 << (bit - split) for bit in range(count.bit_length() - 1))
 
     def spread(i: Index) -> list[str]:
@@ -287,5 +284,3 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
 
     e.each(count, spread, [*forms, *(p.through(down) for p in prefixes)], defines=[f.variable for f in forms])
 
-
-__all__ = ["apply", "reduce", "scan"]

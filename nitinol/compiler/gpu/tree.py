@@ -175,7 +175,7 @@ def _walk(nodes: list[Node], pending: Pending, barrier: Barrier | None) -> tuple
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def render(nodes: Sequence[Node], indent: str = "    ", width: int = 88) -> list[str]:
+def render(nodes: Sequence[Node], unroll: str, indent: str = "    ", width: int = 88) -> list[str]:
     """Lines of source, the Python line behind the first of each run from it."""
     out: list[str] = []
     last: list[int | None] = [None]
@@ -194,7 +194,7 @@ def render(nodes: Sequence[Node], indent: str = "    ", width: int = 88) -> list
                     add(text, pad, node.line)
             elif isinstance(node, Each):
                 step = "r++" if node.step == 1 else f"r += {node.step}"
-                add("#pragma clang loop unroll(full)", "", None)
+                add(unroll, "", None)
                 out.append(f"{pad}for (int r = 0; r < {node.count}; {step}) {{")
                 for statement in node.statements:
                     for text in statement.lines:
