@@ -110,7 +110,7 @@ def runtime() -> Path:
     """The runtime library, compiled on first use."""
     path = cache_folder() / f"runtime-{key('runtime')}.so"
     if not path.exists():
-        flags = ["-x", "c++", "-std=c++17", "-O2", "-fno-rtti", "-mno-red-zone", "-w", *FREESTANDING, *target()]
+        flags = ["-x", "c++", "-std=c++17", "-O2", "-fno-rtti", "-w", *FREESTANDING, *target()]
         build(path, [(str(f), flags) for f in sorted((HERE / "native").glob("*.cpp"))], None)
     return path
 
