@@ -46,7 +46,11 @@ class Affine:
 
 @dataclass(slots=True)
 class Vector:
+    """Of masks, two scalar bits may be known: `full`, all lanes are set; `some`, there may be a lane that is."""
+
     value: Any
+    full: Any = None
+    some: Any = None
 
 
 Lanes = Uniform | Affine | Vector
@@ -198,7 +202,7 @@ class LaneBuilder:
         width: int,
     ) -> Lanes:
         """One elementwise operation of the tile IR on lanes of the given element types."""
-        cheap = self._mask(kind, args, width) if result == int1 else None
+        cheap = self._mask(kind, args, types, width) if result == int1 else None
         cheap = cheap or self._index_arithmetic(kind, args, types, result, width)
         if cheap is not None:
             return cheap
@@ -219,19 +223,45 @@ class LaneBuilder:
             values = [self.vector(a, t, width) for a, t in zip(args, types)]
         return self.wrap(self._compute(kind, values, types, result, attributes), width)
 
-    def _mask(self, kind: str, args: list[Lanes], width: int) -> Lanes | None:
-        """Comparisons of constants, and conjunctions with them: a row's mask stays one bit for all lanes."""
+    def _mask(self, kind: str, args: list[Lanes], types: list[DType | PointerType], width: int) -> Lanes | None:
+        """Comparisons of indices and their conjunctions. A row's mask stays one bit for all lanes; a mask that runs
+        out somewhere (`offsets < n`) knows whether it is full, so that whole vectors are not moved under a mask."""
         if kind == "and":
             for mask, other in (args, args[::-1]):
                 if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant):
                     return other if mask.value.constant else mask
-        if kind in _COMPARE and all(isinstance(a, (Affine, Uniform)) for a in args):
-            lanes = [_constant_lanes(a, width) for a in args]
-            if None not in lanes:
-                bits = [_COMPARE[kind](x, y) for x, y in zip(*lanes)]  # type: ignore[arg-type]
-                if len(set(bits)) == 1:
-                    return Uniform(ir.Constant(I1, int(bits[0])))
-        return None
+            bits = [_bits(a) for a in args]
+            if width == 1 or None in bits or all(isinstance(a, Uniform) for a in args):
+                return None
+            both = self.b.and_(*(self.vector(a, int1, width) for a in args))
+            full, some = (self.b.and_(x, y) for x, y in zip(*bits))  # type: ignore[arg-type]
+            return Vector(both, full, some)
+        if kind not in _COMPARE or any(isinstance(a, Vector) for a in args) or not _is_index(types[0]):
+            return None
+        lanes = [_constant_lanes(a, width) for a in args]
+        if None not in lanes:
+            known = [_COMPARE[kind](x, y) for x, y in zip(*lanes)]  # type: ignore[arg-type]
+            return Uniform(ir.Constant(I1, int(known[0]))) if len(set(known)) == 1 else None
+        return self._running_out(kind, args, types, width)
+
+    def _running_out(
+        self, kind: str, args: list[Lanes], types: list[DType | PointerType], width: int
+    ) -> Lanes | None:
+        """Growing lanes compared with one bound."""
+        if kind not in _MIRRORED or width == 1:
+            return None
+        if isinstance(args[0], Uniform):
+            kind, args = _MIRRORED[kind], args[::-1]
+        lanes, bound = args
+        if not isinstance(lanes, Affine) or not isinstance(bound, Uniform) or lanes.stride <= 0:
+            return None
+        limit = self.scalar(bound, types[0])
+        first = self.scalar(lanes, types[0])
+        last = self.displaced(first, lanes.stride * (width - 1), types[0])
+        ends = [self._integer(kind, [end, limit], types[0]) for end in (first, last)]  # type: ignore[arg-type]
+        every = [self.vector(x, types[0], width) for x in args]
+        some, full = ends if kind in ("lt", "le") else reversed(ends)
+        return Vector(self._integer(kind, every, types[0]), full, some)  # type: ignore[arg-type]
 
     def _index_arithmetic(
         self, kind: str, args: list[Lanes], types: list[DType | PointerType], result: DType | PointerType, width: int
@@ -520,6 +550,20 @@ class LaneBuilder:
 _COMPARE: dict[str, Any] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
+
+
+_MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+
+
+def _bits(mask: Lanes) -> tuple[Any, Any] | None:
+    """(full, some) of a mask, if they are known."""
+    if isinstance(mask, Vector):
+        return None if mask.full is None else (mask.full, mask.some)
+    return (mask.value, mask.value) if isinstance(mask, Uniform) else None
+
+
+def _is_index(type: DType | PointerType) -> bool:
+    return isinstance(type, DType) and type.is_int and type != int1
 
 
 def _constant_lanes(lanes: Lanes, width: int) -> list[int] | None:
