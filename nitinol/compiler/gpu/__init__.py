@@ -31,6 +31,13 @@ class Executable:
     pointers: tuple[int, ...]  # which parameters are buffers
     scalars: tuple[tuple[int, DType], ...]  # parameters in the struct of arguments, and their types
     asserts: dict[int, str] = field(default_factory=dict)
+    language: str = "msl"
+    function: Function | None = field(default=None, repr=False)
+
+    @property
+    def asm(self) -> dict[str, str]:
+        """What was made, as text: "ir" (tile IR) and the source, "msl" for Metal."""
+        return {"ir": str(self.function), self.language: self.source}
 
     @property
     def threads(self) -> int:
@@ -119,6 +126,7 @@ def compile_function(
         lines.append("    " + dialect.shared_memory(nbytes))
     lines += [*render(e.body, dialect.UNROLL), "}", ""]
     return Executable(
-        name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts)
-    )
+        name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts),
+        dialect.LANGUAGE, function,
+    )  # fmt: skip
 

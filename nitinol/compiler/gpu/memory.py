@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import convert
-from nitinol.compiler.gpu.forms import Form, Index, Stepped, variable
+from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, variable
 from nitinol.compiler.gpu.layout import Layout
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op
@@ -64,7 +64,7 @@ def load(e: Emitter, op: Op) -> None:
     declaration = f"{kind} {name}[{layout.count}];" if layout.count > 1 else ""
 
     def default(i: Index) -> str:
-        return other.operand(i) if other is not None else "false" if element == int1 else f"{kind}(0)"
+        return bare(other.operand(i)) if other is not None else "false" if element == int1 else f"{kind}(0)"
 
     def single(i: Index) -> list[str]:
         read = cell(pointer, i)
@@ -101,7 +101,9 @@ def vectors(
     if declaration:
         e.say(declaration)
     if layout.count == 1 << width:
-        e.say("{", *("    " + text for text in lines(Index((), 0))), "}", accesses=[access])
+        made = lines(Index((), 0))
+        block = len(made) > 1 and not made[0].startswith("if")  # declares a variable
+        e.say(*(["{", *("    " + text for text in made), "}"] if block else made), accesses=[access])
         return
     index = Stepped(tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers))))
     e.each(layout.count, lambda _: lines(index), reads, [access], step=1 << width, defines=[name])

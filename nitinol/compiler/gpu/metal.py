@@ -14,6 +14,7 @@ from nitinol.compiler.ir import Op
 from nitinol.language.types import DType, PointerType, bfloat16, float16, float32, float64, int1
 
 NAME = "Metal"
+LANGUAGE = "msl"  # the key of the source among a kernel's texts
 SHARED_LIMIT = 32768  # bytes of threadgroup memory of every Apple GPU
 SHARED_ROOMY = 16384  # up to here conversions get memory of their own; with more, fewer threadgroups share a core
 MOST_THREADS = 1024

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu import convert, elementwise
-from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
+from nitinol.compiler.gpu.forms import Form, Index, closed, fixed, variable
 from nitinol.compiler.gpu.layout import Layout, axis_bits, compose, without_axis
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import ELEMENTWISE, Op, Value, combine_kind
@@ -49,6 +49,7 @@ class Running:
     def __init__(self, e: Emitter, op: Op, forms: list[Form], count: int) -> None:
         self.e, self.op, self.forms, self.count = e, op, forms, count
         self.kinds = [e.type(v.element) for v in op.operands]
+        self.owned = False  # whether the forms are variables of ours, which may be changed
 
     def names(self) -> list[str]:
         return [self.e.name(r.name or "part") for r in self.op.results]
@@ -59,7 +60,9 @@ class Running:
 
     def own(self) -> None:
         """Makes sure that the forms are variables that may be changed."""
-        names = self.names()
+        if self.owned:
+            return
+        self.owned, names = True, self.names()
         self.forms = [
             self.e.store_in(name, v.element, self.count, f) for name, v, f in zip(names, self.op.operands, self.forms)
         ]
@@ -85,7 +88,7 @@ class Running:
 
         self.e.each(self.count, lines, forms, defines=names)
         self.e.nodes[-1].partial.update(names)
-        self.forms, self.count = results, count
+        self.forms, self.count, self.owned = results, count, True
 
     def across(self, mask: int) -> None:
         """Combines with the lane whose number differs by `mask`; the lower lane's value is always on the left."""
@@ -171,25 +174,38 @@ def between_warps(e: Emitter, op: Op, running: Running, layout: Layout, result: 
     partial = Layout(result.bits + len(parts), result.registers, compose(drop, layout.lanes), tuple(warps))
     assert running.count == result.count
     pieces = []
+
+    def at(shared: str, number: int, place: str) -> str:
+        """A simdgroup's part for an element of the result."""
+        offset = number << result.bits
+        return f"{shared}[{offset if place == '0' else place if not offset else f'({place}) + {offset}'}]"
+
     for value, form in zip(op.operands, running.forms):
         shared, piece = e.scratch(value.element, 1 << partial.bits)
         convert.write_tile(e, form, partial, value, shared, Access("write", piece))
         pieces.append((shared, piece))
     names = [e.name(r.name or "whole") for r in op.results]
+    if combine_kind(op) is not None:
+
+        def whole(i: Index) -> str:
+            cells = [at(pieces[0][0], number, e.place(result, i)) for number in range(1 << len(parts))]
+            text = cells[0]
+            for other in cells[1:]:
+                text = combine(e, op, [text if closed(text) else f"({text})"], [other])[1][0]
+            return text
+
+        read = Access("read", pieces[0][1])
+        running.forms = [convert.fetch(e, names[0], op.operands[0], result, whole, read)]
+        return
     running.declare(names, result.count)
     results = [variable(name, result.count) for name in names]
 
     def lines(i: Index) -> list[str]:
-        place = e.place(result, i)
-
-        def at(shared: str, number: int) -> str:
-            offset = number << result.bits
-            return f"{shared}[{offset if place == '0' else place if not offset else f'({place}) + {offset}'}]"
-
         out: list[str] = []
-        current = [at(shared, 0) for shared, _ in pieces]
+        place = e.place(result, i)
+        current = [at(shared, 0, place) for shared, _ in pieces]
         for number in range(1, 1 << len(parts)):
-            before, texts = combine(e, op, current, [at(shared, number) for shared, _ in pieces])
+            before, texts = combine(e, op, current, [at(shared, number, place) for shared, _ in pieces])
             out += before
             current = [t if " " not in t else f"({t})" for t in texts]
         return out + [f"{r.text(i)} = {t};" for r, t in zip(results, current)]
