@@ -31,10 +31,11 @@ DIALECT = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-ext=+all"),
     *("-cl-single-precision-constant", "-ffp-contract=fast", "-fno-math-errno", "-w"),
 ]
-# A call of the runtime is one place in the program: machine code must neither merge two nor copy one.
+# A call of the runtime is one place in the program: machine code must neither merge two nor copy one, and places
+# must lie in the order of the program.
 ONE_PLACE = [
     *("-fno-optimize-sibling-calls", "-mllvm", "-enable-tail-merge=0", "-mllvm", "-disable-tail-duplicate"),
-    *("-mllvm", "-disable-early-taildup", "-mllvm", "-tail-dup-placement=0"),
+    *("-mllvm", "-disable-early-taildup", "-mllvm", "-tail-dup-placement=0", "-mllvm", "-disable-block-placement"),
 ]
 # Clang leaves one access of every vectorised pair out when it instruments, hence no vectoriser there.
 INSTRUMENTED = [

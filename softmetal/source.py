@@ -18,9 +18,10 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from softmetal import check
+from softmetal.convergence import rewrite_branches
 from softmetal.kernels import Argument, Kernel, arguments, attribute_number, attribute_string, reaches_others
 from softmetal.methods import rewrite_classes, rewrite_constant_references
-from softmetal.parse import Chunk, Code, MetalError, chunks, error
+from softmetal.parse import Chunk, Code, MetalError, chunks, classes, error
 from softmetal.vectors import rewrite_choices, rewrite_vectors
 
 # Words that C++ for OpenCL reserves and Metal does not.
@@ -158,6 +159,8 @@ def rewrite(
     rewrite_choices(code, choices)
     rewrite_classes(code, found)
     rewrite_constant_references(code)
+    methods = [m for _, members in classes(code, found) for m in members if m.kind == "function"]
+    rewrite_branches(code, [*(c for c in found if c.kind == "function"), *methods])
     kernels: list[Kernel] = []
     templates: dict[str, Chunk] = {}
     facts: dict[int, tuple[list[Argument], bool, int]] = {}

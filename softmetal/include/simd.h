@@ -7,6 +7,7 @@ void sm_exchange4(uint);
 void sm_exchange8(ulong);
 void sm_exchange16(const void *);
 void sm_exchange32(const void *);
+void sm_join(void);
 void sm_fence(uint);
 void sm_barrier(uint);
 void sm_count_matrix(void);

@@ -250,9 +250,9 @@ static inline sm_lane *neighbour(sm_group *g, sm_simd *s, sm_lane *l, sm_uint la
     return l - lane + next;
 }
 
-static __attribute__((noinline)) void *simd_complete(char *arena, sm_lane *l, sm_simd *s) {
+static __attribute__((noinline)) void *simd_complete(char *arena, sm_lane *l, sm_simd *s, bool counted) {
     sm_group *g = sm_group_of(arena);
-    if (g->careful) sm_count.simd_ops++;
+    if (g->careful && counted) sm_count.simd_ops++;
     if (s->run || s->strays || g->seed) return next_lane(arena, g, s)->sp;
     sm_phase *p = &s->phase[s->parity];                            // all are here: go on
     p->mask = s->waiting;
@@ -275,7 +275,7 @@ static inline char *slot_for(char *arena, sm_lane *l, sm_simd *s, sm_uint lane, 
     return s->phase[s->parity].slots + lane * size;
 }
 
-template <typename T> static inline void *exchange(T value, void *site, void *sp) {
+template <typename T> static inline void *exchange(T value, void *site, void *sp, bool counted = true) {
     char *arena = sm_arena();
     sm_uint index = sm_index(), lane = index % SM_WIDTH;
     sm_lane *l = sm_lane_of(arena, index);
@@ -285,7 +285,7 @@ template <typename T> static inline void *exchange(T value, void *site, void *sp
     l->site = site;
     l->sp = sp;
     if (sm_lane *next = neighbour(sm_group_of(arena), s, l, lane)) return next->sp;
-    return simd_complete(arena, l, s);
+    return simd_complete(arena, l, s, counted);
 }
 
 struct bytes16 { sm_ulong x, y; };
@@ -299,6 +299,8 @@ void *sm_exchange4_next(sm_uint v, void *site, void *sp) { return exchange(v, si
 void *sm_exchange8_next(sm_ulong v, void *site, void *sp) { return exchange(v, site, sp); }
 void *sm_exchange16_next(const bytes16 *v, void *site, void *sp) { return exchange(*v, site, sp); }
 void *sm_exchange32_next(const bytes32 *v, void *site, void *sp) { return exchange(*v, site, sp); }
+void *sm_join_next(sm_uint, void *site, void *sp) { return exchange((sm_uint)0, site, sp, false); }
+SM_STUB(sm_join)
 SM_STUB(sm_exchange1)
 SM_STUB(sm_exchange2)
 SM_STUB(sm_exchange4)

@@ -9,9 +9,22 @@ import numpy as np
 import pytest
 from conftest import Runner
 
+import softmetal
+
 SIMD = """
 #include <metal_stdlib>
 using namespace metal;
+static int walk(int v, uint lane) { int s = 0; for (uint k = 0; k < lane % 4; k++) s += simd_sum(v) + (int)k; return s; }
+static int nest(int v, uint lane) {
+    int s = 0;
+    for (int k = 0; k < 3; k++) {
+        if ((lane + k) % 3 == 0) continue;
+        if (lane & 1) { s += simd_sum(v); if (lane & 2) s += simd_max(v) * 3; }
+        else s += simd_min(v) * 5;
+        s += simd_shuffle_xor(v, 2);
+    }
+    return s;
+}
 #define K(NAME, T, EXPRESSION) \\
     kernel void k_##NAME(device const T* in [[buffer(0)]], device T* out [[buffer(1)]], constant ushort& d [[buffer(2)]], \\
                      uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) { \\
@@ -32,14 +45,22 @@ SHUFFLES(simd) SHUFFLES(quad)
 K(votes, uint, (uint)(ulong)simd_ballot(v & 1) + (simd_all(v < 1000) ? 1 : 0) + (simd_any(v == 7) ? 2 : 0))
 K(divergent, int, lane < 12 ? simd_sum(v) : lane % 2 ? simd_max(v) : simd_sum(v) * (simd_is_first() ? 2 : 1))
 K(active, uint, lane % 3 ? (uint)(ulong)simd_active_threads_mask() : popcount((uint)(ulong)simd_active_threads_mask()))
+K(loop, int, walk(v, lane)) K(nested, int, nest(v, lane))
 K(half_sum, half, simd_sum(v)) K(byte_max, char, simd_max(v)) K(long_sum, long, simd_sum(v)) K(vector_sum, float4, simd_sum(v))
 K(modulo, float, simd_shuffle_and_fill_up(v, -v, d, (ushort)8) + simd_shuffle_and_fill_down(v, -v, d, (ushort)8))
 """
 
 
 @pytest.fixture(scope="module")
-def simd():
+def library():
     return Runner(SIMD)
+
+
+@pytest.fixture(params=["in order", "shuffled"])
+def simd(request, library):
+    """With shuffled lanes everything must come out the same."""
+    softmetal.set_seed(int(np.random.default_rng().integers(1, 1 << 31)) if request.param == "shuffled" else 0)
+    return library
 
 
 def lanes(runner, name, x, d=0, size=32):
@@ -115,6 +136,22 @@ def test_votes_divergence_and_types(simd, rng):
     assert lanes(simd, "long_sum", np.full(32, 1 << 40, "i8"))[0] == 1 << 45
     v = rng.integers(0, 9, (32, 4)).astype("f")
     assert np.array_equal(lanes(simd, "vector_sum", v)[5], v.sum(0))
+
+
+def test_divergent_loops(simd, rng):
+    v, lane = rng.integers(-50, 50, 32).astype("i4"), np.arange(32)
+    out = lanes(simd, "loop", v)
+    rounds = [v[lane % 4 > k].sum() + k for k in range(3)]
+    assert np.array_equal(out, [sum(rounds[: i % 4]) for i in lane])
+    expected = np.zeros(32, int)
+    for k in range(3):
+        on = (lane + k) % 3 != 0
+        odd, deep, even = on & (lane % 2 == 1), on & (lane % 4 == 3), on & (lane % 2 == 0)
+        expected[odd] += v[odd].sum()
+        expected[deep] += 3 * v[deep].max()
+        expected[even] += 5 * v[even].min()
+        expected[on] += np.where(on[lane ^ 2], v[lane ^ 2], v)[on]
+    assert np.array_equal(lanes(simd, "nested", v), expected)
 
 
 def test_partial_simdgroup(simd, rng):
