@@ -49,7 +49,7 @@ def compile_function(
     identify the kernel and its specialisation ("": not cached). `aliases`: a number per parameter; pointer parameters
     with equal numbers may point into the same memory (the default: all differ).
     """
-    from nitinol.compiler.cpu.memory import assertion_number
+    from nitinol.compiler.cpu.effects import assertion_number
     from nitinol.compiler.cpu.target import assemble, host_target, load_object, optimise
 
     aliases = aliases or tuple(range(parameters))

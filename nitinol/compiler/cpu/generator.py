@@ -20,20 +20,9 @@ from typing import Any
 from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
-from nitinol.compiler.cpu import dot, memory, prefetch, reduction, views
-from nitinol.compiler.cpu.lanes import (
-    I8,
-    I32,
-    I64,
-    POINTER,
-    Affine,
-    LaneBuilder,
-    Lanes,
-    Uniform,
-    constant,
-    llvm_type,
-    multiple_of,
-)
+from nitinol.compiler.cpu import control, dot, effects, memory, packing, reduction, views
+from nitinol.compiler.cpu.arithmetic import I8, I32, I64, POINTER, llvm_type
+from nitinol.compiler.cpu.lanes import Affine, LaneBuilder, Lanes, Uniform, constant, multiple_of
 from nitinol.compiler.cpu.plan import Plan
 from nitinol.compiler.cpu.target import Target
 from nitinol.compiler.ir import Block, Function, Op, Value
@@ -61,7 +50,7 @@ class Generator(LaneBuilder):
         self.function, self.plan, self.target = function, plan, target
         self.scalars: dict[Value, Lanes] = {}
         self.tiles: dict[Value, Stored] = {}
-        self.packed: dict[tuple[Value, str], dot.Packed] = {}
+        self.packed: dict[tuple[Value, str], packing.Packed] = {}
         self.memo: list[dict[Any, Lanes]] = [{}]
         self.scratch_top = 0
         self.scratch_bytes = 0
@@ -111,15 +100,15 @@ class Generator(LaneBuilder):
     def visit(self, op: Op) -> None:
         kind = op.kind
         if kind in tile_ir.CONTROL:
-            {"for": self.emit_for, "while": self.emit_while, "if": self.emit_if}[kind](op)
+            {"for": control.emit_for, "while": control.emit_while, "if": control.emit_if}[kind](self, op)
         elif kind == "store":
             self.emit_store(op)
         elif kind in ("atomic_rmw", "atomic_cas"):
-            memory.emit_atomic(self, op)
+            effects.emit_atomic(self, op)
         elif kind == "device_print":
-            memory.emit_print(self, op)
+            effects.emit_print(self, op)
         elif kind == "assert":
-            memory.emit_assert(self, op)
+            effects.emit_assert(self, op)
         elif kind == "reduce" and (op.result in self.plan.stored or not op.result.shape):
             reduction.emit_reduce(self, op)
         elif kind == "scan":
@@ -128,14 +117,14 @@ class Generator(LaneBuilder):
             self.scalars[op.result] = self.scalar_op(op)
         else:
             if kind == "dot":
-                dot.prepare(self, op)
+                packing.prepare(self, op)
             for result in op.results:
                 if result in self.plan.stored:
                     self.tiles[result] = self.materialise(result)
         for result in op.results:
             for user in self.plan.uses.get(result, ()):
                 if user.kind == "dot" and result.shape:
-                    dot.prepare_operand(self, user, result)
+                    packing.prepare_operand(self, user, result)
 
     def scalar_op(self, op: Op) -> Lanes:
         kind = op.kind
@@ -372,197 +361,3 @@ class Generator(LaneBuilder):
             memory.store(self, op, index, axis, width)
 
         self.element_walk([value], pointer.shape, body)
-
-    # ----------------------------------------------------------------------------------------------------- control flow
-
-    def emit_for(self, op: Op) -> None:
-        b = self.b
-        region = op.regions[0]
-        lower, upper, step = (self.scalars[v] for v in op.operands[:3])
-        element = op.operands[0].element
-        buffers = self._carry_in(op.operands[3:], region.arguments[1:])
-        initial = [self.scalar(self.scalars[v], v.element) for v in op.operands[3:] if not v.shape]
-        low, high, by = (self.scalar(x, element) for x in (lower, upper, step))
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("for", "body", "done"))
-        b.branch(head)
-        b.position_at_end(head)
-        counter = b.phi(low.type)
-        counter.add_incoming(low, before)
-        phis = [b.phi(v.type) for v in initial]
-        for phi, value in zip(phis, initial):
-            phi.add_incoming(value, before)
-        signed = isinstance(element, DType) and element.is_signed
-        compare = b.icmp_signed if signed else b.icmp_unsigned
-        b.cbranch(compare("<", counter, high), body, done)
-        b.position_at_end(body)
-        multiple = gcd(lower.multiple, step.multiple)  # type: ignore[union-attr]
-        with self.scope():
-            self.scalars[region.arguments[0]] = Uniform(counter, multiple)
-            scalars = [a for a in region.arguments[1:] if not a.shape]
-            for argument, phi, value in zip(scalars, phis, [v for v in op.operands[3:] if not v.shape]):
-                known = self._carried_multiple(argument, value, region)
-                self.scalars[argument] = Uniform(phi, known)
-            prefetch.emit(self, region)
-            self.block(region)
-            following = self._carry_on(region.arguments[1:], region.terminator.operands, buffers)
-            counter.add_incoming(b.add(counter, by), b.block)
-            for phi, new in zip(phis, following):
-                phi.add_incoming(new, b.block)
-        b.branch(head)
-        b.position_at_end(done)
-        self._carry_out(op.results, buffers, phis)
-
-    def _carried_multiple(self, argument: Value, initial: Value, region: Block) -> int:
-        """What a carried integer is always a multiple of, for `x += step`; 1 if it is not of that form."""
-        position = region.arguments.index(argument) - 1
-        following = region.terminator.operands[position]
-        start = self.scalars[initial]
-        if following.op is None or following.op.kind != "add" or argument not in following.op.operands:
-            return 1
-        step = next((v for v in following.op.operands if v is not argument), None)
-        while step is not None and step.op is not None and step.op.kind == "cast":
-            step = step.op.operands[0]
-        known = self.scalars.get(step) if step is not None else None
-        if isinstance(known, Uniform) and isinstance(start, Uniform):
-            return gcd(known.multiple, start.multiple)
-        if step is not None and step.op is not None and step.op.kind == "constant" and isinstance(start, Uniform):
-            return gcd(multiple_of(step.op.attributes["value"]), start.multiple)
-        return 1
-
-    def emit_while(self, op: Op) -> None:
-        b = self.b
-        before_region, after_region = op.regions
-        buffers = self._carry_in(op.operands, before_region.arguments)
-        initial = [self.scalar(self.scalars[v], v.element) for v in op.operands if not v.shape]
-        passed = [self.allocate(r.shape, r.element) if r.shape else None for r in op.results]
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("while", "body", "done"))
-        b.branch(head)
-        b.position_at_end(head)
-        phis = [b.phi(v.type) for v in initial]
-        for phi, value in zip(phis, initial):
-            phi.add_incoming(value, before)
-        with self.scope():
-            for argument, phi in zip([a for a in before_region.arguments if not a.shape], phis):
-                self.scalars[argument] = Uniform(phi)
-            self.block(before_region)
-            go, *values = before_region.terminator.operands
-            scalars = []
-            for value, place in zip(values, passed):
-                if place is None:
-                    scalars.append(self.scalar(self.request(value, (), 0, 1), value.element))
-                else:
-                    self.materialise(value, place)
-            b.cbranch(self.scalar(self.scalars[go], go.element), body, done)
-            b.position_at_end(body)
-            with self.scope():
-                available = iter(scalars)
-                for argument, place in zip(after_region.arguments, passed):
-                    if place is None:
-                        self.scalars[argument] = Uniform(next(available))
-                    else:
-                        self.tiles[argument] = place
-                self.block(after_region)
-                following = self._carry_on(before_region.arguments, after_region.terminator.operands, buffers)
-                for phi, new in zip(phis, following):
-                    phi.add_incoming(new, b.block)
-            b.branch(head)
-        b.position_at_end(done)
-        self._carry_out(op.results, passed, scalars)
-
-    def emit_if(self, op: Op) -> None:
-        b = self.b
-        places = [self.allocate(r.shape, r.element) if r.shape else None for r in op.results]
-        names = ("then", "else", "joined")
-        then, otherwise, joined = (b.append_basic_block(name) for name in names)
-        b.cbranch(self.scalar(self.scalars[op.operands[0]], op.operands[0].element), then, otherwise)
-        ends: list[tuple[ir.Block, list[ir.Value]]] = []
-        for start, region in zip((then, otherwise), op.regions):
-            b.position_at_end(start)
-            with self.scope():
-                self.block(region)
-                scalars = []
-                for value, place in zip(region.terminator.operands, places):
-                    if place is None:
-                        scalars.append(self.scalar(self.scalars[value], value.element))
-                    else:
-                        self.materialise(value, place)
-                ends.append((b.block, scalars))
-            b.branch(joined)
-        b.position_at_end(joined)
-        phis = []
-        for position in range(len(ends[0][1])):
-            phi = b.phi(ends[0][1][position].type)
-            for block, values in ends:
-                phi.add_incoming(values[position], block)
-            phis.append(phi)
-        self._carry_out(op.results, places, phis)
-
-    def _carry_in(self, initial: Sequence[Value], arguments: Sequence[Value]) -> list[Stored | None]:
-        buffers: list[Stored | None] = []
-        for value, argument in zip(initial, arguments):
-            buffers.append(self.materialise(value, self.allocate(value.shape, value.element)) if value.shape else None)
-            if buffers[-1] is not None:
-                self.tiles[argument] = buffers[-1]
-        return buffers
-
-    def _carry_on(
-        self, arguments: Sequence[Value], following: Sequence[Value], buffers: Sequence[Stored | None]
-    ) -> list[ir.Value]:
-        """Writes the next values of carried tiles over the old ones; returns those of carried scalars."""
-        scalars = [self.scalar(self.scalars[v], v.element) for v in following if not v.shape]
-        pending = [i for i, v in enumerate(following) if v.shape and v is not arguments[i]]
-        needs = {i: self._lazy_leaves(following[i]) for i in pending}
-        copies: list[tuple[Stored, Stored]] = []
-        while pending:
-            free = [i for i in pending if not any(arguments[i] in needs[j] for j in pending if j != i)]
-            i = (free or pending)[0]
-            pending.remove(i)
-            place = buffers[i]
-            assert place is not None
-            if free and (arguments[i] not in needs[i] or self._same_element(following[i], arguments[i])):
-                self.materialise(following[i], place)
-            else:
-                copies.append((self.materialise(following[i]), place))
-        for source, place in copies:
-            memory.copy_stored(self, source, place)
-        return scalars
-
-    def _lazy_leaves(self, value: Value) -> set[Value]:
-        """The stored tiles that computing a value on demand reads."""
-        if value in self.tiles:
-            return {value}
-        found: set[Value] = set()
-        if value.op is not None:
-            for operand in value.op.operands:
-                if operand.shape and (value.op.kind != "dot" or operand is value.op.operands[2]):
-                    found |= self._lazy_leaves(operand)
-                elif operand.shape:
-                    found |= dot.operand_leaves(self, value.op, operand)
-        return found
-
-    def _same_element(self, value: Value, leaf: Value) -> bool:
-        """Whether every element of `value` needs only the same element of `leaf`."""
-        if value is leaf or value in self.tiles or value.op is None:
-            return True
-        if leaf not in self._lazy_leaves(value):
-            return True
-        if value.op.kind == "dot":
-            others = dot.operand_leaves(self, value.op, value.op.operands[0])
-            others |= dot.operand_leaves(self, value.op, value.op.operands[1])
-            return leaf not in others and self._same_element(value.op.operands[2], leaf)
-        if value.op.kind not in tile_ir.ELEMENTWISE:
-            return False
-        return all(self._same_element(v, leaf) for v in value.op.operands if v.shape)
-
-    def _carry_out(
-        self, results: Sequence[Value], buffers: Sequence[Stored | None], scalars: Sequence[ir.Value]
-    ) -> None:
-        available = iter(scalars)
-        for result, buffer in zip(results, buffers):
-            if buffer is None:
-                self.scalars[result] = Uniform(next(available))
-            else:
-                self.tiles[result] = buffer
-

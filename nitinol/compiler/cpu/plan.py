@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from nitinol.compiler import ir
 from nitinol.compiler.analysis import AxisStrides, axis_groups, base_pointer, uses_of
-from nitinol.compiler.ir import Block, Op, Value, constant_of
-from nitinol.language.types import PointerType, float64, int8, int32, uint8
+from nitinol.compiler.ir import Block, Op, Value
+from nitinol.language.types import PointerType, int8, int32, uint8
 
 EXPENSIVE = 8  # in units of one vector instruction
 REPEATED = 4  # what it may cost to compute a value again for each place that a broadcast brings it to
@@ -327,11 +327,3 @@ def _narrow(value: Value) -> Value | None:
     if op is not None and op.kind == "cast" and op.operands[0].element in (int8, uint8):
         return op.operands[0]
     return None
-
-
-def known_zero(value: Value) -> bool:
-    return constant_of(value) == 0
-
-
-def accumulates_double(op: Op) -> bool:
-    return op.result.element == float64

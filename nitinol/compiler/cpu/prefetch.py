@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
-from nitinol.compiler.cpu.lanes import I32, LaneBuilder, Lanes, Uniform
+from nitinol.compiler.cpu.arithmetic import I32
+from nitinol.compiler.cpu.lanes import LaneBuilder, Lanes, Uniform
 from nitinol.compiler.ir import Block, Op, Value
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
 from nitinol.compiler.cpu import memory
-from nitinol.compiler.cpu.lanes import I32, Lanes, Uniform, Vector
+from nitinol.compiler.cpu.arithmetic import I32
+from nitinol.compiler.cpu.lanes import Lanes, Uniform, Vector
 from nitinol.compiler.cpu.plan import dot4_operands
 from nitinol.compiler.ir import Op, Value
 from nitinol.language.types import uint8
@@ -197,17 +198,11 @@ def _accumulate(
             for number in range(1, rounds):
                 flat = body(number * chains * step, flat)
         else:
-            flat = _loop_from(g, chains * step, extent, body, flat)
+            flat = g.loop(extent, chains * step, body, flat, start=chains * step)
     totals = [[g.wrap(v, width) for v in flat[k * count : (k + 1) * count]] for k in range(chains)]
     while len(totals) > 1:
         totals = [combine(g, op, a, b, width) for a, b in zip(totals[::2], totals[1::2])]
     return totals[0]
-
-
-def _loop_from(
-    g: Generator, step: int, extent: int, body: Callable[[Any, list[ir.Value]], list[ir.Value]], flat: list[ir.Value]
-) -> list[ir.Value]:
-    return g.loop(extent, step, body, flat, start=step)
 
 
 def _fold(
