@@ -31,7 +31,6 @@ struct sm_scalar_position {
 extern "C" void *sm_threadgroup(uint index, ulong size);
 
 template <int ID, uint INDEX, class T> SM_INLINE threadgroup T *sm_declare() {
-    static_assert(sizeof(T) <= SM_TG_BYTES, "threadgroup memory exceeds the limit of 32768 bytes");
     asm volatile(".pushsection sm_tg,\"a\"\n.quad %c0, %c1, %c2\n.popsection" ::"i"(ID), "i"(INDEX), "i"(sizeof(T)));
     return (threadgroup T *)(ulong)sm_threadgroup(INDEX, sizeof(T));
 }

@@ -14,7 +14,6 @@ enum {
     SM_MAX_BUFFERS = 31,
     SM_MAX_DECLS = 64,            // threadgroup variables declared in one kernel
     SM_SLOT = 32,                 // bytes that a lane can hand to the others in one exchange
-    SM_TG_BYTES = 32768,
     SM_TG_ARENA = 1 << 20         // room for threadgroup memory with the red zones of validation mode
 };
 

@@ -33,7 +33,6 @@ REFUSED = {
     "kernel void f(device int* x [[buffer(0)]], device int* y [[buffer(0)]]) {}": "same buffer index",
     "kernel void f(device int* x, uint i) {}": "no attribute",
     "kernel void f(texture2d<float> t [[texture(0)]]) {}": "texture",
-    "kernel void f(device int* x) { threadgroup float big[9000]; big[0] = 1; }": "32768",
     "void g() { threadgroup float t[3]; }": "only be declared in a kernel",
     "kernel void f(device int* x) {}\nvoid g(device int* x) { f(x); }": "is a kernel",
     "kernel void f(device int* x) { constant int* p = 0; p[0] = 1; }": "const",
@@ -92,6 +91,13 @@ kernel void k(device float* x [[buffer(0)]]) {
     x = np.zeros(8, "f")
     r.run("k", [x], groups=1, size=1)
     assert x[1] == 4.5 + 2 * 4.5 + 3 + 2 + 2 + 0
+
+
+def test_too_much_threadgroup_memory_is_refused_with_the_pipeline():
+    """As on a Mac: the library compiles, the pipeline does not come into being."""
+    r = Runner(HEAD + "kernel void f(device float* x) { threadgroup float big[9000]; big[0] = 1; x[0] = big[0]; }")
+    pipeline, error = DEVICE.newComputePipelineStateWithFunction_error_(r.library.newFunctionWithName_("f"), None)
+    assert pipeline is None and "'f' declares 36000 bytes of threadgroup memory" in error.localizedDescription()
 
 
 def test_missing_function_and_missing_compiler():
