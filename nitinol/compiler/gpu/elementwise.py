@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nitinol.compiler.gpu.forms import bare, lean
-from nitinol.compiler.ir import COMPARISONS, Op
+from nitinol.compiler.ir import COMPARISONS, Op, constant_of
 from nitinol.compiler.semantics import round_to
 from nitinol.language.types import (
     DType,
@@ -91,6 +91,9 @@ def expression(op: Op, a: list[str], dialect: ModuleType, index: bool, helpers: 
         return _BOOLEAN[kind].format(*a)
     if element.is_float:
         return _float(op, element, name, a, dialect, helpers)
+    if kind in ("div", "rem") and constant_of(op.operands[1]) in (None, 0, -1):
+        helpers.add("quotient" if kind == "div" else "modulo")  # no trap and no undefined result
+        return f"{'quotient' if kind == 'div' else 'modulo'}<{name}>({bare(a[0])}, {bare(a[1])})"
     return _integer(kind, element, name, a, dialect, index)
 
 

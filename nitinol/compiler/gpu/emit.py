@@ -61,7 +61,8 @@ class Emitter:
         """A name that no other variable of the kernel has."""
         base = re.sub(r"\W", "_", base).strip("_") or "v"
         base = f"v{base}" if base[0].isdigit() else base
-        base = f"{base}_" if base in self.dialect.RESERVED else base
+        if base in self.dialect.RESERVED or base in self.dialect.HELPERS:
+            base = f"{base}_"
         name = base
         while name in self.taken:
             self.names[base] = self.names.get(base, 1) + 1

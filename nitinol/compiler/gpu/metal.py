@@ -33,8 +33,8 @@ RESERVED = frozenset(
     do dot double dynamic_cast else enum erf exp exp2 explicit export extern false fast float float2 float3
     float4 floor fma fmax fmin fmod for fract fragment friend function_ref generic global goto grid group half
     half2 half4 if imageblock inline int int2 int3 int32_t int4 intersection isnan kernel lane length local log
-    log2 long main matrix max mesh metal min mix mulhi mutable namespace new noexcept normalize not nullptr
-    object operator or packed patch pipe popcount pow precise private protected public quad r ray_data register
+    log2 long main matrix max mesh metal min mix mulhi modulo mutable namespace new noexcept normalize not nullptr
+    object operator or packed patch pipe popcount pow precise private protected public quad quotient r ray_data register
     reinterpret_cast restrict return rotate round rsqrt sampler saturate scratch select short short4 sign signed
     simd simd_shuffle simd_shuffle_xor simd_sum simdgroup sin size_t sizeof sqrt static static_assert status
     step struct switch tanh template texture texture2d this thread threadgroup throw tile true trunc try typedef
@@ -155,7 +155,14 @@ FUNCTIONS = {
     name: f"precise::{name}" for name in "exp exp2 log log2 sqrt rsqrt sin cos tanh".split()
 } | {"floor": "floor", "ceil": "ceil", "erf": "erf", "mulhi": "mulhi"}  # fmt: skip
 
+# Division by 0 gives 0 and leaves the dividend as remainder; the smallest integer by -1 wraps.
 HELPERS = {
+    "quotient": """template <typename T> T quotient(T x, T y) {
+    return y == 0 ? T(0) : T(-1) < T(0) && y == T(-1) ? T(0ul - ulong(x)) : T(x / y);
+}""",
+    "modulo": """template <typename T> T modulo(T x, T y) {
+    return y == 0 ? x : T(-1) < T(0) && y == T(-1) ? T(0) : T(x % y);
+}""",
     "nan_min": "template <typename T> T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
     "nan_max": "template <typename T> T nan_max(T x, T y) { return x != x ? x : y != y ? y : fmax(x, y); }",
     "compare_and_swap": """// The weak form may fail where the values are equal: then once more.
