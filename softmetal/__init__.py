@@ -30,6 +30,11 @@ def install() -> None:
     sys.modules["Metal"] = metal
 
 
-def configure(*, working_set_bytes: int = 0, buffer_bytes: int = 0, family: int = 0) -> None:
-    """Sets what the device says of itself: limits in bytes, the newest Apple GPU family; 0: the default."""
-    limits.update(working_set_bytes=working_set_bytes, buffer_bytes=buffer_bytes, family=family)
+def configure(
+    *, working_set_bytes: int = 0, buffer_bytes: int = 0, family: int = 0, timeout_seconds: float = 0
+) -> None:
+    """Sets what the device says of itself: limits in bytes, the newest Apple GPU family; and after how many seconds
+    a dispatch is ended (600). 0: the default."""
+    limits.update(
+        working_set_bytes=working_set_bytes, buffer_bytes=buffer_bytes, family=family, timeout_seconds=timeout_seconds
+    )

@@ -198,11 +198,13 @@ class CommandBuffer(Labelled):
                 op.kind, op.value, op.a, op.b, op.size = item[1:6]
         modes.apply()
         done = native.execute(ops, len(pending), modes.seed())
-        texts = [validation.describe(r, modes.instrumented()) for r in native.take_reports()]
+        reports = native.take_reports()
+        texts = [validation.describe(r, modes.instrumented()) for r in reports]
         failed = done < len(pending)
         if texts or failed:
             name = pending[done][1].pipeline.kernel.name if failed else ""
-            self._fail(3 if failed else 1, texts or [f"the kernel '{name}' failed"])
+            timeout = any(r.kind == validation.TIMEOUT for r in reports)
+            self._fail(2 if timeout else 3 if failed else 1, texts or [f"the kernel '{name}' failed"])
         pending.clear()
         return failed
 

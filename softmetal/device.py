@@ -53,10 +53,10 @@ class Device:
         return False
 
     def recommendedMaxWorkingSetSize(self) -> int:
-        return objects.limits.get("working_set_bytes") or objects.memory_bytes() * 3 // 4
+        return int(objects.limits.get("working_set_bytes") or 0) or objects.memory_bytes() * 3 // 4
 
     def maxBufferLength(self) -> int:
-        return objects.limits.get("buffer_bytes") or objects.memory_bytes() // 2
+        return int(objects.limits.get("buffer_bytes") or 0) or objects.memory_bytes() // 2
 
     def currentAllocatedSize(self) -> int:
         return self._allocated

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from softmetal import native
+from softmetal.objects import limits
 
 _lock = threading.Lock()
 _counts = {"submits": 0, "waits": 0, "allocations": 0}
@@ -47,7 +48,8 @@ def validating() -> bool:
 
 
 def apply() -> None:
-    native.runtime().sm_set_mode(int(_state["validate"]), int(_state["count"]))
+    limit = int((limits.get("timeout_seconds") or 600) * 1e9)
+    native.runtime().sm_set_mode(int(_state["validate"]), int(_state["count"]), limit)
 
 
 def count(what: str) -> None:

@@ -63,7 +63,7 @@ def runtime() -> ctypes.CDLL:
     library.sm_take_reports.argtypes = [c_void_p]
     library.sm_take_reports.restype = c_uint32
     library.sm_read_counters.argtypes = [c_void_p, ctypes.c_int]
-    library.sm_set_mode.argtypes = [c_uint32, c_uint32]
+    library.sm_set_mode.argtypes = [c_uint32, c_uint32, c_uint64]
     library.sm_start(c_uint32(threads()))
     return library
 

@@ -241,7 +241,7 @@ def number(value: Any, name: str) -> str:
     return f"({name}){v}u" if v >= 0 else f"({name})({v})"
 
 
-limits: dict[str, int] = {}
+limits: dict[str, float] = {}
 
 
 def memory_bytes() -> int:

@@ -10,7 +10,7 @@ from softmetal import lines, native
 from softmetal.buffers import Buffer
 from softmetal.library import Pipeline
 
-BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE = range(1, 8)
+BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE, TIMEOUT = range(1, 9)
 SPARE = 128  # entries that the runtime adds for a threadgroup's own memory
 
 
@@ -58,6 +58,8 @@ def describe(r: native.Report, instrumented: bool) -> str:
         return f"validation: divergent barrier: {where}: waits at a barrier that not all threads reach ({others})"
     if r.kind == UNINITIALISED:
         return f"validation: uninitialised: {access} of threadgroup memory that nobody has written"
+    if r.kind == TIMEOUT:
+        return f"time-out: {where} was still running when the dispatch's time was over"
     if r.kind == TOO_LARGE:
         return f"{where}: threadgroup memory exceeds 32768 bytes"
     hint = "" if instrumented else " (run with validation to see why)"

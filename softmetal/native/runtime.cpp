@@ -16,6 +16,10 @@ int pthread_cond_signal(void *);
 int pthread_cond_broadcast(void *);
 int sigaction(int, const void *, void *);
 int sigaltstack(const void *, void *);
+sm_ulong pthread_self(void);
+int pthread_kill(sm_ulong, int);
+int clock_gettime(int, void *);
+int nanosleep(const void *, void *);
 void sm_enter(void **from, void *to);
 void sm_jump(void *to) __attribute__((noreturn));
 void sm_first(void);
@@ -76,7 +80,8 @@ struct job {
 struct worker {
     char *arena;
     void *main_sp;
-    sm_uint stacks;
+    sm_uint stacks, running;
+    sm_ulong thread;
 };
 
 static_assert(sizeof(sm_lane) == 64 && sizeof(sm_simd) == 4096 && sizeof(sm_phase) == 1600, "addresses are shifts");
@@ -85,6 +90,8 @@ static worker *workers[256];
 static sm_uint worker_count;
 static sm_ulong lock_[8], pool_lock[8], wake[8], idle[8];   // zero is an initialised mutex or condition
 static sm_uint generation;
+static sm_ulong started, limit;          // of the dispatch that runs, in ns; how long one may take
+enum { SM_INTERRUPT = 40 };              // a real-time signal: the dispatch takes too long
 static sm_report reports[64];
 static sm_uint report_count;
 static __thread __attribute__((tls_model("initial-exec"))) worker *active;   // set while a kernel runs
@@ -142,6 +149,7 @@ static void install_handler(void) {
     action.flags = 0x4 | 0x08000000 | 0x40000000;   // SA_SIGINFO, SA_ONSTACK, SA_NODEFER
     sigaction(11, &action, old_action[0]);
     sigaction(7, &action, old_action[1]);
+    sigaction(SM_INTERRUPT, &action, 0);
 }
 
 static void on_fault(int number, void *info, void *context) {
@@ -157,9 +165,15 @@ static void on_fault(int number, void *info, void *context) {
         sp = *(sm_ulong *)((char *)context + 432);
 #endif
         sm_lane *l = sm_lane_of(arena, (sp >> SM_STACK_BITS) & (SM_LANES - 1));
+        if (number == SM_INTERRUPT) {
+            if (sp - (sm_ulong)arena >= SM_GROUP_AT) return;       // not in the kernel now; the next signal finds it
+            sm_new_report(SM_TIMEOUT, g, l, pc, 0);
+            sm_abandon(g);
+        }
         if (sm_report *r = sm_new_report(SM_FAULT, g, l, pc, 0)) r->address = *(sm_ulong *)((char *)info + 16);
         sm_abandon(g);
     }
+    if (number == SM_INTERRUPT) return;
     sigaction(number, old_action[number == 11 ? 0 : 1], 0);        // not ours: the fault happens again
 }
 
@@ -443,6 +457,8 @@ static void work(worker *w) {
     memcpy(d, j->dispatch, sizeof *d);
     grow(w, d->fibers ? d->size[0] * d->size[1] * d->size[2] : 1);
     active = w;
+    w->thread = pthread_self();
+    __atomic_store_n(&w->running, 1, __ATOMIC_RELEASE);
     sm_ulong fixed = d->range_count;
     while (!j->failed) {
         sm_uint at = __atomic_fetch_add(&j->next, j->chunk, __ATOMIC_RELAXED);
@@ -455,7 +471,27 @@ static void work(worker *w) {
             if (sm_validate) d->range_count = fixed;
         }
     }
+    __atomic_store_n(&w->running, 0, __ATOMIC_RELEASE);
     active = 0;
+}
+
+static sm_ulong clock_ns(void) {
+    struct { long seconds, ns; } t;
+    clock_gettime(1, &t);
+    return (sm_ulong)t.seconds * 1000000000ul + (sm_ulong)t.ns;
+}
+
+static void *watch(void *) {                                       // ends dispatches that take too long
+    for (;;) {
+        struct { long seconds, ns; } pause = {0, 200000000};
+        nanosleep(&pause, 0);
+        sm_ulong since = __atomic_load_n(&started, __ATOMIC_ACQUIRE);
+        if (!since || !limit || clock_ns() - since < limit) continue;
+        current.failed = 1;
+        for (sm_uint i = 0; i < worker_count; i++)
+            if (__atomic_load_n(&workers[i]->running, __ATOMIC_ACQUIRE)) pthread_kill(workers[i]->thread, SM_INTERRUPT);
+    }
+    return 0;
 }
 
 static void *worker_main(void *argument) {
@@ -517,11 +553,13 @@ static void run_dispatch(sm_dispatch *d, sm_uint seed) {
         pthread_cond_broadcast(wake);
     }
     pthread_mutex_unlock(pool_lock);
+    __atomic_store_n(&started, clock_ns(), __ATOMIC_RELEASE);
     work(workers[0]);
     pthread_mutex_lock(pool_lock);
     current.busy = 0;
     while (current.workers) pthread_cond_wait(idle, pool_lock);
     current.dispatch = 0;
+    __atomic_store_n(&started, 0, __ATOMIC_RELEASE);
     pthread_mutex_unlock(pool_lock);
 }
 
@@ -532,6 +570,8 @@ extern "C" {
 void sm_start(sm_uint threads) {
     install_handler();
     workers[0] = new_worker();
+    sm_ulong watcher;
+    if (!pthread_create(&watcher, 0, watch, 0)) pthread_detach(watcher);
     for (worker_count = 1; worker_count < threads && worker_count < 256; worker_count++) {
         workers[worker_count] = new_worker();
         sm_ulong thread;
@@ -578,7 +618,8 @@ void sm_read_counters(sm_counters *out, int reset) {
     if (reset) memset(&sm_count, 0, sizeof sm_count);
 }
 
-void sm_set_mode(sm_uint validate, sm_uint counting) {
+void sm_set_mode(sm_uint validate, sm_uint counting, sm_ulong limit_ns) {
+    limit = limit_ns;
     sm_validate = validate;
     sm_counting = counting;
 }

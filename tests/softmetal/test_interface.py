@@ -24,6 +24,9 @@ kernel void memory(device float* x [[buffer(0)]], threadgroup float* t [[threadg
     threadgroup float s[4096];
     s[i] = x[i]; t[i] = s[i]; x[i] = t[i];
 }
+kernel void forever(device atomic_uint* x [[buffer(0)]]) { while (atomic_load_explicit(x, memory_order_relaxed) < 9) {} }
+kernel void meeting_forever(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+    while (simd_sum(x[i]) < 9) {} }
 #ifdef SCALE
 kernel void scaled(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) { x[i] *= SCALE; }
 #endif
@@ -285,6 +288,20 @@ def test_a_failed_kernel_fails_its_command_buffer_only(runner):
         and "'add_one'" in commands.error().localizedDescription()
     )
     runner.run("add_one", [np.zeros(32, "f")], threads=32)
+
+
+@pytest.mark.parametrize("name", ["forever", "meeting_forever"])
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_kernel_that_does_not_end_is_ended(runner, name, validate):
+    softmetal.configure(timeout_seconds=0.3)
+    softmetal.set_validation(validate)
+    commands = runner.run(name, [np.zeros(64, "f")], groups=2, check=False)
+    assert commands.status() == Metal.MTLCommandBufferStatusError
+    assert commands.error().code() == Metal.MTLCommandBufferErrorTimeout
+    assert f"kernel '{name}'" in commands.error().localizedDescription()
+    x = np.zeros(64, "f")
+    runner.run("add_one", [x], threads=64)
+    assert np.all(x == 1)
 
 
 def test_wrong_uses_are_told_in_a_sentence(runner):
