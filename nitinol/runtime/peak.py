@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from nitinol.runtime.cpu import CpuDevice
-from nitinol.runtime.native import I64, PREFIX, Body, compile_module, constant
+from nitinol.runtime.native import PREFIX, Body, compile_module, constant
 
 STEPS = 20_000  # of the inner loop in one program: some 50 us
 ACCUMULATORS = 24  # independent sums: more than latency times units (8 to 10) on any core, fewer than 32 registers
@@ -54,8 +54,8 @@ def _kernel(kind: str) -> ir.Module:
     intrinsic = {"fma": f"llvm.fma.v{LANES}f32", "vnni": "llvm.x86.avx512.vpdpbusd.512"}[kind]
     # Since LLVM 22 the byte dot takes its factors as bytes, before as vectors of i32.
     factor = ir.VectorType(ir.IntType(8), 4 * LANES) if kind == "vnni" and llvm.llvm_version_info[0] >= 22 else vector
-    multiply = ir.Function(module, ir.FunctionType(vector, [vector, factor, factor] if kind == "vnni" else [vector] * 3),
-                           intrinsic)
+    factors = [vector, factor, factor] if kind == "vnni" else [vector] * 3
+    multiply = ir.Function(module, ir.FunctionType(vector, factors), intrinsic)
     args, _, _, first, last = f.parameters
     sums = f.get(args, 0)
     accumulators = [b.alloca(vector) for _ in range(ACCUMULATORS)]
