@@ -10,7 +10,7 @@ from softmetal import lines, native
 from softmetal.buffers import Buffer
 from softmetal.library import Pipeline
 
-BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE, TIMEOUT = range(1, 9)
+BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE, TIMEOUT, MISALIGNED = range(1, 10)
 SPARE = 128  # entries that the runtime adds for a threadgroup's own memory
 
 
@@ -58,6 +58,9 @@ def describe(r: native.Report, instrumented: bool) -> str:
         return f"validation: divergent barrier: {where}: waits at a barrier that not all threads reach ({others})"
     if r.kind == UNINITIALISED:
         return f"validation: uninitialised: {access} of threadgroup memory that nobody has written"
+    if r.kind == MISALIGNED:
+        place = f"{'writes' if r.write else 'reads'} {r.size} bytes at address {r.address:#x}, " if r.size else ""
+        return f"validation: misaligned: {where}: {place}which is not aligned for the type of the access"
     if r.kind == TIMEOUT:
         return f"time-out: {where} was still running when the dispatch's time was over"
     if r.kind == TOO_LARGE:

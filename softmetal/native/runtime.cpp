@@ -170,7 +170,8 @@ static void on_fault(int number, void *info, void *context) {
             sm_new_report(SM_TIMEOUT, g, l, pc, 0);
             sm_abandon(g);
         }
-        if (sm_report *r = sm_new_report(SM_FAULT, g, l, pc, 0)) r->address = *(sm_ulong *)((char *)info + 16);
+        bool misaligned = ((int *)info)[2] == 128;                 // sent by the processor, without an address
+        if (sm_report *r = sm_new_report(misaligned ? SM_MISALIGNED : SM_FAULT, g, l, pc, 0)) r->address = *(sm_ulong *)((char *)info + 16);
         sm_abandon(g);
     }
     if (number == SM_INTERRUPT) return;

@@ -113,6 +113,18 @@ static void out_of_bounds(sm_group *g, sm_lane *l, sm_ulong address, sm_uint siz
     sm_abandon(g);
 }
 
+static void aligned(sm_ulong address, sm_uint size, bool write, void *site) {
+    if (!(address & ((size < 8 ? size : 8) - 1)) || !sm_validate) return;
+    char *arena = sm_arena();
+    sm_group *g = sm_group_of(arena);
+    if (sm_report *r = sm_new_report(SM_MISALIGNED, g, sm_self(arena), (sm_ulong)site, 0)) {
+        r->size = size;
+        r->write = write;
+        r->address = address;
+    }
+    sm_abandon(g);
+}
+
 static void access(sm_ulong address, sm_uint size, bool write, bool atomic, void *site) {
     char *arena = sm_arena();
     sm_group *g = sm_group_of(arena);
@@ -176,8 +188,12 @@ static void access(sm_ulong address, sm_uint size, bool write, bool atomic, void
 
 extern "C" {
 #define SM_HOOKS(N) \
-    void __tsan_read##N(void *p) { access((sm_ulong)p, N, false, false, __builtin_return_address(0)); } \
-    void __tsan_write##N(void *p) { access((sm_ulong)p, N, true, false, __builtin_return_address(0)); } \
+    void __tsan_read##N(void *p) { \
+        aligned((sm_ulong)p, N, false, __builtin_return_address(0)); \
+        access((sm_ulong)p, N, false, false, __builtin_return_address(0)); } \
+    void __tsan_write##N(void *p) { \
+        aligned((sm_ulong)p, N, true, __builtin_return_address(0)); \
+        access((sm_ulong)p, N, true, false, __builtin_return_address(0)); } \
     void __tsan_unaligned_read##N(void *p) { access((sm_ulong)p, N, false, false, __builtin_return_address(0)); } \
     void __tsan_unaligned_write##N(void *p) { access((sm_ulong)p, N, true, false, __builtin_return_address(0)); }
 SM_HOOKS(1) SM_HOOKS(2) SM_HOOKS(4) SM_HOOKS(8) SM_HOOKS(16)

@@ -104,6 +104,9 @@ kernel void copy_struct(device Item* x [[buffer(0)]], device Item* y [[buffer(1)
     Item t = x[i + 1];                                      // line 93
     y[i] = t;
 }
+kernel void misaligned(device float* x [[buffer(0)]], constant int& by [[buffer(1)]], device float4* y [[buffer(2)]]) {
+    y[0] = *(device float4*)(x + by);                       // line 97
+}
 constant float table[3] = {1, 2, 3};
 kernel void tables(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) { x[i] = table[i % 3]; }
 """
@@ -206,6 +209,12 @@ def test_simdgroup_barrier_orders_a_simdgroup_only(runner, x):
 def test_dynamic_threadgroup_memory(runner, x):
     assert not found(runner, "dynamic_memory", [x], groups=1, size=64, memory=[256])
     assert "out of bounds" in found(runner, "dynamic_memory", [x], groups=1, size=64, memory=[128])[0]
+
+
+def test_misaligned_vectors(runner, x):
+    (text,) = found(runner, "misaligned", [x, np.int32(1), x.copy()], groups=1, size=1)
+    assert "misaligned" in text and "line 97" in text
+    assert not found(runner, "misaligned", [x, np.int32(4), x.copy()], groups=1, size=1)
 
 
 def test_constant_tables_are_no_bounds_error(runner, x):
