@@ -16,7 +16,7 @@ pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglan
 import softmetal
 from nitinol.compiler import ir
 from nitinol.compiler.driver import prepare
-from nitinol.compiler.gpu import Executable, compile_function
+from nitinol.compiler.gpu import LOG_BYTES, Executable, compile_function
 
 softmetal.install()
 Metal: Any = sys.modules["Metal"]
@@ -56,6 +56,10 @@ class Library:
         if executable.asserts:
             ctypes.memset(status.address, 0, 4)
             encoder.setBuffer_offset_atIndex_(status, 0, len(executable.pointers) + 1)
+        log = self.device.newBufferWithLength_options_(LOG_BYTES, 0)
+        if executable.prints:
+            ctypes.memset(log.address, 0, 4)
+            encoder.setBuffer_offset_atIndex_(log, 0, len(executable.pointers) + 1 + bool(executable.asserts))
         encoder.dispatchThreadgroups_threadsPerThreadgroup_(
             Metal.MTLSizeMake(*grid), Metal.MTLSizeMake(executable.threads, 1, 1)
         )
@@ -66,6 +70,8 @@ class Library:
             raise AssertionError(f"{commands.error().localizedDescription()}\n{executable.source}")
         for array, buffer, shift in buffers.values():
             ctypes.memmove(array.ctypes.data, buffer.address + shift, array.nbytes)
+        if executable.prints:
+            print(*executable.printed(ctypes.string_at(log.address, LOG_BYTES)), sep="\n")
         failed = ctypes.c_uint32.from_address(status.address).value
         if executable.asserts and failed:
             raise AssertionError(executable.asserts[failed])

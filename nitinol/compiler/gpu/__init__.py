@@ -10,8 +10,11 @@ from types import ModuleType
 from typing import Any
 
 from nitinol.compiler.gpu import metal
+from nitinol.compiler.gpu.effects import LOG_BYTES, Print, read_log
 from nitinol.compiler.ir import Function
 from nitinol.language.types import DType, PointerType
+
+__all__ = ["LOG_BYTES", "Executable", "compile_function"]
 
 
 @dataclass
@@ -19,8 +22,9 @@ class Executable:
     """The source of one kernel and what its launch needs.
 
     One threadgroup of `threads` threads per program instance. Buffers 0, 1, ... are the pointer parameters in order;
-    the next holds `arguments(values, grid)`; if there are `asserts`, the one after it a uint32 that becomes the number
-    of a failed assertion. `threadgroup_bytes` are declared in the kernel itself.
+    the next holds `arguments(values, grid)`. If there are `asserts`, one more holds a uint32, 0 at first, that becomes
+    the number of a failed assertion; if there are `prints`, one more holds LOG_BYTES, the first four 0, from which
+    `printed` reads lines. `threadgroup_bytes` are declared in the kernel itself.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Executable:
     pointers: tuple[int, ...]  # which parameters are buffers
     scalars: tuple[tuple[int, DType], ...]  # parameters in the struct of arguments, and their types
     asserts: dict[int, str] = field(default_factory=dict)
+    prints: tuple[Print, ...] = ()
     language: str = "msl"
     function: Function | None = field(default=None, repr=False)
 
@@ -42,6 +47,10 @@ class Executable:
     @property
     def threads(self) -> int:
         return 32 * self.simdgroups
+
+    def printed(self, log: bytes) -> list[str]:
+        """The lines that a launch printed."""
+        return list(read_log(self.prints, log))
 
     def arguments(self, values: Sequence[Any], grid: Sequence[int]) -> bytes:
         """The struct of scalar arguments: `values` has one entry per parameter of the kernel."""
@@ -103,7 +112,7 @@ def compile_function(
         except dialect.Unsupported as problem:
             e.location = function.location
             raise e.error(f"parameter {parameter.name} of {problem}") from None
-    most = dialect.MOST_BUFFERS - 1  # one holds the scalar arguments
+    most = dialect.MOST_BUFFERS - 3  # for scalar arguments, assertions and prints
     if len(pointers) > most:
         e.location = function.location
         raise e.error(f"{function.name} has {len(pointers)} pointer parameters and {dialect.NAME} kernels at most "
@@ -118,7 +127,7 @@ def compile_function(
     for statement in leaves(e.body):
         if isinstance(statement, _Pointer):
             statement.settle()
-    struct_text, head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts))
+    struct_text, head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts), bool(e.prints))
     lines = [dialect.HEADER]
     lines += [dialect.HELPERS[helper] + "\n" for helper in sorted(e.helpers)]
     lines += [struct_text, head]
@@ -127,6 +136,6 @@ def compile_function(
     lines += [*render(e.body, dialect.UNROLL), "}", ""]
     return Executable(
         name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts),
-        dialect.LANGUAGE, function,
+        tuple(e.prints), dialect.LANGUAGE, function,
     )  # fmt: skip
 

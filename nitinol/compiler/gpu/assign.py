@@ -139,8 +139,8 @@ class Assignment:
         elif kind == "dot":
             fragments = self.fragments[op] = self.fragments_of(op, self.warp_bits)
             return [fragments[2] if fragments else self.default(op.result.shape)]
-        elif kind in ("assert", "device_print"):
-            self.chosen[op] = self.first(op.operands) if op.operands and op.operands[0].shape else self.scalar
+        elif kind == "assert":
+            self.chosen[op] = self.first(op.operands) if op.operands[0].shape else self.scalar
         return [None] * len(op.results)
 
     def first(self, values: Sequence[Value]) -> Layout:
@@ -289,11 +289,14 @@ class Assignment:
                 for layout in self.versions(result):
                     for operand, needed in zip(op.operands, operand_layouts(op, layout)):
                         self.want(operand, needed)
-        elif kind in ("load", "store", "atomic_rmw", "atomic_cas", "reduce", "scan", "assert", "device_print"):
+        elif kind in ("load", "store", "atomic_rmw", "atomic_cas", "reduce", "scan", "assert"):
             if kind == "load" and op.result.shape:
                 self.load_in_place(op)
             for operand in op.operands:
                 self.want(operand, self.chosen[op] if operand.shape else self.scalar)
+        elif kind == "device_print":
+            for operand in op.operands:
+                self.want(operand, self.first([operand]) if operand.shape else self.scalar)
         elif kind == "gather":
             self.want(op.operands[0], self.first(op.operands[:1]))
             self.want(op.operands[1], self.chosen[op])

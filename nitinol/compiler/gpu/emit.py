@@ -13,7 +13,7 @@ from typing import Any
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.errors import CompilationError
-from nitinol.compiler.gpu import convert, dot, elementwise, memory, reduction
+from nitinol.compiler.gpu import convert, dot, effects, elementwise, memory, reduction
 from nitinol.compiler.gpu.assign import Assignment, operand_layouts
 from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
@@ -39,6 +39,7 @@ class Emitter:
         self.location: Location | None = function.location
         self.helpers: set[str] = set()
         self.asserts: dict[int, str] = {}
+        self.prints: list[effects.Print] = []
         self.loops = 0  # how many loops we are in
         self.depth: dict[Value, int] = {}  # and were at a value's definition
         self.block_of: dict[Op, Block] = {}
@@ -437,19 +438,6 @@ class Emitter:
         if bodies[0] or bodies[1]:
             self.nodes.append(Nest(f"if ({condition}) {{", bodies[0], "}", False, line, bodies[1] or None))
 
-    def fail(self, op: Op) -> None:
-        """assert: the first failure's number goes to the status word."""
-        condition, layout = op.operands[0], self.assignment.chosen[op]
-        number = memory.assertion_number(self.function.name, op)
-        message = op.attributes.get("message", "") or "assertion failed"
-        self.asserts[number] = f"kernel {self.function.name}, {op.location or 'no source line'}: {message}"
-        form = self.form(condition, layout)
-        action = self.dialect.fail(number)
-        self.each(layout.count, lambda i: [f"if (!{form.operand(i)}) {action}"], [form])
-
-    def refuse(self, op: Op) -> None:
-        raise self.error(f"{op.kind} is not available in {self.dialect.NAME} kernels; run the kernel on the CPU target")
-
 
 class _Pointer(Statement):
     """The declaration of a pointer into threadgroup memory; its offset is known once memory is allocated."""
@@ -483,7 +471,7 @@ HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "for": Emitter.for_loop,
     "while": Emitter.while_loop,
     "if": Emitter.branch,
-    "assert": Emitter.fail,
-    "device_print": Emitter.refuse,
+    "assert": effects.fail,
+    "device_print": effects.print_values,
 }
 

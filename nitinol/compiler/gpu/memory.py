@@ -6,7 +6,6 @@ pointer comes from, so that barriers come between threads that meet there, and o
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -179,9 +178,3 @@ def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | N
     if used and owner:
         form = convert.by_memory(e, op.result, form, layout, layout)
     e.forms[op.result, layout] = form
-
-
-def assertion_number(kernel: str, op: Op) -> int:
-    """A number for the status word that is not zero and tells assertions apart."""
-    return zlib.crc32(f"{kernel} {op.location} {op.attributes.get('message', '')}".encode()) | 1
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nitinol.compiler.gpu.dot import Fragment, Instruction
+from nitinol.compiler.gpu.effects import LOG_RECORDS, RECORD_WORDS
 from nitinol.compiler.gpu.layout import LANE_BITS
 from nitinol.compiler.ir import Op
 from nitinol.language.types import DType, PointerType, bfloat16, float16, float32, float64, int1
@@ -165,6 +166,13 @@ HELPERS = {
 }""",
     "nan_min": "template <typename T> T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
     "nan_max": "template <typename T> T nan_max(T x, T y) { return x != x ? x : y != y ? y : fmax(x, y); }",
+    "log_value": f"""void log_value(device atomic_uint *log, uint site, uint3 group, uint place, ulong value) {{
+    uint record = atomic_fetch_add_explicit(log, 1u, memory_order_relaxed);
+    if (record >= {LOG_RECORDS}) return;
+    device uint *words = (device uint *)(log + 1 + {RECORD_WORDS} * record);
+    words[0] = site; words[1] = group.x; words[2] = group.y; words[3] = group.z;
+    words[4] = place; words[5] = uint(value); words[6] = uint(value >> 32);
+}}""",
     "compare_and_swap": """// The weak form may fail where the values are equal: then once more.
 template <typename T, typename A> T compare_and_swap(device A *cell, T expected, T desired) {
     T found = expected;
@@ -251,7 +259,7 @@ def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
 
 
 def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]], threads: int,
-           asserts: bool) -> tuple[str, str]:  # fmt: skip
+           asserts: bool, prints: bool) -> tuple[str, str]:  # fmt: skip
     """The struct of scalar arguments and the kernel's head.
 
     `parameters`: element type and name of each buffer; `fields`: type and name of each scalar. The grid's extents end
@@ -266,6 +274,8 @@ def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tu
     head.append(f"    constant {name}_arguments &arguments [[buffer({len(parameters)})]],")
     if asserts:
         head.append(f"    device atomic_uint *status [[buffer({len(parameters) + 1})]],")
+    if prints:
+        head.append(f"    device atomic_uint *log [[buffer({len(parameters) + 1 + asserts})]],")
     head += [
         "    uint3 group [[threadgroup_position_in_grid]],",
         "    ushort lane [[thread_index_in_simdgroup]],",
@@ -277,6 +287,15 @@ def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tu
 
 def program_id(axis: int) -> str:
     return f"int(group.{'xyz'[axis]})"
+
+
+def log_bits(element: DType | PointerType, text: str) -> str:
+    """A value as the 64 bits of a record: floats as float, integers extended."""
+    if isinstance(element, PointerType):
+        return to_number(text)
+    if element.is_float:
+        return f"ulong(as_type<uint>(float({text})))"
+    return f"ulong(long({text}))" if element.is_signed else f"ulong({text})"
 
 
 def fail(number: int) -> str:
