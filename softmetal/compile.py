@@ -128,7 +128,16 @@ def build(path: Path, units: list[tuple[str, list[str]]], text: str | None) -> N
 
 
 def flags(instrumented: bool) -> list[str]:
-    return [*DIALECT, "-O2", *ONE_PLACE, *FREESTANDING, *target(), *(INSTRUMENTED if instrumented else ())]
+    # stack-clash protection: a large frame touches every page of it, so the guard page catches an overflow
+    return [
+        *DIALECT,
+        "-O2",
+        "-fstack-clash-protection",
+        *ONE_PLACE,
+        *FREESTANDING,
+        *target(),
+        *(INSTRUMENTED if instrumented else ()),
+    ]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from softmetal import lines, native
 from softmetal.buffers import Buffer
 from softmetal.library import Pipeline
 
-BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE, TIMEOUT, MISALIGNED = range(1, 10)
+BOUNDS, RACE, RACE_ACROSS, DIVERGENT, UNINITIALISED, FAULT, TOO_LARGE, TIMEOUT, MISALIGNED, STACK = range(1, 11)
 SPARE = 128  # entries that the runtime adds for a threadgroup's own memory
 
 
@@ -61,6 +61,8 @@ def describe(r: native.Report, instrumented: bool) -> str:
     if r.kind == MISALIGNED:
         place = f"{'writes' if r.write else 'reads'} {r.size} bytes at address {r.address:#x}, " if r.size else ""
         return f"validation: misaligned: {where}: {place}which is not aligned for the type of the access"
+    if r.kind == STACK:
+        return f"stack overflow: {where} needs more than 60 KB of memory of its own"
     if r.kind == TIMEOUT:
         return f"time-out: {where} was still running when the dispatch's time was over"
     if r.kind == TOO_LARGE:

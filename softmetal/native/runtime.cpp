@@ -171,7 +171,9 @@ static void on_fault(int number, void *info, void *context) {
             sm_abandon(g);
         }
         bool misaligned = ((int *)info)[2] == 128;                 // sent by the processor, without an address
-        if (sm_report *r = sm_new_report(misaligned ? SM_MISALIGNED : SM_FAULT, g, l, pc, 0)) r->address = *(sm_ulong *)((char *)info + 16);
+        bool stack = *(sm_ulong *)((char *)info + 16) - (sm_ulong)arena < SM_GROUP_AT;
+        sm_uint kind = misaligned ? SM_MISALIGNED : stack ? SM_STACK : SM_FAULT;
+        if (sm_report *r = sm_new_report(kind, g, l, pc, 0)) r->address = *(sm_ulong *)((char *)info + 16);
         sm_abandon(g);
     }
     if (number == SM_INTERRUPT) return;

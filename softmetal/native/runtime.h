@@ -17,7 +17,7 @@ struct sm_report {        // what validation (or a fault) found
     sm_ulong address, pc, other_pc, offset, length;
     sm_uint group[3], thread[3], other_thread, index;
 };
-enum { SM_BOUNDS = 1, SM_RACE, SM_RACE_ACROSS, SM_DIVERGENT, SM_UNINITIALISED, SM_FAULT, SM_TG_TOO_LARGE, SM_TIMEOUT, SM_MISALIGNED };
+enum { SM_BOUNDS = 1, SM_RACE, SM_RACE_ACROSS, SM_DIVERGENT, SM_UNINITIALISED, SM_FAULT, SM_TG_TOO_LARGE, SM_TIMEOUT, SM_MISALIGNED, SM_STACK };
 
 struct sm_counters {
     sm_ulong dispatches, groups, threads, barriers, simd_ops, matrix_ops;

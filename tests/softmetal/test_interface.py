@@ -24,6 +24,12 @@ kernel void memory(device float* x [[buffer(0)]], threadgroup float* t [[threadg
     threadgroup float s[4096];
     s[i] = x[i]; t[i] = s[i]; x[i] = t[i];
 }
+kernel void deep(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+    float a[20000];
+    for (int k = 0; k < 20000; k++) a[k] = x[(i + k) % 32];
+    threadgroup_barrier(mem_flags::mem_device);
+    x[i] = a[int(x[i]) * 7];
+}
 kernel void forever(device atomic_uint* x [[buffer(0)]]) { while (atomic_load_explicit(x, memory_order_relaxed) < 9) {} }
 kernel void meeting_forever(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
     while (simd_sum(x[i]) < 9) {} }
@@ -288,6 +294,11 @@ def test_a_failed_kernel_fails_its_command_buffer_only(runner):
         and "'add_one'" in commands.error().localizedDescription()
     )
     runner.run("add_one", [np.zeros(32, "f")], threads=32)
+
+
+def test_too_much_memory_of_a_thread(runner):
+    commands = runner.run("deep", [np.zeros(32, "f")], groups=1, check=False)
+    assert "stack overflow: kernel 'deep'" in commands.error().localizedDescription()
 
 
 @pytest.mark.parametrize("name", ["forever", "meeting_forever"])
