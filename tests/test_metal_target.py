@@ -259,7 +259,8 @@ class BFloat16:
         self.array, self.__nitinol_pointer__ = array, (array.ctypes.data, bfloat16)
 
 
-PRODUCTS = [(8, 8, 8), (16, 64, 32), (64, 32, 16), (32, 32, 64), (1, 64, 32), (4, 16, 128), (2, 2, 2), (16, 4, 16)]
+PRODUCTS = [(8, 8, 8), (16, 64, 32), (64, 32, 16), (32, 32, 64)]
+PRODUCTS += [(1, 64, 32), (4, 16, 128), (2, 2, 2), (16, 4, 16), (32, 1, 2)]
 
 
 @pytest.mark.parametrize("dtypes", ["f4 f4", "f2 f2", "bf bf", "i1 i1", "u1 i1"])
@@ -288,7 +289,7 @@ def test_products_of_every_kind(dtypes):
             product, f"product_{number}", SIMDGROUPS[number % 3], a=memory[0], b=memory[1], c=c, M=m, N=n, K=k,
             TRANSPOSED=transposed, STEP=min(k, 32),
         )  # fmt: skip
-        matrices = one in ("f4", "f2", "bf") and min(m, n, min(k, 32)) >= 8
+        matrices = one in ("f4", "f2", "bf") and m >= 8
         assert ("simdgroup_multiply_accumulate" in made.source) == matrices
         cases.append((made, [getattr(v, "array", v) for v in values], a, b, c))
     library = Library([made for made, *_ in cases])

@@ -74,7 +74,7 @@ def _pack(value: Any, element: DType) -> bytes:
 def compile_function(
     function: Function, aliases: tuple[int, ...] = (), simdgroups: int = 4, dialect: ModuleType = metal, name: str = ""
 ) -> Executable:
-    """The kernel's source for a prepared tile IR function.
+    """The kernel's source for a prepared tile IR function, which is changed in place.
 
     `aliases`: a number per parameter; pointers with equal numbers may point into the same memory (the default: all
     differ). `simdgroups`: a power of two, how many simdgroups of 32 threads run one program instance. `name`: of the
@@ -91,7 +91,7 @@ def compile_function(
         most = dialect.MOST_THREADS // 32
         raise ValueError(f"{function.name}: {simdgroups} simdgroups; expected a power of two up to {most}")
     aliases = aliases or tuple(range(len(function.parameters)))
-    expand_small_dots(function)
+    expand_small_dots(function, dialect.MATRIX_SIDES)
     e = Emitter(function, dialect, simdgroups.bit_length() - 1, aliases)
     name = re.sub(r"\W", "_", name or function.name)
     name = f"{name}_kernel" if name in dialect.RESERVED else name

@@ -203,15 +203,16 @@ float erf(float x) {
 # -------------------------------------------------------------------------------------------------------- matrices
 
 # The 8x8 matrices of a simdgroup, two neighbours of a row per lane, as observed on Apple GPUs (MLX relies on it too).
+MATRIX_SIDES = (8, 8, 8)  # rows, columns, products in a sum
 _MATRIX = Fragment(((1, 0),), ((1, 1), (0, 0), (0, 1), (1, 2), (0, 2)))
 
 
 def matrix_instruction(op: Op) -> Instruction | None:
     """simdgroup_matrix 8x8x8 for a dot, if it has these types and at least this size."""
     a, b, acc = op.operands
-    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    large = all(x >= side for x, side in zip((a.shape[-2], b.shape[-1], a.shape[-1]), MATRIX_SIDES))
     fits = a.element == b.element and a.element in (float16, bfloat16, float32) and acc.element == float32
-    return Instruction(_MATRIX, _MATRIX, _MATRIX) if fits and min(m, n, k) >= 8 else None
+    return Instruction(_MATRIX, _MATRIX, _MATRIX) if large and fits else None
 
 
 def matrix_declare(element: DType, name: str, count: int) -> str:
