@@ -38,6 +38,7 @@ def rewrite_vectors(code: Code) -> None:
             follows_type = (t[i - 1].kind == "word" and before not in ("return", "else", "case", "do")) if i else False
             if (not follows_type and before not in ("::", "<", ">")) or (before in ("<", ">") and not follows_type):
                 t[i].text = f"sm_make<{t[i].text}>"
+                mask(code, i + 1)
             elif before == "::" and p[i - 2] == "metal":
                 t[i - 2].text, t[i].text = "sm_make<metal", t[i].text + ">"
         elif w == "{" and before in ("(", ",") and p[enclosing(code, i)] == "(" and p[code.match[i] + 1] in (",", ")"):
@@ -50,10 +51,30 @@ def rewrite_vectors(code: Code) -> None:
             t[i + 1].text += f" = sm_make<{t[i].text}>"  # `short2 at(x, y);`
         elif w in names and before == "(" and nxt == ")" and is_cast(code, i - 1, i + 1):
             t[i - 1].text, t[i + 1].text = "sm_caster<", ">{} ->* "
+            if p[i + 2] == "(":
+                mask(code, i + 2)
         elif w == "static_cast" and nxt == "<" and (p[i + 2] in names or p[i + 2] == "vec"):
             close = code.angle(i + 1)
             if close == i + 3 or p[i + 2] == "vec":
                 t[i].text = "sm_make"
+
+
+def mask(code: Code, opening: int) -> None:
+    """`float4(a < b)` is 1 where true; clang's comparison of vectors is -1 there."""
+    p, closing, i = code.plain, code.match[opening], opening + 1
+    compares = False
+    while i < closing:
+        if p[i] == ",":
+            return
+        if p[i] == "<" and code.angle(i) > 0:
+            i = code.angle(i)
+        else:
+            compares |= p[i] in ("<", ">", "<=", ">=", "==", "!=")
+            i = code.match.get(i, i)
+        i += 1
+    if compares:
+        code.t[opening].text += "sm_mask("
+        code.t[closing].text = ")" + code.t[closing].text
 
 
 def rewrite_choices(code: Code, lines: Container[int]) -> None:

@@ -164,6 +164,10 @@ template <class A, class B, class C, class D> struct sm_braces<A, B, C, D> {
     template <class T> SM_INLINE operator T() const { return sm_make<T>(a, b, c, d); } };
 template <class... A> SM_INLINE sm_braces<A...> sm_list(A... a) { return {a...}; }
 
+template <class T> SM_INLINE constexpr T sm_mask(T v) {           // of a comparison: 1 where it holds
+    if constexpr (sm_traits<T>::count > 1 && !sm_same<typename sm_traits<T>::element, bool>::value) return -v;
+    else return v;
+}
 template <class V, class S> SM_INLINE constexpr typename sm_traits<V>::element sm_fit(S v) {   // mixed.py
     return (typename sm_traits<V>::element)v;
 }

@@ -211,6 +211,8 @@ kernel void vectors(device float* o [[buffer(0)]], device float4* in [[buffer(1)
     o[26] = float(half(65504.0h) * 2.0h) == INFINITY;   o[27] = pack_float_to_unorm4x8(float4(1, 0, 0.5f, 1)) == 0xff8000ffu;
     o[28] = unpack_snorm4x8_to_float(0x7f810000u).w + length(float2(3, 4)) + distance(float2(0), float2(6, 8)) + cross(float3(1, 0, 0), float3(0, 1, 0)).z;
     int e; float fr = frexp(10.0f, e); float ip; float md = modf(2.75f, ip); float cs; float sn = sincos(0.5f, cs);
+    float4 u1 = float4(float4(1, 2, 3, 4) < 2.5f) + (float4)(half4(2) == half4(1, 2, 3, 2)) * 10.0f;
+    o[32] = u1.x; o[33] = u1.y; o[34] = u1.w; o[35] = float(v.x > 1e9f) + dot(float2(int2(3, 4) >= 4), float2(1));
     o[29] = fr * 1000 + e; o[30] = ip * 10 + md; o[31] = sn * sn + cs * cs;
 }
 """
@@ -245,6 +247,7 @@ def test_vectors_and_conversions(rng):
     assert o[25] == np.float32(np.float16(1) / np.float16(3)) + 1
     assert list(o[26:28]) == [1, 1] and o[28] == 1 + 5 + 10 + 1
     assert np.allclose(o[29:32], [625 + 4, 20.75, 1])
+    assert list(o[32:36]) == [1, 11, 10, 1]
 
 
 MATH = (
