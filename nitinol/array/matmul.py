@@ -75,8 +75,9 @@ def _product(
     accumulator: DType,
 ) -> Array:  # fmt: skip
     m, n, k = shape[-2], shape[-1], a.shape[-1]
-    # Tiles that one core's caches hold: 64 rows reuse each element of b 64 times.
-    M, N, K = min(64, power_of_two(m)), min(128, power_of_two(n)), min(128, power_of_two(k))
+    # Tiles that one core's caches hold; more rows use a packed row of b more often, fewer leave more programs to share.
+    rows = 128 if m * n >= 1 << 20 else 64
+    M, N, K = min(rows, power_of_two(m)), min(128, power_of_two(n)), min(128, power_of_two(k))
     grid = (-(-n // N), -(-m // M), count)
     return launch(
         matmul_kernel, grid, a=Strided(a), b=Strided(b), out=Output(shape, output), m=m, n=n, k=k,
