@@ -82,7 +82,7 @@ def compile_function(
 
     Raises CompilationError with the Python line for what the dialect's devices cannot do.
     """
-    from nitinol.compiler.gpu.emit import Emitter, _Pointer
+    from nitinol.compiler.gpu.emit import Emitter, SharedPointer
     from nitinol.compiler.gpu.forms import literal
     from nitinol.compiler.gpu.small_dots import expand_small_dots
     from nitinol.compiler.gpu.tree import allocate, leaves, place_barriers, render
@@ -125,7 +125,7 @@ def compile_function(
                       f"{dialect.SHARED_LIMIT}; use smaller tiles")  # fmt: skip
     barriers = place_barriers(e.body, dialect.barrier)
     for statement in leaves(e.body):
-        if isinstance(statement, _Pointer):
+        if isinstance(statement, SharedPointer):
             statement.settle()
     struct_text, head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts), bool(e.prints))
     lines = [dialect.HEADER]
@@ -138,4 +138,3 @@ def compile_function(
         name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts),
         tuple(e.prints), dialect.LANGUAGE, function,
     )  # fmt: skip
-

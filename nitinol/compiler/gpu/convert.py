@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu.forms import Form, Index, linear, variable
+from nitinol.compiler.gpu.forms import Form, Index, linear, shifted, variable
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op, Value
@@ -138,8 +138,7 @@ def by_memory(e: Emitter, value: Value, form: Form, source: Layout, result: Layo
             registers = tuple(c for c in layout.registers if c not in rounds)
             parts.append((replace(layout, registers=registers), rest, constant))
         (writer, rest, constant), (reader, back, offset) = parts
-        view = Form(lambda i, m=rest, c=constant: form.text(i.through(m).at(c)),  # type: ignore[misc]
-                    lambda i, m=rest, c=constant: form.names(i.through(m).at(c)), form.simple)  # type: ignore[misc]
+        view = shifted(form, rest, constant)
         write_tile(e, view if rounds else form, writer, value, shared, Access("write", piece), tuple(keep))
         kind = e.type(value.element)
         cast = f"({kind})" if kind.endswith("*") else ""

@@ -102,9 +102,7 @@ def dot(e: Emitter, op: Op) -> None:
     e.forms[op.result, acc] = variable(result.variable, acc.count)
 
 
-def setter(
-    e: Emitter, matrix: str, form: Form, width: int, element: DType, zero: bool
-) -> Callable[[Index], list[str]]:
+def setter(e: Emitter, matrix: str, form: Form, width: int, element: DType, zero: bool) -> Callable[[Index], list[str]]:
     """Lines that put a thread's registers into a matrix."""
 
     def lines(i: Index) -> list[str]:

@@ -13,11 +13,11 @@ from typing import Any
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.errors import CompilationError
-from nitinol.compiler.gpu import convert, dot, effects, elementwise, memory, reduction
+from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, memory, reduction
 from nitinol.compiler.gpu.assign import Assignment, operand_layouts
-from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, variable
+from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, shifted, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
-from nitinol.compiler.gpu.tree import Access, Each, Nest, Scratch, Statement, accesses
+from nitinol.compiler.gpu.tree import Access, Each, Scratch, Statement, accesses
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
 
@@ -166,7 +166,7 @@ class Emitter:
             )
         piece = Scratch(nbytes)
         name = self.name("shared")
-        self.nodes.append(_Pointer(piece, element, name, self.dialect))
+        self.nodes.append(SharedPointer(piece, element, name, self.dialect))
         return name, piece
 
     # ---------------------------------------------------------------------------------------------------- values
@@ -254,7 +254,7 @@ class Emitter:
         elif kind == "arange":
             for layout in self.assignment.versions(op.result):
                 self.forms[op.result, layout] = self.arange(op, layout)
-        elif kind in ("yield", "condition"):
+        elif kind in ("yield", "condition", "breakpoint"):
             pass
         else:
             HANDLERS[kind](self, op)
@@ -312,134 +312,13 @@ class Emitter:
         assert None not in columns
         return tuple(columns)  # type: ignore[arg-type]
 
-    # ---------------------------------------------------------------------------------------------- control flow
-
-    def carry(self, variables: Sequence[Value], values: Sequence[Value], name: str = "carried") -> list[Form]:
-        """Declares the variables of a loop with their first values."""
-        forms = []
-        for argument, value in zip(variables, values):
-            layout = self.assignment.home[argument]
-            assert layout is not None
-            base = argument.name or value.name or name
-            forms.append(self.store_in(self.name(base), argument.element, layout.count, self.form(value, layout)))
-            self.forms[argument, layout] = forms[-1]
-        return forms
-
-    def update(self, variables: Sequence[Form], values: Sequence[Value], like: Sequence[Value]) -> None:
-        """Assigns all variables at once: through new variables where one is read after its assignment."""
-        layouts = [self.assignment.home[v] for v in like]
-        forms = [self.form(v, layout) for v, layout in zip(values, layouts)]
-        index = Index(identity(8))
-        own = [v.variable for v in variables]
-        for i, form in enumerate(forms):
-            reads = form.names(index)
-            layout = layouts[i]
-            assert layout is not None
-            early = {name for name, _ in reads} & set(own[:i])
-            if early or any(name == own[i] and not plain for name, plain in reads):
-                forms = [
-                    self.store_in(self.name(f"next_{n}"), v.element, l.count, f)  # type: ignore[union-attr]
-                    for n, v, l, f in zip(own, like, layouts, forms)
-                ]
-                break
-        for target, form, layout in zip(variables, forms, layouts):
-            assert layout is not None
-            if target.text(Index((), 0)) == form.text(Index((), 0)) and target.names(index) == form.names(index):
-                continue
-            self.each(
-                layout.count, lambda i, t=target, f=form: [f"{t.text(i)} = {f.text(i)};"], [form, target],  # type: ignore[misc]
-                defines=[target.variable],
-            )  # fmt: skip
-
-    def nested(self, block: Block, loop: bool, work: Callable[[], None]) -> list[Any]:
-        """The statements of a region."""
-        outer, self.nodes = self.nodes, []
-        self.loops += loop
-        self.convert_results(block.arguments)
-        work()
-        self.loops -= loop
-        inner, self.nodes = self.nodes, outer
-        return inner
-
-    def for_loop(self, op: Op) -> None:
-        block = op.regions[0]
-        counter, *carried = block.arguments
-        lower, upper, step = (self.form(v).text(fixed(0)) for v in op.operands[:3])
-        bound = self.form(op.operands[1])
-        if not bound.simple:
-            upper = self.store_in(self.name("end"), op.operands[1].element, 1, bound).text(fixed(0))
-        variables = self.carry(carried, op.operands[3:])
-        name = self.name(counter.name or "i")
-        self.forms[counter, self.assignment.scalar] = variable(name, 1)
-        self.index[counter] = True
-        location = self.location
-
-        def work() -> None:
-            self.run(block)
-            self.update(variables, block.terminator.operands, carried)
-
-        body = self.nested(block, True, work)
-        advance = f"{name}++" if step == "1" else f"{name} += {step}"
-        kind = self.type(counter.element)
-        head = f"for ({kind} {name} = {lower}; {name} < {upper}; {advance}) {{"
-        self.nodes.append(Nest(head, body, "}", True, location.line if location else None))
-        for result, form, argument in zip(op.results, variables, carried):
-            self.forms[result, self.home(argument)] = form
-
     def home(self, value: Value) -> Layout:
         layout = self.assignment.home[value]
         assert layout is not None
         return layout
 
-    def while_loop(self, op: Op) -> None:
-        before, after = op.regions
-        variables = self.carry(before.arguments, op.operands)
-        passed = []
-        for argument, value in zip(after.arguments, op.results):
-            layout = self.home(argument)
-            form = self.declare(self.name(argument.name or value.name or "passed"), argument.element, layout.count)
-            self.forms[argument, layout] = self.forms[value, layout] = form
-            passed.append(form)
-        location = self.location
 
-        def work() -> None:
-            self.run(before)
-            go, *values = before.terminator.operands
-            condition = self.form(go)
-            if not condition.simple:
-                condition = self.store_in(self.name("go"), go.element, 1, condition)
-            self.update(passed, values, after.arguments)
-            self.say(f"if (!{condition.operand(fixed(0))}) break;")
-            self.convert_results(after.arguments)
-            self.run(after)
-            self.update(variables, after.terminator.operands, before.arguments)
-
-        body = self.nested(before, True, work)
-        self.nodes.append(Nest("while (true) {", body, "}", True, location.line if location else None))
-
-    def branch(self, op: Op) -> None:
-        condition = self.form(op.operands[0]).text(fixed(0))
-        variables = []
-        for result in op.results:
-            layout = self.home(result)
-            form = self.declare(self.name(result.name or "chosen"), result.element, layout.count)
-            self.forms[result, layout] = form
-            variables.append(form)
-        location = self.location
-        bodies = []
-        for region in op.regions:
-
-            def work(region: Block = region) -> None:
-                self.run(region)
-                self.update(variables, region.terminator.operands, op.results)
-
-            bodies.append(self.nested(region, False, work))
-        line = location.line if location else None
-        if bodies[0] or bodies[1]:
-            self.nodes.append(Nest(f"if ({condition}) {{", bodies[0], "}", False, line, bodies[1] or None))
-
-
-class _Pointer(Statement):
+class SharedPointer(Statement):
     """The declaration of a pointer into threadgroup memory; its offset is known once memory is allocated."""
 
     def __init__(self, piece: Scratch, element: DType | PointerType, name: str, dialect: ModuleType) -> None:
@@ -448,15 +327,6 @@ class _Pointer(Statement):
 
     def settle(self) -> None:
         self.lines = [self.dialect.shared_pointer(self.element, self.name, self.piece.offset)]
-
-
-def shifted(form: Form, map_: Map, constant: int) -> Form:
-    """Register i is the form's register map_(i) ^ constant."""
-    def index(i: Index) -> Index:
-        return i.through(map_).at(constant)
-
-    parts = None if form.parts is None else tuple(shifted(p, map_, constant) for p in form.parts)
-    return Form(lambda i: form.text(index(i)), lambda i: form.names(index(i)), form.simple, parts)  # type: ignore[arg-type]
 
 
 HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
@@ -468,10 +338,9 @@ HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "scan": reduction.scan,
     "gather": convert.gather,
     "dot": dot.dot,
-    "for": Emitter.for_loop,
-    "while": Emitter.while_loop,
-    "if": Emitter.branch,
+    "for": control.for_loop,
+    "while": control.while_loop,
+    "if": control.branch,
     "assert": effects.fail,
     "device_print": effects.print_values,
 }
-

@@ -123,6 +123,16 @@ class Form:
         )  # fmt: skip
 
 
+def shifted(form: Form, map_: Map, constant: int) -> Form:
+    """Register i is the form's register map_(i) ^ constant."""
+
+    def index(i: Index) -> Index:
+        return i.through(map_).at(constant)
+
+    parts = None if form.parts is None else tuple(shifted(p, map_, constant) for p in form.parts)
+    return Form(lambda i: form.text(index(i)), lambda i: form.names(index(i)), form.simple, parts)  # type: ignore[arg-type]
+
+
 def variable(name: str, count: int) -> Form:
     """A declared variable, an array if there is more than one register."""
     if count == 1:

@@ -299,4 +299,3 @@ def lanes_scan(e: Emitter, op: Op, running: Running, split: int, run: int, width
         return [f"if ({inside(1)}) {{", *("    " + text for text in inner), "}"]
 
     e.each(count, spread, [*forms, *(p.through(down) for p in prefixes)], defines=[f.variable for f in forms])
-
