@@ -1,10 +1,10 @@
-// Runs the threads of a threadgroup as fibers on one OS thread, and threadgroups on a pool of OS threads.
+// Runs dispatches: the threads of a threadgroup as fibers on one OS thread (lanes.cpp), threadgroups on a pool of
+// OS threads.
 //
 // A fiber's arena (all its stacks and everything that belongs to the threadgroup) is aligned to its size, so
 // "which thread am I" is the stack pointer with some bits cleared: no thread-local storage, no argument.
-// The 32 lanes of a simdgroup run one after another up to the next exchange; the last one to arrive completes
-// it and goes on, so an exchange costs one switch (about 5 ns) per lane.
 #include "runtime.h"
+#include "switch.h"
 
 extern "C" {
 int pthread_create(void *, const void *, void *(*)(void *), void *);
@@ -20,55 +20,10 @@ sm_ulong pthread_self(void);
 int pthread_kill(sm_ulong, int);
 int clock_gettime(int, void *);
 int nanosleep(const void *, void *);
-void sm_enter(void **from, void *to);
-void sm_jump(void *to) __attribute__((noreturn));
-void sm_first(void);
 }
 
 sm_counters sm_count;
 sm_uint sm_validate, sm_counting;
-
-// ---------------------------------------------------------------------------------------------- the switch
-// The entry points that kernels call save the lane's registers, ask C++ which stack to go on with, and leave
-// by an indirect jump, not by `ret`: the next lane may return to another place than this one came from, and
-// the return-address predictor would be wrong every time (12 ns instead of 6).
-#if defined(__x86_64__)
-#define SM_LEAVE "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n popq %rcx\n jmpq *%rcx\n"
-#define SM_SAVE "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
-#define SM_STUB(NAME) \
-    asm(".text\n.globl " #NAME "\n" #NAME ":\n" SM_SAVE "movq 48(%rsp), %rsi\n movq %rsp, %rdx\n subq $8, %rsp\n" \
-        "call " #NAME "_next\n movq %rax, %rsp\n" SM_LEAVE);
-asm(".text\n.globl sm_enter\nsm_enter:\n" SM_SAVE "movq %rsp, (%rdi)\n movq %rsi, %rsp\n" SM_LEAVE
-    ".globl sm_jump\nsm_jump:\n movq %rdi, %rsp\n" SM_LEAVE
-    ".globl sm_first\nsm_first:\n xorl %ebp, %ebp\n call sm_lane_main\n ud2\n");
-static void *fresh_stack(char *top) {
-    void **sp = (void **)top - 9;        // six registers, the address, padding: 16-byte aligned once popped
-    sp[6] = (void *)sm_first;
-    return sp;
-}
-#elif defined(__aarch64__)
-#define SM_LEAVE \
-    "ldp x19, x20, [sp, #0]\n ldp x21, x22, [sp, #16]\n ldp x23, x24, [sp, #32]\n ldp x25, x26, [sp, #48]\n" \
-    "ldp x27, x28, [sp, #64]\n ldp x29, x30, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n" \
-    "ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n add sp, sp, #160\n br x30\n"
-#define SM_SAVE \
-    "sub sp, sp, #160\n stp x19, x20, [sp, #0]\n stp x21, x22, [sp, #16]\n stp x23, x24, [sp, #32]\n" \
-    "stp x25, x26, [sp, #48]\n stp x27, x28, [sp, #64]\n stp x29, x30, [sp, #80]\n stp d8, d9, [sp, #96]\n" \
-    "stp d10, d11, [sp, #112]\n stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n"
-#define SM_STUB(NAME) \
-    asm(".text\n.globl " #NAME "\n" #NAME ":\n" SM_SAVE "mov x1, x30\n mov x2, sp\n bl " #NAME "_next\n mov sp, x0\n" \
-        SM_LEAVE);
-asm(".text\n.globl sm_enter\nsm_enter:\n" SM_SAVE "mov x9, sp\n str x9, [x0]\n mov sp, x1\n" SM_LEAVE
-    ".globl sm_jump\nsm_jump:\n mov sp, x0\n" SM_LEAVE
-    ".globl sm_first\nsm_first:\n mov x29, xzr\n bl sm_lane_main\n brk #1\n");
-static void *fresh_stack(char *top) {
-    void **sp = (void **)(top - 160);
-    sp[11] = (void *)sm_first;           // x30
-    return sp;
-}
-#else
-#error "softmetal runs on x86-64 and aarch64"
-#endif
 
 // ------------------------------------------------------------------------------------- a job and its workers
 struct job {
@@ -135,6 +90,8 @@ sm_report *sm_new_report(sm_uint kind, sm_group *g, sm_lane *l, sm_ulong pc, sm_
     return r;
 }
 
+void *sm_main_stack(void) { return active->main_sp; }
+
 void sm_abandon(sm_group *) {
     current.failed = 1;
     sm_jump(active->main_sp);
@@ -178,212 +135,6 @@ static void on_fault(int number, void *info, void *context) {
     }
     if (number == SM_INTERRUPT) return;
     sigaction(number, old_action[number == 11 ? 0 : 1], 0);        // not ours: the fault happens again
-}
-
-// ------------------------------------------------------------------------------------- lanes and simdgroups
-static inline sm_uint random_below(sm_group *g, sm_uint n) {
-    g->seed = g->seed * 1664525u + 1013904223u;
-    return (sm_uint)(((sm_ulong)g->seed * n) >> 32);
-}
-
-static inline sm_uint pick(sm_group *g, sm_uint bits) {            // the lowest set bit, or with a seed any
-    if (!g->seed) return (sm_uint)__builtin_ctz(bits);
-    for (sm_uint n = random_below(g, (sm_uint)__builtin_popcount(bits)); n; n--) bits &= bits - 1;
-    return (sm_uint)__builtin_ctz(bits);
-}
-
-// Lanes of a simdgroup wait at different places: release those whose place comes first in the program, as
-// the hardware does when paths diverge. The values of the others are kept aside.
-static __attribute__((noinline)) sm_uint untangle(char *arena, sm_simd *s) {
-    sm_lane *lanes = sm_lane_of(arena, s->number * SM_WIDTH);
-    char(*aside)[SM_SLOT] = (char(*)[SM_SLOT])(arena + SM_STRAY_AT) + s->number * SM_WIDTH;
-    void *first = (void *)~0ul;
-    for (sm_uint i = 0; i < SM_WIDTH; i++)
-        if (s->waiting >> i & 1 && lanes[i].site < first) first = lanes[i].site;
-    sm_uint chosen = 0;
-    char *slots = s->phase[s->parity].slots;
-    for (sm_uint i = 0; i < SM_WIDTH; i++) {
-        if (!(s->waiting >> i & 1)) continue;
-        if (lanes[i].site == first) chosen |= 1u << i;
-        else if (!(s->strays >> i & 1)) {
-            lanes[i].stray_size = s->size;
-            memcpy(aside[i], slots + i * s->size, s->size);
-            s->strays |= 1u << i;
-        }
-    }
-    for (sm_uint i = 0; i < SM_WIDTH; i++)
-        if (chosen & s->strays & 1u << i) memcpy(slots + i * lanes[i].stray_size, aside[i], lanes[i].stray_size);
-    s->strays &= ~chosen;
-    s->site = 0;
-    return chosen;
-}
-
-static inline void release(char *arena, sm_simd *s) {
-    sm_uint chosen = s->strays ? untangle(arena, s) : s->waiting;
-    sm_phase *p = &s->phase[s->parity];
-    p->mask = chosen;
-    p->done = 0;
-    s->parity ^= 1;
-    s->run = chosen;
-    s->waiting &= ~chosen;
-}
-
-// The next lane to run when this one cannot: of the same simdgroup first, then another simdgroup; when all
-// wait at the barrier, it opens.
-static sm_lane *next_lane(char *arena, sm_group *g, sm_simd *s) {
-    for (;;) {
-        if (!s->run && s->waiting) release(arena, s);
-        if (s->run && !(g->seed && random_below(g, 8) == 0)) break;
-        if (!s->run) g->ready &= ~(1u << s->number);
-        if (g->ready) {
-            s = sm_simd_of(arena, pick(g, g->ready));
-            if (s->run || s->waiting) {
-                if (!s->run) release(arena, s);
-                break;
-            }
-            g->ready &= ~(1u << s->number);
-            continue;
-        }
-        if (g->finished == g->count) return 0;
-        for (sm_uint i = 0; i < g->simds; i++) {                   // everyone is at the barrier
-            sm_simd *t = sm_simd_of(arena, i);
-            t->run = t->at_barrier;
-            t->at_barrier = 0;
-            if (t->run) g->ready |= 1u << i;
-        }
-        if (sm_validate) sm_validate_barrier(g);
-        if (!(g->ready >> s->number & 1)) s = sm_simd_of(arena, pick(g, g->ready));
-    }
-    sm_uint i = pick(g, s->run);
-    s->run &= ~(1u << i);
-    return sm_lane_of(arena, s->number * SM_WIDTH + i);
-}
-
-// The usual next lane is the next number: its stack pointer is then known without waiting for `run`.
-static inline sm_lane *neighbour(sm_group *g, sm_simd *s, sm_lane *l, sm_uint lane) {
-    sm_uint next = (lane + 1) % SM_WIDTH;
-    if (__builtin_expect(!(s->run >> next & 1) || g->careful, 0)) return 0;
-    s->run &= ~(1u << next);
-    return l - lane + next;
-}
-
-static __attribute__((noinline)) void *simd_complete(char *arena, sm_lane *l, sm_simd *s, bool counted) {
-    sm_group *g = sm_group_of(arena);
-    if (g->careful && counted) sm_count.simd_ops++;
-    if (s->run || s->strays || g->seed) return next_lane(arena, g, s)->sp;
-    sm_phase *p = &s->phase[s->parity];                            // all are here: go on
-    p->mask = s->waiting;
-    p->done = 0;
-    s->parity ^= 1;
-    s->run = s->waiting & ~(1u << l->lane);
-    s->waiting = 0;
-    return l->sp;
-}
-
-static inline char *slot_for(char *arena, sm_lane *l, sm_simd *s, sm_uint lane, sm_uint size, void *site) {
-    if (!s->waiting) {
-        s->site = site;
-        s->size = size;
-    } else if (__builtin_expect(s->site != site, 0)) {
-        s->strays |= 1u << lane;
-        l->stray_size = size;
-        return arena + SM_STRAY_AT + l->index * SM_SLOT;
-    }
-    return s->phase[s->parity].slots + lane * size;
-}
-
-template <typename T> static inline void *exchange(T value, void *site, void *sp, bool counted = true) {
-    char *arena = sm_arena();
-    sm_uint index = sm_index(), lane = index % SM_WIDTH;
-    sm_lane *l = sm_lane_of(arena, index);
-    sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
-    *(T *)slot_for(arena, l, s, lane, sizeof(T), site) = value;
-    s->waiting |= 1u << lane;
-    l->site = site;
-    l->sp = sp;
-    if (sm_lane *next = neighbour(sm_group_of(arena), s, l, lane)) return next->sp;
-    return simd_complete(arena, l, s, counted);
-}
-
-struct bytes16 { sm_ulong x, y; };
-struct bytes32 { sm_ulong x, y, z, w; };
-
-extern "C" {
-// Hands `value` to the other lanes of the simdgroup that reach the same place.
-void *sm_exchange1_next(unsigned char v, void *site, void *sp) { return exchange(v, site, sp); }
-void *sm_exchange2_next(unsigned short v, void *site, void *sp) { return exchange(v, site, sp); }
-void *sm_exchange4_next(sm_uint v, void *site, void *sp) { return exchange(v, site, sp); }
-void *sm_exchange8_next(sm_ulong v, void *site, void *sp) { return exchange(v, site, sp); }
-void *sm_exchange16_next(const bytes16 *v, void *site, void *sp) { return exchange(*v, site, sp); }
-void *sm_exchange32_next(const bytes32 *v, void *site, void *sp) { return exchange(*v, site, sp); }
-void *sm_join_next(sm_uint, void *site, void *sp) { return exchange((sm_uint)0, site, sp, false); }
-SM_STUB(sm_join)
-SM_STUB(sm_exchange1)
-SM_STUB(sm_exchange2)
-SM_STUB(sm_exchange4)
-SM_STUB(sm_exchange8)
-SM_STUB(sm_exchange16)
-SM_STUB(sm_exchange32)
-
-void sm_fence(sm_uint flags) {                                     // after a simdgroup barrier
-    char *arena = sm_arena();
-    if (sm_validate) sm_validate_simd_barrier(sm_group_of(arena), sm_simd_of(arena, sm_index() / SM_WIDTH), flags);
-}
-
-void *sm_barrier_next(sm_uint flags, void *site, void *sp) {
-    char *arena = sm_arena();
-    sm_group *g = sm_group_of(arena);
-    sm_uint index = sm_index(), lane = index % SM_WIDTH;
-    sm_lane *l = sm_lane_of(arena, index);
-    sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
-    l->site = site;
-    l->state = flags;
-    l->sp = sp;
-    s->at_barrier |= 1u << lane;
-    if (sm_lane *next = neighbour(g, s, l, lane)) return next->sp;
-    if (g->careful) sm_count.barriers++;
-    return next_lane(arena, g, s)->sp;
-}
-SM_STUB(sm_barrier)
-
-void sm_count_matrix(void) {
-    if (sm_counting) sm_count.matrix_ops++;
-}
-
-void *sm_threadgroup(sm_uint index, sm_ulong size) {               // a threadgroup variable of the kernel
-    sm_group *g = sm_group_of(sm_arena());
-    if (void *p = g->tg_table[index]) return p;
-    sm_uint red_zone = sm_validate ? 256 : 0;
-    if (g->tg_used + size + red_zone > SM_TG_ARENA) {
-        sm_new_report(SM_TG_TOO_LARGE, g, sm_self(sm_arena()), (sm_ulong)__builtin_return_address(0), 0);
-        sm_abandon(g);
-    }
-    void *p = sm_arena() + SM_TG_AT + g->tg_used;
-    if (sm_validate) {
-        g->dispatch->ranges[2 * g->dispatch->range_count] = (sm_ulong)p;
-        g->dispatch->ranges[2 * g->dispatch->range_count++ + 1] = size;
-    }
-    g->tg_used += ((sm_uint)size + 63) / 64 * 64 + red_zone;
-    if (index >= g->decl_count) g->decl_count = index + 1;
-    return g->tg_table[index] = p;
-}
-
-void sm_lane_main(void) {
-    char *arena = sm_arena();
-    sm_group *g = sm_group_of(arena);
-    sm_lane *l = sm_self(arena);
-    if (g->dispatch->fibers) {
-        ((void (*)(sm_lane *, sm_group *))g->dispatch->entry)(l, g);
-        sm_simd *s = sm_simd_of(arena, l->simd);
-        g->finished++;
-        s->alive &= ~(1u << l->lane);
-        sm_lane *next = neighbour(g, s, l, l->lane);
-        if (next || (next = next_lane(arena, g, s))) sm_jump(next->sp);
-    } else {
-        ((void (*)(sm_group *))g->dispatch->entry)(g);
-    }
-    sm_jump(active->main_sp);
-}
 }
 
 // ------------------------------------------------------------------------------------------- threadgroups
@@ -450,7 +201,7 @@ static void run_group(worker *w, sm_dispatch *d, sm_uint number) {
         }
         g->tg_used += (d->tg_lengths[i] + 63) / 64 * 64 + (sm_validate ? 256 : 0);
     }
-    sm_enter(&w->main_sp, next_lane(arena, g, sm_simd_of(arena, 0))->sp);
+    sm_enter(&w->main_sp, sm_next_lane(arena, g, sm_simd_of(arena, 0))->sp);
 }
 
 static void work(worker *w) {

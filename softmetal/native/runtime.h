@@ -47,6 +47,8 @@ static inline sm_uint sm_index(void) {
 static inline sm_lane *sm_self(char *arena) { return sm_lane_of(arena, sm_index()); }
 
 sm_report *sm_new_report(sm_uint kind, sm_group *, sm_lane *, sm_ulong pc, sm_ulong other_pc);
+sm_lane *sm_next_lane(char *arena, sm_group *, sm_simd *);   // null when all have ended
+void *sm_main_stack(void);                 // of the OS thread, where a threadgroup was entered
 void sm_abandon(sm_group *);               // gives up the dispatch; does not return
 void sm_validate_start(sm_group *);        // a threadgroup begins
 void sm_validate_barrier(sm_group *);      // all wait at one; it opens
