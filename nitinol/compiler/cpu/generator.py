@@ -20,7 +20,7 @@ from typing import Any
 from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
-from nitinol.compiler.cpu import control, dot, effects, memory, packing, reduction, views
+from nitinol.compiler.cpu import control, dot, effects, memory, packing, prefetch, reduction, views
 from nitinol.compiler.cpu.arithmetic import I8, I32, I64, POINTER, llvm_type
 from nitinol.compiler.cpu.lanes import Affine, LaneBuilder, Lanes, Uniform, constant, multiple_of
 from nitinol.compiler.cpu.plan import Plan
@@ -83,6 +83,7 @@ class Generator(LaneBuilder):
         rest = self.b.udiv(program, gx)
         position = [self.b.urem(program, gx), self.b.urem(rest, gy), self.b.udiv(rest, gy)]
         self.program = [self.b.trunc(p, I32) for p in position]
+        prefetch.emit_rows(self, self.function.body)
         self.block(self.function.body)
         following = self.b.add(program, ir.Constant(I64, 1))
         program.add_incoming(following, self.b.block)

@@ -9,7 +9,7 @@ asks for the lines at its own place in them: the addresses are those of the load
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nitinol.compiler.cpu.generator import Generator
 
 LINE = 64  # bytes in a cache line
+ROW, LARGEST_ROW = 2048, 65536  # bytes of a row worth fetching whole, and that leave room in a 1 MB cache
 MOST = 48  # prefetches per iteration: beyond that the loop is not a stream
 
 
@@ -33,6 +34,27 @@ def emit(g: Generator, body: Block) -> None:
             if places and _depends_on_program(op.operands[0], set()):
                 for index in places:
                     _prefetch(g, op.operands[0], index)
+
+
+def emit_rows(g: Generator, body: Block) -> None:
+    """The same for a kernel's rows outside of loops: a program that goes over its row several times (a norm, a
+    softmax) leaves the memory idle meanwhile, unless the next program's row is on its way."""
+    several = any(op.kind == "reduce" for op in body.ops)
+    for op in body.ops:
+        if not several or op.kind != "load" or len(op.result.shape) != 1 or _feeds_dot(g, op.result, set()):
+            continue
+        pointer = op.operands[0]
+        size = pointer.element.element.nbytes  # type: ignore[union-attr]
+        extent, step = op.result.shape[0], LINE // size
+        if g.plan.strides.of(pointer) != (1,) or not ROW <= extent * size <= LARGEST_ROW:
+            continue
+        if _depends_on_program(pointer, set()):
+
+            def line(i: Any, _: list[ir.Value], pointer: Value = pointer) -> list[ir.Value]:
+                _prefetch(g, pointer, (i,))
+                return []
+
+            g.loop(extent, step, line)
 
 
 def _feeds_dot(g: Generator, value: Value, seen: set[Value]) -> bool:
@@ -72,7 +94,7 @@ def _depends_on_program(value: Value, seen: set[Value]) -> bool:
     return any(_depends_on_program(v, seen) for v in value.op.operands)
 
 
-def _prefetch(g: Generator, pointer: Value, index: tuple[int, ...]) -> None:
+def _prefetch(g: Generator, pointer: Value, index: tuple[Any, ...]) -> None:
     scalars, memo = g.scalars, g.memo
     g.scalars, g.memo = _NextProgram(g), [{}]
     try:
@@ -98,17 +120,21 @@ class _NextProgram(dict[Value, Lanes]):
 
     def __missing__(self, value: Value) -> Lanes:
         op = value.op
-        if op is None or (value in self.known and not _depends_on_program(value, set())):
+        if value in self.known and not _depends_on_program(value, set()):
             return self.known[value]
+        if op is None:
+            raise _Unknown
         self[value] = lanes = self._compute(op)
         return lanes
 
     def _compute(self, op: Op) -> Lanes:
         g: LaneBuilder = self.g
         if op.kind == "program_id":
-            current = self.known[op.result]
-            return Uniform(g.b.add(g.scalar(current, op.result.element), ir.Constant(I32, 1)))
+            axis = op.attributes["axis"]
+            return Uniform(g.b.add(self.g.program[axis], ir.Constant(I32, int(axis == 0))))
         if op.kind == "constant":
+            return self.g.scalar_op(op)
+        if op.kind == "num_programs":
             return self.g.scalar_op(op)
         if op.kind not in tile_ir.ELEMENTWISE:
             raise _Unknown
