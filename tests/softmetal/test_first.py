@@ -1,7 +1,7 @@
 """The thinnest path: a vector sum and a reduction over a simdgroup."""
 
 import numpy as np
-from conftest import Runner
+from metal_runner import Runner
 
 SOURCE = """
 #include <metal_stdlib>

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import Metal, Runner, three
+from metal_runner import Metal, Runner, three
 
 import softmetal
 

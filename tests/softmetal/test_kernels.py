@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import Metal, Runner
+from metal_runner import Metal, Runner
 
 import softmetal
 

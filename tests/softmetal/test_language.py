@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import Runner
+from metal_runner import Runner
 
 import softmetal
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Metal
+from metal_runner import Metal
 
 from softmetal import buffers, commands, device, encoders, events, indirect, library, objects
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import Metal, Runner
+from metal_runner import Metal, Runner
 
 DEVICE = Metal.MTLCreateSystemDefaultDevice()
 HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"  # the cases start in line 3

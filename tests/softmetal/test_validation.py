@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import Runner
+from metal_runner import Runner
 
 import softmetal
 
