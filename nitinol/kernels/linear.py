@@ -76,14 +76,14 @@ def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
     rows = weights.shape[0]
     plain = weights.format in FLOAT_FORMATS
     values, scales, sums = (x, None, None) if plain else quantize_activations(x)
-    block_rows = 4
+    block_rows = 4 if plain else 1  # one row of blocks: each thread reads one long stream
     block_tokens = tl.next_power_of_2(tokens)
     return launch(
         matvec_kernel, (tl.cdiv(rows, block_rows),), x=values, x_scales=scales, x_sums=sums, weights=weights, up=up,
         tokens=tokens, rows=rows, columns=columns, row_bytes=FORMATS[weights.format].nbytes(columns),
         ROWS=block_rows, TOKENS=block_tokens, EVEN=rows % block_rows == 0 and tokens == block_tokens,
         _operations=(2 if up is None else 4) * tokens * rows * columns,
-        **epilogue, **run_arguments(weights.format, columns, 64 if plain else 256),
+        **epilogue, **run_arguments(weights.format, columns, 64 if plain else 512),
     )  # fmt: skip
 
 
