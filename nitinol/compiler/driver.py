@@ -54,7 +54,11 @@ def compile_function(function: Any, aliases: tuple[int, ...] = (), key: str = ""
 
 def _without_breakpoints(function: Any) -> Any:
     """What is compiled: stops, and what only they look at, are for the interpreter."""
+    from nitinol.compiler.ir import walk
     from nitinol.compiler.passes import simplify
+
+    if not any(op.kind == "breakpoint" for op in walk(function.body)):
+        return function
 
     def clean(block: Any) -> None:
         block.ops = [op for op in block.ops if op.kind != "breakpoint"]

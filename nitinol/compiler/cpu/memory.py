@@ -51,6 +51,11 @@ def _one_run(strides: tuple[int | None, ...], shape: tuple[int, ...], width: int
     return covered >= width
 
 
+def _always(mask: Lanes | None) -> bool:
+    """Whether a mask is known to be set in all lanes."""
+    return isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant) and bool(mask.value.constant)
+
+
 def load_lanes(
     g: Generator,
     address: Lanes,
@@ -61,8 +66,7 @@ def load_lanes(
 ) -> Lanes:
     b, type = g.b, memory_type(element)
     size = element.nbytes
-    if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant) and mask.value.constant:
-        mask = None
+    mask = None if _always(mask) else mask
     if isinstance(address, Uniform):
         pointer = g.scalar(address, PointerType(float32))
         if mask is None:
@@ -77,7 +81,7 @@ def load_lanes(
                                lambda: load_lanes(g, address, element, width)))
     fill = None
     if mask is not None:
-        fill = ir.Constant(vector, ir.Undefined if other is None else None)
+        fill = ir.Constant(vector, ir.Undefined)
         if other is not None:
             fill = _to_memory(g, g.vector(other, element, width), element)
     first = g.scalar(address, PointerType(float32)) if isinstance(address, Affine) else None
@@ -208,8 +212,7 @@ def store_lanes(
     mask: Lanes | None = None,
 ) -> None:
     b, size = g.b, element.nbytes
-    if isinstance(mask, Uniform) and isinstance(mask.value, ir.Constant) and mask.value.constant:
-        mask = None
+    mask = None if _always(mask) else mask
     if width == 1:
         value = _to_memory(g, g.scalar(lanes, element), element)
         pointer = g.scalar(address, PointerType(float32))

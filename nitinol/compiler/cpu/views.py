@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from nitinol.compiler.analysis import axis_groups
-from nitinol.compiler.cpu.arithmetic import I32, I64
+from nitinol.compiler.cpu.arithmetic import I32, I64, llvm_type
 from nitinol.compiler.cpu.lanes import Lanes, Uniform, Vector
 from nitinol.compiler.cpu.memory import linear_index
 from nitinol.compiler.ir import Op, Value
@@ -105,8 +105,6 @@ def pieces(g: Generator, value: Value, index: Index, width: int) -> Lanes:
 
 def concatenate(g: Generator, parts: list[Lanes], element: DType | PointerType, width: int) -> Lanes:
     if width == 1:
-        from nitinol.compiler.cpu.arithmetic import llvm_type
-
         vector = ir.Constant(ir.VectorType(llvm_type(element), len(parts)), ir.Undefined)
         for number, part in enumerate(parts):
             vector = g.b.insert_element(vector, g.scalar(part, element), ir.Constant(I32, number))
