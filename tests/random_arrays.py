@@ -42,6 +42,11 @@ class Program:
         if a.size <= LARGEST and (not a.size or np.abs(a).max() < 1e4):
             self.pool.append((x, a))
 
+    def computed(self, x: Any, a: Any) -> None:
+        """A fresh result: in order of its indices, as ours are, where NumPy keeps that of its operands; what shares
+        memory with it by `reshape` follows from that."""
+        self.add(x, np.asarray(a, order="C"))
+
     def new(self) -> None:
         shape = tuple(int(n) for n in self.random.choice(EXTENTS, self.random.integers(0, 4)))
         a = np.asarray(self.random.standard_normal(shape), np.float32)
@@ -58,29 +63,29 @@ class Program:
             return
         kind = self.random.integers(6)
         if kind == 0:
-            self.add(x + y, a + b)
+            self.computed(x + y, a + b)
         elif kind == 1:
-            self.add(x * y * 0.5, a * b * np.float32(0.5))
+            self.computed(x * y * 0.5, a * b * np.float32(0.5))
         elif kind == 2:
-            self.add(y - x, b - a)
+            self.computed(y - x, b - a)
         elif kind == 3:
-            self.add(nn.maximum(x, y), np.maximum(a, b))
+            self.computed(nn.maximum(x, y), np.maximum(a, b))
         elif kind == 4:
-            self.add(nn.where(x > y, x, 0.25), np.where(a > b, a, np.float32(0.25)))
+            self.computed(nn.where(x > y, x, 0.25), np.where(a > b, a, np.float32(0.25)))
         else:
-            self.add(x * 2.0 - 1, a * np.float32(2) - np.float32(1))
+            self.computed(x * 2.0 - 1, a * np.float32(2) - np.float32(1))
 
     def unary(self) -> None:
         x, a = self.pick()
         kind = self.random.integers(4)
         if kind == 0:
-            self.add(nn.tanh(x), np.tanh(a))
+            self.computed(nn.tanh(x), np.tanh(a))
         elif kind == 1:
-            self.add(-x, -a)
+            self.computed(-x, -a)
         elif kind == 2:
-            self.add(abs(x), np.abs(a))
+            self.computed(abs(x), np.abs(a))
         else:
-            self.add(x.copy(), a.copy())
+            self.computed(x.copy(), a.copy())
 
     def view(self) -> None:
         x, a = self.pick()
@@ -118,7 +123,7 @@ class Program:
             axes = tuple(int(i) for i in self.random.permutation(a.ndim)[: self.random.integers(1, a.ndim + 1)])
             name = ("sum", "max", "min", "mean")[self.random.integers(4)]
             keep = bool(self.random.integers(2))
-            self.add(getattr(nn, name)(x, axes, keep), getattr(np, name)(a, axis=axes, keepdims=keep))
+            self.computed(getattr(nn, name)(x, axes, keep), getattr(np, name)(a, axis=axes, keepdims=keep))
 
     def assign(self) -> None:
         x, a = self.pick()
@@ -141,14 +146,14 @@ class Program:
         x, a = self.pick()
         if a.ndim:
             axis = int(self.random.integers(a.ndim))
-            self.add(nn.concatenate([x, -x, x], axis), np.concatenate([a, -a, a], axis))
+            self.computed(nn.concatenate([x, -x, x], axis), np.concatenate([a, -a, a], axis))
 
     def take(self) -> None:
         x, a = self.pick()
         if a.ndim and a.size:
             axis = int(self.random.integers(a.ndim))
             index = self.random.integers(-a.shape[axis], a.shape[axis], 3)
-            self.add(nn.take(x, index, axis), np.take(a, index, axis))
+            self.computed(nn.take(x, index, axis), np.take(a, index, axis))
 
     def check_one(self) -> None:
         check(*self.pick())
