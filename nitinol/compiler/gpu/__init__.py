@@ -21,10 +21,16 @@ __all__ = ["LOG_BYTES", "Executable", "compile_function"]
 class Executable:
     """The source of one kernel and what its launch needs.
 
-    One threadgroup of `threads` threads per program instance. Buffers 0, 1, ... are the pointer parameters in order;
-    the next holds `arguments(values, grid)`. If there are `asserts`, one more holds a uint32, 0 at first, that becomes
-    the number of a failed assertion; if there are `prints`, one more holds LOG_BYTES, the first four 0, from which
-    `printed` reads lines. `threadgroup_bytes` are declared in the kernel itself.
+    One threadgroup (CUDA: block) of `threads` threads per program instance, on a grid of three extents. Buffers 0, 1,
+    ... are the pointer parameters in order; the next holds `arguments(values, grid)`. If there are `asserts`, one more
+    holds a uint32, 0 at first, that becomes the number of a failed assertion; if there are `prints`, one more holds
+    LOG_BYTES, the first four 0, from which `printed` reads lines.
+
+    Metal: `threadgroup_bytes` are declared in the kernel itself. CUDA: the kernel is `extern "C"`; its parameters are
+    what the buffers are on Metal, in the same order: an 8-byte device address each, but for `arguments(...)`, which is
+    one parameter passed by value (its bytes, aligned to 8). The launch must pass `threadgroup_bytes` as dynamic shared
+    memory; above 48 KB the function's attribute MAX_DYNAMIC_SHARED_SIZE_BYTES must be raised to it first. NVRTC needs
+    no headers; its options are `options` and `--gpu-architecture` of the device (`sm_90a` for 9.0).
     """
 
     name: str
@@ -38,6 +44,7 @@ class Executable:
     prints: tuple[Print, ...] = ()
     language: str = "msl"
     function: Function | None = field(default=None, repr=False)
+    options: tuple[str, ...] = ()  # for the compiler of the source
 
     @property
     def asm(self) -> dict[str, str]:
@@ -53,7 +60,8 @@ class Executable:
         return list(read_log(self.prints, log))
 
     def arguments(self, values: Sequence[Any], grid: Sequence[int]) -> bytes:
-        """The struct of scalar arguments: `values` has one entry per parameter of the kernel."""
+        """The struct of scalar arguments: `values` has one entry per parameter of the kernel, numbers or the 8 bytes of
+        `nitinol.runtime.device.slot` (for a float: float32, or float64 for parameters of that type)."""
         out = b""
         for index, element in self.scalars:
             out += bytes(-len(out) % element.nbytes) + _pack(values[index], element)
@@ -63,11 +71,15 @@ class Executable:
 
 
 def _pack(value: Any, element: DType) -> bytes:
+    if isinstance(value, bytes):
+        if not element.is_float or element.nbytes == 8:
+            return value[: element.nbytes]
+        value = struct.unpack("<f", value[:4])[0]
     if element.is_float:
         if element.name == "bf16":
             bits = struct.unpack("<I", struct.pack("<f", float(value)))[0]
             return struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-        return struct.pack({"fp16": "<e", "fp32": "<f"}[element.name], float(value))
+        return struct.pack({"fp16": "<e", "fp32": "<f", "fp64": "<d"}[element.name], float(value))
     return (int(value) & ((1 << 8 * element.nbytes) - 1)).to_bytes(element.nbytes, "little")
 
 
