@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nitinol.generate.model import Model, load
     from nitinol.generate.options import Options
     from nitinol.language.jit import jit
+    from nitinol.runtime import get_device, open_device, set_device, using_device
     from nitinol.runtime.cpu import CpuDevice
     from nitinol.runtime.launch import interpret
 
@@ -25,6 +26,7 @@ _PLACES = {
     "jit": "nitinol.language.jit",
     "interpret": "nitinol.runtime.launch",
     "CpuDevice": "nitinol.runtime.cpu",
+    **dict.fromkeys(("get_device", "open_device", "set_device", "using_device"), "nitinol.runtime"),
     "load": "nitinol.generate.model",
     "Model": "nitinol.generate.model",
     "Options": "nitinol.generate.options",

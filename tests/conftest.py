@@ -1,10 +1,31 @@
-"""What all tests share."""
+"""What all tests share: the device that they run on."""
 
 from __future__ import annotations
 
 import signal
 
+import pytest
+
+from nitinol.runtime import NAMES, set_device
+
 # A shell starts programs in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C would
 # wait for an interrupt that cannot come.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=NAMES, help="where kernels, arrays and models run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu: about the CPU target or driver itself; skipped with another --device")
+    set_device(config.getoption("device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    name = config.getoption("device")
+    if name != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason=f"about the CPU, and these tests run on {name}"))

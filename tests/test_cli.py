@@ -210,7 +210,7 @@ def test_bad_metadata(capsys: pytest.CaptureFixture[str], tmp_path: Path, change
 
 def test_too_little_memory(capsys: pytest.CaptureFixture[str], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Path(tiny).stat().st_size
-    monkeypatch.setattr("nitinol.generate.model.available_memory", lambda: weights + 500_000)
+    monkeypatch.setattr("nitinol.runtime.cpu.available_memory", lambda: weights + 500_000)
     text = refused(capsys, "run", tiny, "x")
     assert "available" in text and "MB" in text
 

@@ -937,4 +937,5 @@ def test_heuristics_and_autotune():
         )
     )
     kernel[(1,)]("x", 3, flag=True)
-    assert launched == [((1,), ("x", 3), {"flag": True, "plain": 5, "EPS": 6, "y": 7})]
+    chosen = {"plain": 5, "num_warps": 4, "num_stages": 3, "EPS": 6, "y": 7}
+    assert launched == [((1,), ("x", 3), {"flag": True, **chosen})]

@@ -25,6 +25,7 @@ from nitinol.formats.quantization import dequantize
 from nitinol.generate.model import Model, load
 from nitinol.models import open_model
 from nitinol.models.config import check_memory, memory_needed, parameters
+from nitinol.runtime import using_device
 
 SEED = np.random.SeedSequence().entropy  # fresh inputs at every run; a failure prints it
 CASES = [
@@ -72,10 +73,10 @@ def greedy(model: Model, ids: list[int], count: int) -> list[int]:
 
     model.begin(None)
     model.prefill(ids, Options())
-    tokens = [model.next_token()]
+    tokens = [model.next_token]
     while len(tokens) < count:
         model.step()
-        tokens.append(model.next_token())
+        tokens.append(model.next_token)
     return tokens
 
 
@@ -106,7 +107,7 @@ def test_quantised_model_against_its_dequantised_weights(kind: str | int, tmp_pa
 def step_logits(model: Model, ids: list[int], position: int) -> np.ndarray:
     """The logits of one token whose predecessors are in the cache."""
     model.cache.move(position)
-    with model._on_device():
+    with using_device(model.device):
         return model._logits(model._forward(model._tokens(ids[position:position + 1]))).numpy()[0]
 
 

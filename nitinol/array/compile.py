@@ -15,7 +15,9 @@ from nitinol.array.dlpack import from_dlpack
 from nitinol.array.dtypes import as_dtype
 from nitinol.array.graph import Node, Value, View, whole
 from nitinol.array.program import Program, Record, as_numpy
-from nitinol.runtime.device import Timestamp
+from nitinol.compiler.semantics import memory_dtype
+from nitinol.runtime import get_device
+from nitinol.runtime.device import Buffer, Timestamp
 
 # Sets of output buffers: in `y = step(x)` the last y is still there while the next is computed.
 VARIANTS = 2
@@ -97,8 +99,8 @@ class _Trace:
     """One traced call: the program, where its arguments go, and what it returns."""
 
     def __init__(self, function: Any, arguments: Any, keywords: Any, leaves: list[Any], copied: set[int]) -> None:
-        device = evaluation.get_device()
-        self.inputs: list[tuple[int, np.ndarray]] = []  # which leaf is copied into which memory
+        device = get_device()
+        self.inputs: list[tuple[int, Buffer, np.dtype]] = []  # which leaf is copied into which memory, of which type
         self.fixed: list[tuple[int, View]] = []  # which leaf is used where it lies
         self.constants = [leaf for leaf in leaves if not isinstance(leaf, (Array, np.ndarray))]  # keeps identities
         mine: list[Any] = []
@@ -107,9 +109,8 @@ class _Trace:
                 dtype = leaf.dtype if isinstance(leaf, Array) else as_dtype(leaf.dtype)
                 value = Value(tuple(leaf.shape), dtype)
                 value.buffer = device.allocate(value.nbytes)
-                view = whole(value)
-                self.inputs.append((i, as_numpy(value.buffer, view)))
-                mine.append(Array(view))
+                self.inputs.append((i, value.buffer, memory_dtype(dtype)))
+                mine.append(Array(whole(value)))
             elif isinstance(leaf, Array):
                 leaf.evaluate()
                 self.fixed.append((i, leaf.view))
@@ -169,16 +170,17 @@ class _Trace:
         found = {i for i, view in self.fixed if leaves[i].view != view}
         if any(view.value in self.updated for i, view in self.fixed if i in found):
             return set()
-        return found | {i for i, _ in self.inputs}
+        return found | {i for i, _, _ in self.inputs}
 
     def run(self, leaves: list[Any]) -> Any:
-        for i, memory in self.inputs:
+        for i, buffer, dtype in self.inputs:
             leaf = leaves[i]
-            if isinstance(leaf, np.ndarray):
-                memory[...] = leaf.view(memory.dtype) if leaf.dtype != memory.dtype else leaf
+            if not isinstance(leaf, np.ndarray):
+                buffer.write(as_numpy(leaf.buffer, leaf.view))
+            elif leaf.dtype.byteorder == ">":
+                buffer.write(leaf.astype(dtype))
             else:
-                leaf.evaluate()
-                memory[...] = as_numpy(leaf.buffer, leaf.view)
+                buffer.write(leaf)
         if graph.unwritten:
             evaluation.evaluate([value for value in self.touched if value.writes])
         for value in self.updated:
@@ -229,7 +231,9 @@ class _Variant:
             held = reference()
             if held is not None and held.buffer is not None:
                 own = self.program.device.allocate(held.nbytes)
-                own.as_numpy()[...] = held.buffer.as_numpy()
+                copy = own.device.command_list()
+                copy.copy(own, held.buffer)
+                own.device.run(copy)
                 held.buffer = own
 
 

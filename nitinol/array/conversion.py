@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.array import evaluation
 from nitinol.array.array import Array
 from nitinol.array.dlpack import from_dlpack
 from nitinol.array.dtypes import as_dtype, numpy_dtype, to_bfloat16_bits
+from nitinol.array.evaluation import evaluate as evaluate_values
 from nitinol.array.graph import Value, whole
 from nitinol.language.types import bfloat16
+from nitinol.runtime import get_device
 
 
 def from_numpy(values: np.ndarray, device: Any = None) -> Array:
     """A NumPy array as an Array on the same memory, without a copy where it is contiguous, native and (for writing in
-    place) writable; else a copy. Later changes of the NumPy array show."""
+    place) writable, and the device can use the host's memory; else a copy. Without one, later changes of the NumPy
+    array show."""
     dtype = as_dtype(values.dtype)
-    device = evaluation.get_device() if device is None else device
+    device = get_device() if device is None else device
     if dtype == bfloat16:
         values = values.view(np.uint16)
     values = np.ascontiguousarray(values).reshape(values.shape)
@@ -51,9 +53,8 @@ def array(values: Any, dtype: Any = None, device: Any = None) -> Array:
         data = data.astype(numpy_dtype(target))
     else:
         data = data.view(np.uint16)
-    device = evaluation.get_device() if device is None else device
-    buffer = device.allocate(data.nbytes)
-    buffer.as_numpy(data.dtype, data.shape)[...] = data
+    buffer = (get_device() if device is None else device).allocate(data.nbytes)
+    buffer.write(data)
     return Array(whole(Value(data.shape, target, None, buffer)))
 
 
@@ -61,13 +62,13 @@ def empty(shape: Sequence[int], dtype: Any = "fp32", device: Any = None) -> Arra
     """Uninitialised memory as an evaluated array: state to be written in place."""
     target = as_dtype(dtype)
     value = Value(tuple(int(n) for n in shape), target)
-    value.buffer = (evaluation.get_device() if device is None else device).allocate(value.nbytes)
+    value.buffer = (get_device() if device is None else device).allocate(value.nbytes)
     return Array(whole(value))
 
 
 def evaluate(*arrays: Array) -> None:
     """Computes several arrays in one command list: one submission, one wait."""
-    evaluation.evaluate([array.view.value for array in arrays])
+    evaluate_values([array.view.value for array in arrays])
 
 
 def as_operand(value: Any) -> Array | None:

@@ -9,10 +9,12 @@ import ctypes
 import math
 from typing import Any
 
-from nitinol.array import evaluation
+import numpy as np
+
 from nitinol.array.array import Array
 from nitinol.array.graph import Value, View
 from nitinol.language.types import DTYPES, DType, bfloat16
+from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer
 
 CPU = 1  # kDLCPU
@@ -72,6 +74,8 @@ def _delete_unused(capsule: int) -> None:
 def to_dlpack(array: Array) -> Any:
     """A capsule that shares the array's memory; evaluates first."""
     buffer, view = array.buffer, array.view
+    if not buffer.device.host_memory:
+        raise BufferError(f"an array on device {buffer.device.name!r} cannot be exported by DLPack yet; use .numpy()")
     if buffer.read_only:
         raise BufferError("an array on read-only memory cannot be exported by DLPack, which promises writable memory; "
                           "export a copy: array.copy()")  # fmt: skip
@@ -125,9 +129,20 @@ def from_dlpack(tensor: Any) -> Array:
     reach = [(n - 1) * s for n, s in zip(shape, strides)] if size else []
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1 if size else 0
     start = (found.data or 0) + found.byte_offset + low * dtype.nbytes
-    buffer = Buffer(evaluation.get_device(), start, (high - low) * dtype.nbytes, owner=owner)
+    buffer = _foreign(start, (high - low) * dtype.nbytes, owner)
     value = Value((high - low,), dtype, None, buffer)
     return Array(View(value, dtype, shape, strides, -low))
+
+
+def _foreign(address: int, nbytes: int, owner: _Owner) -> Buffer:
+    """Another library's memory for the current device: as it is for the CPU, else a copy."""
+    device = get_device()
+    if device.target == "cpu":
+        return Buffer(device, address, nbytes, owner=owner)
+    buffer = device.allocate(nbytes)
+    if nbytes:
+        buffer.write(np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8))
+    return buffer
 
 
 def _dtype(code: int, bits: int, lanes: int) -> DType:

@@ -1,4 +1,4 @@
-"""Evaluating arrays: the device, and the run of everything that some values need."""
+"""Evaluating arrays: the run of everything that some values need."""
 
 from __future__ import annotations
 
@@ -8,23 +8,8 @@ from typing import Any
 from nitinol.array.graph import Map, Node, Value, View, unwritten
 from nitinol.array.program import Program
 from nitinol.array.schedule import Step, make_steps, needed
+from nitinol.runtime import get_device
 from nitinol.runtime.device import DeviceError
-
-_device: Any = None
-
-
-def set_device(device: Any) -> None:
-    """Evaluate on this device from now on (None: the default CPU device)."""
-    global _device
-    _device = device
-
-
-def get_device() -> Any:
-    """The device that arrays are made and evaluated on."""
-    from nitinol.runtime import default_device
-
-    return default_device() if _device is None else _device
-
 
 tracing: tuple[int, set[Value]] | None = None  # while `compile` traces: the number it began at, the parameters
 

@@ -178,6 +178,8 @@ class Launch(Node):
     arguments: Mapping[str, Any]
     operations: int | None = None
     nbytes: int | None = None
+    warps: int = 0
+    stages: int = 0
 
     @property
     def name(self) -> str:

@@ -37,7 +37,7 @@ class Strided:
 
 def launch(
     kernel: JITFunction, grid: Sequence[int], /, _operations: int | None = None, _bytes: int | None = None,
-    **arguments: Any,
+    _warps: int = 0, _stages: int = 0, **arguments: Any,
 ) -> Any:  # fmt: skip
     """Records one launch of a tile kernel; returns its Output as an Array, several as a tuple in the order of the
     kernel's parameters, None without any.
@@ -45,7 +45,8 @@ def launch(
     grid: one to three extents. arguments: by the kernel's parameter names; an Array (read; a contiguous copy of it if
     need be), Strided(array), Output(shape, dtype), InPlace(array), an object with `launch_argument()` giving one of
     these (a quantised array), or numbers, dtypes and other constants. Parameters left out take their defaults.
-    _operations, _bytes: what `nitinol trace` should count for it (default bytes: those of the arrays).
+    _operations, _bytes: what `nitinol trace` should count for it (default bytes: those of the arrays). _warps, _stages:
+    Triton's num_warps and num_stages, for GPUs (0: the compiler chooses).
 
     Raises TypeError for missing and unknown parameters.
     """
@@ -78,6 +79,6 @@ def launch(
     extents = (grid,) if isinstance(grid, int) else tuple(int(n) for n in grid)
     if not 1 <= len(extents) <= 3 or min(extents) < 0:
         raise ValueError(f"{kernel.__name__}: the grid is {extents}, expected one to three extents of 0 or more")
-    node = Launch(tuple(inputs), kernel, extents, described, _operations, _bytes)
+    node = Launch(tuple(inputs), kernel, extents, described, _operations, _bytes, _warps, _stages)
     results = tuple(Array(whole(value)) for value in record(node, outputs, updates))
     return results[0] if len(results) == 1 else results or None

@@ -138,7 +138,7 @@ class Program:
         reads: list[tuple[int, int]] = []
         writes: list[tuple[int, int]] = []
         for step, record in zip(self.steps, self.records):
-            executable, slots = self._compile(step)
+            executable, arguments = self._compile(step)
             ours = [(self._range(a), i in step.writes) for i, a in enumerate(step.arguments) if isinstance(a, View)]
             barrier = any(
                 low < end and start < high
@@ -149,10 +149,7 @@ class Program:
                 reads, writes = [], []
             for span, written in ours:
                 (writes if written else reads).append(span)
-            commands.launch(executable, step.grid, (*slots, self.device.status_address), barrier=barrier,
-                            label=record.name)  # fmt: skip
-            for value in {a.value for a in step.arguments if isinstance(a, View)}:
-                commands._use(self.buffers[value])
+            commands.launch(executable, step.grid, arguments, barrier=barrier, label=record.name)
         return commands
 
     def _range(self, view: View) -> tuple[int, int]:
@@ -160,20 +157,27 @@ class Program:
         start = self.buffers[view.value].address
         return start + low * view.dtype.nbytes, start + high * view.dtype.nbytes
 
-    def _compile(self, step: Step) -> tuple[Any, list[int | bytes]]:
-        """The executable and the slots of its arguments."""
+    def _compile(self, step: Step) -> tuple[Any, list[Buffer | int | bytes]]:
+        """The executable and its arguments."""
         from nitinol.compiler.driver import compile_function, compile_kernel
         from nitinol.runtime.launch import encode
 
         function, signature, values, positions = self._resolve(step)
         aliases = self._aliases(step, len(values), positions)
+        target = self.device.target
         if signature is not None:
-            slots = [encode(value, type) for value, (_, type, _) in zip(values, signature.parameters)]
-            return compile_kernel(step.node.kernel, signature, aliases), slots  # type: ignore[attr-defined]
-        executable = _executables.get((function, aliases))
-        if executable is None:
-            executable = _executables[function, aliases] = compile_function(function, aliases, str(function))
-        return executable, [encode(value, parameter.type) for value, parameter in zip(values, function.parameters)]
+            types = [type for _, type, _ in signature.parameters]
+            executable = compile_kernel(step.node.kernel, signature, aliases, target)  # type: ignore[attr-defined]
+        else:
+            types = [parameter.type for parameter in function.parameters]
+            executable = _executables.get((function, aliases, target))
+            if executable is None:
+                executable = compile_function(function, aliases, str(function), target)
+                _executables[function, aliases, target] = executable
+        arguments: list[Buffer | int | bytes] = [encode(value, type) for value, type in zip(values, types)]
+        for position, view in zip(positions, (a for a in step.arguments if isinstance(a, View))):
+            arguments[position] = self.buffers[view.value].view(view.offset * view.dtype.nbytes)
+        return executable, arguments
 
     def _resolve(self, step: Step) -> tuple[Any, Any, list[Any], list[int]]:
         """The generated function, or the kernel's signature; the values of the run-time parameters; which of these
@@ -187,7 +191,7 @@ class Program:
         for name, view in zip(step.names, step.arguments):
             assert isinstance(view, View)
             bound[name] = _Pointer(self.address(view), view.dtype)
-        signature, values = specialise(node.kernel, bound)
+        signature, values = specialise(node.kernel, bound, node.warps, node.stages)
         order = [name for name, _, _ in signature.parameters]
         return None, signature, values, [order.index(name) for name in step.names]
 
@@ -235,13 +239,16 @@ class _Pointer:
 
 
 def as_numpy(buffer: Buffer, view: View) -> np.ndarray:
-    """The elements of a view in place; bf16 as uint16, int1 as uint8."""
+    """The elements of a view, in place where the host sees the device's memory; bf16 as uint16, int1 as uint8."""
     dtype = memory_dtype(view.dtype)
-    raw = buffer.as_numpy()
     strides = tuple(s * dtype.itemsize for s in view.strides)
     if not view.size:
         return np.empty(view.shape, dtype)
-    return np.ndarray(view.shape, dtype, raw, view.offset * dtype.itemsize, strides)
+    offset = view.offset * dtype.itemsize
+    if buffer.device.host_memory:
+        return np.ndarray(view.shape, dtype, buffer.as_numpy(), offset, strides)
+    low, high = (place * dtype.itemsize for place in view.span())
+    return np.ndarray(view.shape, dtype, buffer.view(low, high - low).read(), offset - low, strides)
 
 
 def _record(step: Step) -> Record:

@@ -11,6 +11,7 @@ digest finds accidents; the folder belongs to the user alone (mode 0700), and on
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from nitinol import __version__
 
 LIMIT_BYTES = 512 << 20  # a kernel takes 5 to 50 kB
 _MAGIC = b"NITINOL1"
@@ -83,6 +86,15 @@ def put(key: str, data: bytes) -> None:
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+@functools.cache
+def compiler_version() -> str:
+    """Changes whenever the compiler's own source does; a part of every key."""
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _path(key: str) -> Path | None:

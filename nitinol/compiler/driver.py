@@ -33,23 +33,25 @@ def prepare(function: Any) -> Any:
 def compile_kernel(
     kernel: JITFunction, signature: Signature, aliases: tuple[int, ...] = (), target: str = "cpu"
 ) -> Any:
-    """The kernel's executable for a target ("cpu"), from memory, from the cache on disk, or compiled now.
+    """The kernel's executable for a target ("cpu", "metal" or "cuda"): from memory, from disk, or compiled now.
 
     `aliases`: one number per run-time parameter; pointers with equal numbers may point into the same memory.
     """
     key = (kernel, signature, aliases, target)
     found = _compiled.get(key)
     if found is None:
-        name, parameters = kernel.__name__, len(signature.parameters)
         identity = f"{kernel.cache_key}/{signature}"
         source = functools.cache(lambda: _without_breakpoints(tile_ir(kernel, signature)))
-        found = _compiled[key] = _target(target)(name, source, parameters, aliases, identity)
+        aliases = aliases or tuple(range(len(signature.parameters)))
+        found = _compile(target, kernel.__name__, source, aliases, identity, signature.warps, signature.stages)
+        _compiled[key] = found
     return found
 
 
 def compile_function(function: Any, aliases: tuple[int, ...] = (), key: str = "", target: str = "cpu") -> Any:
     """The executable of a tile IR function; `key` names it in the cache on disk ("": not cached)."""
-    return _target(target)(function.name, lambda: function, len(function.parameters), aliases, key)
+    aliases = aliases or tuple(range(len(function.parameters)))
+    return _compile(target, function.name, lambda: function, aliases, key)
 
 
 def _without_breakpoints(function: Any) -> Any:
@@ -71,9 +73,15 @@ def _without_breakpoints(function: Any) -> Any:
     return function
 
 
-def _target(name: str) -> Any:
-    if name != "cpu":
-        raise NotImplementedError(f"there is no target {name!r} yet; expected 'cpu'")
-    from nitinol.compiler.cpu import compile_function as compile_for_cpu
+def _compile(
+    target: str, name: str, source: Any, aliases: tuple[int, ...], key: str, warps: int = 0, stages: int = 0
+) -> Any:
+    if target == "cpu":
+        from nitinol.compiler import cpu
 
-    return compile_for_cpu
+        return cpu.compile_function(name, source, aliases, key)
+    if target in ("metal", "cuda"):
+        from nitinol.compiler.gpu.target import compile_for
+
+        return compile_for(target, name, source, aliases, key, warps, stages)
+    raise ValueError(f"there is no target {target!r}; expected 'cpu', 'metal' or 'cuda'")

@@ -40,4 +40,4 @@ class KVCache:
     def move(self, position: int) -> None:
         """Forget all tokens from `position` on; nothing may be running on the device."""
         del self.tokens[position:]
-        self.position.buffer.as_numpy(np.int32)[0] = position
+        self.position.buffer.write(np.array([position], np.int32))

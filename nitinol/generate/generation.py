@@ -64,7 +64,7 @@ class Generation:
         begun = time.perf_counter()  # not in __init__: the first piece may be asked for long after the call
         model.begin(self)
         self.prefilled_tokens = model.prefill(self.prompt, options, progress)
-        token = model.next_token()
+        token = model.next_token
         self.prefill_s = time.perf_counter() - begun
         self.ttft_s = self._prepared + self.prefill_s
         while True:
@@ -83,7 +83,7 @@ class Generation:
             begun = time.perf_counter()
             model.check_owner(self)
             model.step()
-            token = model.next_token()
+            token = model.next_token
             self.decode_s += time.perf_counter() - begun
         if piece := stream.flush():
             yield piece

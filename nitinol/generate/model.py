@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,7 @@ from nitinol.generate.options import Options
 from nitinol.generate.tokenizer import Tokenizer
 from nitinol.models import open_model
 from nitinol.models.config import PREFILL_CHUNK, Config, check_memory
-from nitinol.runtime.device import DeviceError
-from nitinol.runtime.memory import available_memory
+from nitinol.runtime import default_device, open_device, using_device
 
 if TYPE_CHECKING:
     from nitinol.array import Compiled
@@ -29,12 +27,13 @@ REPEAT_WINDOW = 64  # how many of the latest tokens the repetition penalty looks
 KEPT_PREFILLS = 2  # command lists that are kept: of a long prompt's chunks, and of the last, shorter one
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, context: int | None = None,
-         cache_dtype: str = "fp16") -> Model:
+def load(path: str | os.PathLike[str], device: str | None = None, threads: int | None = None,
+         context: int | None = None, cache_dtype: str = "fp16") -> Model:
     """Open a GGUF model ("demo": the one that comes with the package) for use.
 
-    device: "cpu". threads: workers, by default one per core. context: how many tokens, prompt and answer together,
-    the attention cache has room for; by default the model's own limit, at most 4096. cache_dtype: "fp16" or "fp32".
+    device: "metal", "cuda", "cpu"; by default the first of these that is there. threads: workers of the CPU, by default
+    one per core. context: how many tokens, prompt and answer together, the attention cache has room for; by default the
+    model's own limit, at most 4096. cache_dtype: "fp16" or "fp32".
     The weights stay in the file, which must not be changed meanwhile.
 
     Raises FormatError (a ValueError) for a file that is not a supported model, OSError, ValueError for other
@@ -48,18 +47,9 @@ def load(path: str | os.PathLike[str], device: str = "cpu", threads: int | None 
     if not isinstance(context, int) or not 1 <= context <= config.context:
         raise ValueError(f"the context is {context!r:.40} tokens, but {config.name} was made for 1 to {config.context}")
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
-    check_memory(config, weights, context, cache_dtype, available_memory())
-    return Model(file, config, open_device(device, threads), context, cache_dtype)
-
-
-def open_device(name: str, threads: int | None = None) -> Any:
-    """The device of that name; DeviceError where there is none."""
-    if name != "cpu":
-        raise DeviceError(f"there is no device {name!r:.40}; `nitinol devices` lists what there is: cpu")
-    from nitinol.runtime import default_device
-    from nitinol.runtime.cpu import CpuDevice
-
-    return default_device() if threads is None else CpuDevice(threads)
+    opened = default_device() if device is None and threads is None else open_device(device or "cpu", threads)
+    check_memory(config, weights, context, cache_dtype, opened.available_memory())
+    return Model(file, config, opened, context, cache_dtype)
 
 
 class Model:
@@ -77,6 +67,7 @@ class Model:
         self._attend = import_module(f"nitinol.models.{config.arch}").attend
         self._weights = wrap_weights(file, config, device)
         self.cache_dtype = cache_dtype
+        self.next_token = -1  # what was chosen last
         self._owner: Any = None
         self._prefills: dict[tuple[int, bool], Compiled] = {}
 
@@ -143,7 +134,7 @@ class Model:
         self.begin(None)
         self.cache.move(0)
         rows = []
-        with self._on_device():
+        with using_device(self.device):
             for start in range(0, len(ids), PREFILL_CHUNK):
                 chunk = ids[start:start + PREFILL_CHUNK]
                 self.cache.move(start)
@@ -176,11 +167,11 @@ class Model:
         cache, state = self.cache, self._state
         start = cache.reuse(ids)
         reused = start
-        state.history.buffer.as_numpy(np.int32)[:len(ids)] = ids
-        state.options.buffer.as_numpy(np.float32)[:] = (options.temperature, options.top_p, options.min_p,
-                                                        options.repeat_penalty)
-        state.limits.buffer.as_numpy(np.uint64)[:] = (options.seed, options.top_k, REPEAT_WINDOW)
-        with self._on_device():
+        state.history.buffer.write(np.array(ids, np.int32))
+        state.options.buffer.write(np.array([options.temperature, options.top_p, options.min_p, options.repeat_penalty],
+                                            np.float32))
+        state.limits.buffer.write(np.array([options.seed, options.top_k, REPEAT_WINDOW], np.uint64))
+        with using_device(self.device):
             while start < len(ids):
                 chunk = ids[start:start + PREFILL_CHUNK]
                 start += len(chunk)
@@ -188,18 +179,19 @@ class Model:
                 cache.tokens += chunk
                 if progress is not None:
                     progress(start - reused, len(ids) - reused)
+        self.next_token = self._read_token()
         return len(ids) - reused
 
     def step(self) -> None:
         """Put the latest token into the cache and choose the next one: one submission, one wait."""
-        token = self.next_token()
-        with self._on_device():
+        token = self.next_token
+        with using_device(self.device):
             self.decode_list()
+        self.next_token = self._read_token()
         self.cache.tokens.append(token)
 
-    def next_token(self) -> int:
-        """The token that was chosen last."""
-        return int(self._token[0])
+    def _read_token(self) -> int:
+        return int(self._state.token.buffer.read(np.int32)[0])
 
     # ------------------------------------------------------------------------------------------------ command lists
 
@@ -214,10 +206,6 @@ class Model:
 
         return SamplingState(zeros(1, np.int32), self.cache.position, zeros(self.context, np.int32),
                              zeros(4, np.float32), zeros(3, np.int64))
-
-    @cached_property
-    def _token(self) -> np.ndarray:
-        return self._state.token.buffer.as_numpy(np.int32)
 
     @cached_property
     def decode_list(self) -> Compiled:
@@ -264,15 +252,3 @@ class Model:
         from nitinol.array import array
 
         return array(np.array(ids, np.int32), device=self.device)
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Arrays are evaluated on this model's device."""
-        from nitinol.array import get_device, set_device
-
-        before = get_device()
-        set_device(self.device)
-        try:
-            yield
-        finally:
-            set_device(before)

@@ -13,7 +13,8 @@ from nitinol.language.jit import JITFunction, jit
 
 
 class Config:
-    """Values for constexpr parameters; `pre_hook` gets the arguments. `num_warps` and its kin are ignored."""
+    """Values for constexpr parameters, warps and stages for a GPU; `pre_hook` gets the arguments. Further options of
+    Triton's are ignored."""
 
     def __init__(
         self, kwargs: Mapping[str, Any], num_warps: int = 4, num_stages: int = 3, pre_hook: Any = None, **ignored: Any
@@ -75,6 +76,6 @@ def autotune(
             raise ValueError(f"early_config_prune kept none of the {len(configs)} configurations")
         if kept[0].pre_hook is not None:
             kept[0].pre_hook({**arguments, **kept[0].kwargs})
-        return kept[0].kwargs
+        return {**kept[0].kwargs, "num_warps": kept[0].num_warps, "num_stages": kept[0].num_stages}
 
     return lambda kernel: Chooser(kernel, choose)

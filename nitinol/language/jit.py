@@ -16,7 +16,8 @@ from nitinol.language import core
 from nitinol.language.source import Source, known_text
 from nitinol.language.types import DTYPES, DType, PointerType, Type
 
-# Launch options of Triton that say how to schedule on a GPU; accepted and ignored unless a parameter has the name.
+# Launch options of Triton that say how to schedule on a GPU. num_warps and num_stages go to the GPU target; the others
+# are accepted and ignored. A parameter of that name gets the value instead.
 OPTIONS = frozenset("num_warps num_stages num_ctas maxnreg enable_fp_fusion launch_cooperative_grid debug".split())
 
 Dtypes = {
@@ -54,6 +55,8 @@ class Signature:
     names: tuple[str, ...]
     tags: tuple[str, ...]
     constants: dict[str, Any] = field(compare=False)
+    warps: int = 0  # simdgroups (warps) that run a program instance on a GPU; 0: the compiler chooses
+    stages: int = 0  # how many iterations' loads a GPU has in flight; 0: the compiler chooses
 
     @property
     def parameters(self) -> list[tuple[str, Type, int]]:
@@ -67,9 +70,9 @@ class Signature:
         return found
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{name}{tag}" if tag[0] == "=" else f"{name}: {tag}" for name, tag in zip(self.names, self.tags)
-        )
+        parameters = [f"{name}{tag}" if tag[0] == "=" else f"{name}: {tag}" for name, tag in zip(self.names, self.tags)]
+        options = [f"{n} {what}" for n, what in ((self.warps, "warps"), (self.stages, "stages")) if n]
+        return ", ".join([*parameters, *options])
 
 
 class JITFunction(Source):
@@ -113,7 +116,7 @@ class JITFunction(Source):
             value = core.unwrap(given.get(parameter.name))
             if isinstance(value, DType) and not parameter.is_constexpr:
                 given[parameter.name] = _Placeholder(value)
-        return warmup(self, given)
+        return warmup(self, given, keywords)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if core._state.builder is None:
@@ -192,7 +195,9 @@ class _Placeholder:
         self.__nitinol_pointer__ = (0, dtype)
 
 
-def specialise(kernel: JITFunction, arguments: Mapping[str, Any] | Sequence[Any]) -> tuple[Signature, list[Any]]:
+def specialise(
+    kernel: JITFunction, arguments: Mapping[str, Any] | Sequence[Any], warps: int = 0, stages: int = 0
+) -> tuple[Signature, list[Any]]:
     """What to compile the kernel for, and the values of the run-time parameters in order.
 
     `arguments` are values by name (all parameters, as `bind` gives) or in order. An array becomes its address in
@@ -220,7 +225,7 @@ def specialise(kernel: JITFunction, arguments: Mapping[str, Any] | Sequence[Any]
             constants[parameter.name] = value
         else:
             values.append(value)
-    return Signature(tuple([p.name for p in parameters]), tuple(tags), constants), values
+    return Signature(tuple([p.name for p in parameters]), tuple(tags), constants, warps, stages), values
 
 
 def _describe(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[str, Any]:

@@ -25,7 +25,7 @@ from nitinol.runtime.device import (
     Launch,
     Timestamp,
 )
-from nitinol.runtime.memory import Block, Pool
+from nitinol.runtime.memory import Block, Pool, available_memory
 
 # Units of work an entry is cut into, for each worker: the last, smallest piece is 1/32 of a worker's share.
 UNITS_PER_WORKER = 32
@@ -40,7 +40,9 @@ class CpuDevice:
         if not 1 <= threads <= 1024:
             raise DeviceError(f"{threads} threads are not possible; use 1 to 1024 "
                               f"(this machine has {host.default_threads()} cores to use)")
-        self.name = "cpu"
+        self.name = self.target = "cpu"
+        self.host_memory = True
+        self.largest_buffer = 2**63 - 1
         self.threads = threads
         self.counters = Counters()
         self._executor = cpu_executor.executor()
@@ -84,6 +86,21 @@ class CpuDevice:
         if isinstance(buffer._owner, Block):
             self._pool.release(buffer._owner, self._submitted.value)
         buffer._owner = None
+
+    def read(self, buffer: Buffer, destination: np.ndarray) -> None:
+        self.synchronize()
+        destination[:] = buffer.as_numpy()
+
+    def write(self, buffer: Buffer, source: np.ndarray) -> None:
+        self.synchronize()
+        buffer.as_numpy()[:] = source
+
+    def available_memory(self) -> int:
+        return available_memory()
+
+    @property
+    def description(self) -> str:
+        return f"{host.processor_name()}, {self.threads} threads"
 
     # Work
 
@@ -239,7 +256,7 @@ class CpuDevice:
             total += units
         if total >= 1 << cpu_executor.COUNT_BITS:
             raise DeviceError(f"a command list of {count} entries is too long; split it into several lists")
-        kernels = [entry.executable for entry in commands.entries if isinstance(entry, Launch)]
+        kernels: list[Any] = [entry.executable for entry in commands.entries if isinstance(entry, Launch)]
         scratch, stride = self._scratch_for(max((kernel.scratch_bytes for kernel in kernels), default=0))
         memory[cpu_executor.LIST_ENTRIES:cpu_executor.LIST_COMPLETED] = (
             address + 8 * cpu_executor.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile,
@@ -249,7 +266,9 @@ class CpuDevice:
     def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], Sequence[int]]:
         """Function address, grid and argument slots; copies and fills are launches of the executor's own kernels."""
         if isinstance(entry, Launch):
-            return entry.executable.address, entry.grid, [_slot(argument) for argument in entry.arguments]
+            slots = [_slot(argument) for argument in entry.arguments]
+            kernel: Any = entry.executable
+            return kernel.address, entry.grid, [*slots, self.status_address]
         grid = (-(-entry.destination.nbytes // cpu_executor.COPY_CHUNK), 1, 1)
         if isinstance(entry, Copy):
             return self._executor.copy, grid, [entry.destination.address, entry.source.address,

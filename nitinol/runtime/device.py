@@ -1,9 +1,9 @@
 """The device protocol: buffers, command lists, events and counters, the same for every driver.
 
-A driver (cpu.py; later Metal and CUDA) is one class with the methods of `Device`. Everything else in this file
-is shared: a `CommandList` is recorded once, encoded once by the driver, and submitted many times. Submissions to
-one device run in order, one after another; a device has one queue. Within a list, entries may overlap unless
-`barrier=True` says that everything recorded earlier must have finished.
+A driver (cpu.py, metal.py, cuda.py) is one class with the methods of `Device`. Everything else in this file is shared:
+a `CommandList` is recorded once, encoded once by the driver, and submitted many times. Submissions to one device run in
+order, one after another; a device has one queue. Within a list, entries may overlap unless `barrier=True` says that
+everything recorded earlier must have finished.
 """
 
 from __future__ import annotations
@@ -41,18 +41,15 @@ class Counters:
 
 
 class Executable(Protocol):
-    """A compiled kernel. On the CPU: void kernel(args, scratch, grid, first, last), see cpu_executor.py."""
+    """A compiled kernel, for the drivers of one target: machine code (compiler/cpu) or source (compiler/gpu)."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def address(self) -> int: ...
-    @property
-    def scratch_bytes(self) -> int: ...
 
 
 class Buffer:
-    """A range of device memory. `address` is in bytes; on the CPU it is an ordinary pointer."""
+    """A range of device memory. `address` is in bytes: an ordinary pointer where the device has `host_memory`, else
+    the device's own."""
 
     def __init__(self, device: Device, address: int, nbytes: int, *, read_only: bool = False,
                  owner: Any = None, root: Buffer | None = None):
@@ -93,6 +90,31 @@ class Buffer:
         The array keeps the buffer from being reclaimed, but not from an explicit `free`. It sees what the device
         has written so far: wait for the event of the work that writes it first.
         """
+        if not self.device.host_memory:
+            raise DeviceError(f"the host cannot see memory of device {self.device.name!r}; use read() and write()")
+        dtype, shape, needed = self._layout(dtype, shape)
+        window = np.asarray(_Window(self, needed))
+        return window.view(dtype).reshape(shape)
+
+    def read(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None) -> np.ndarray:
+        """A copy of the memory as a C-contiguous array of `dtype`, after everything submitted so far."""
+        dtype, shape, needed = self._layout(dtype, shape)
+        result = np.empty(shape, dtype)
+        self.device.read(self.view(0, needed), result.reshape(-1).view(np.uint8))
+        return result
+
+    def write(self, values: np.ndarray) -> None:
+        """Copies an array's bytes, in C order, to the beginning of the memory, after everything submitted so far."""
+        self.check()
+        values = np.ascontiguousarray(values)
+        if values.nbytes > self.nbytes:
+            raise DeviceError(f"{values.nbytes} bytes do not fit a buffer of {self.nbytes}")
+        if self.read_only:
+            raise DeviceError(f"{self!r} cannot be written; allocate a buffer for it instead")
+        self.device.write(self.view(0, values.nbytes), values.reshape(-1).view(np.uint8))
+
+    def _layout(self, dtype: Any, shape: Sequence[int] | None) -> tuple[np.dtype, tuple[int, ...], int]:
+        """Type, shape and bytes of an array at the beginning of the memory, checked."""
         self.check()
         dtype = np.dtype(dtype)
         if shape is None:
@@ -103,8 +125,7 @@ class Buffer:
         if needed > self.nbytes or min(shape, default=0) < 0:
             raise DeviceError(f"an array of shape {tuple(shape)} and type {dtype} needs {needed} bytes, but the "
                               f"buffer has {self.nbytes}")
-        window = np.asarray(_Window(self, needed))
-        return window.view(dtype).reshape(shape)
+        return dtype, tuple(shape), needed
 
     def free(self) -> None:
         """Give the memory back now instead of when the last reference goes. Lists that use it become unusable."""
@@ -144,7 +165,8 @@ def slot(value: float, kind: str) -> bytes:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel over a grid. Arguments: a Buffer (its address), an int, or the 8 bytes of a slot."""
+    """One kernel over a grid. Arguments, one for each run-time parameter: a Buffer for a pointer (the CPU also takes an
+    address), an int, or the 8 bytes of a slot."""
 
     executable: Executable
     grid: tuple[int, int, int]
@@ -299,6 +321,9 @@ class Device(Protocol):
     """What a driver provides. `CpuDevice` in cpu.py is the reference."""
 
     name: str
+    target: str  # what kernels are compiled for: see nitinol.compiler.driver
+    host_memory: bool  # whether the host sees the memory, at the buffers' addresses
+    largest_buffer: int  # bytes
     counters: Counters
 
     def allocate(self, nbytes: int) -> Buffer:
@@ -309,6 +334,19 @@ class Device(Protocol):
 
     def release(self, buffer: Buffer) -> None:
         """Called by Buffer when it is freed or collected."""
+
+    def read(self, buffer: Buffer, destination: np.ndarray) -> None:
+        """All bytes of the buffer to a uint8 array of that length, after everything submitted so far."""
+
+    def write(self, buffer: Buffer, source: np.ndarray) -> None:
+        """A uint8 array of the buffer's length to the buffer, after everything submitted so far."""
+
+    @property
+    def description(self) -> str:
+        """For people: the processor's name, and what it works with."""
+
+    def available_memory(self) -> int:
+        """Bytes that can still be allocated; 0 when nobody knows."""
 
     def command_list(self) -> CommandList:
         """An empty command list."""

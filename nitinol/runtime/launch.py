@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from nitinol.compiler.driver import compile_kernel, tile_ir
 from nitinol.language.jit import JITFunction, specialise
 from nitinol.language.types import PointerType
-from nitinol.runtime.device import CommandList, slot
+from nitinol.runtime import get_device
+from nitinol.runtime.device import Buffer, CommandList, DeviceError, slot
 
 _interpreting = os.environ.get("NITINOL_INTERPRET", "") not in ("", "0")
 
@@ -33,29 +37,104 @@ def interpreting() -> bool:
     return _interpreting
 
 
-def warmup(kernel: JITFunction, bound: Mapping[str, Any]) -> Any:
-    """Compiles a kernel for these arguments; the executable."""
-    return compile_kernel(kernel, specialise(kernel, bound)[0])
+def warmup(kernel: JITFunction, bound: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Compiles a kernel for these arguments and the current device; the executable."""
+    return compile_kernel(kernel, specialise(kernel, bound, *schedule(kernel, options))[0], target=get_device().target)
 
 
 def launch(kernel: JITFunction, grid: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-    """Compiles the kernel for these arguments, runs it over the grid, waits; returns the executable."""
+    """Compiles the kernel for these arguments, runs it over the grid, waits; returns the executable.
+
+    On a device other than the CPU, the memory of NumPy's and torch's arrays is copied there and back.
+    """
     bound = kernel.bind(arguments, keywords)
     extents = grid_extents(kernel, grid, bound)
-    signature, values = specialise(kernel, bound)
+    signature, values = specialise(kernel, bound, *schedule(kernel, keywords))
     if _interpreting:
         _interpret(kernel, signature, extents, bound, values)
         return None
-    aliases = alias_classes([bound[name] for name, _, _ in signature.parameters], signature)
-    executable = compile_kernel(kernel, signature, aliases)
-    from nitinol.runtime import default_device
-
-    device = default_device()
+    given = [bound[name] for name, _, _ in signature.parameters]
+    aliases = alias_classes(given, signature)
+    device = device_of(given)
+    executable = compile_kernel(kernel, signature, aliases, device.target)
     commands = CommandList(device)
     slots = [encode(value, type) for value, (_, type, _) in zip(values, signature.parameters)]
-    commands.launch(executable, extents, (*slots, device.status_address))
+    if device.target == "cpu":
+        commands.launch(executable, extents, slots)
+        device.run(commands)
+        return executable
+    pointers = [isinstance(type, PointerType) for _, type, _ in signature.parameters]
+    copies = HostMemory(device, [argument for argument, pointer in zip(given, pointers) if pointer])
+    commands.launch(executable, extents, [
+        copies.buffer(argument, address) if pointer else slot
+        for argument, address, slot, pointer in zip(given, values, slots, pointers)
+    ])  # fmt: skip
     device.run(commands)
+    copies.fetch()
     return executable
+
+
+def schedule(kernel: JITFunction, keywords: Mapping[str, Any]) -> tuple[int, int]:
+    """`num_warps` and `num_stages` of a launch, 0 where they are not given or are the kernel's own parameters."""
+    return tuple(0 if name in kernel.arg_names else int(keywords.get(name) or 0)
+                 for name in ("num_warps", "num_stages"))  # type: ignore[return-value]  # fmt: skip
+
+
+def device_of(arguments: Sequence[Any]) -> Any:
+    """The device of our own arrays among the arguments; without any the current one."""
+    devices = {id(d): d for d in (getattr(getattr(a, "buffer", None), "device", None) for a in arguments) if d}
+    if len(devices) > 1:
+        names = " and ".join(device.name for device in devices.values())
+        raise DeviceError(f"a kernel's arrays are on several devices ({names}); copy them to one device first")
+    return next(iter(devices.values())) if devices else get_device()
+
+
+class HostMemory:
+    """The memory of host arrays on another device: each piece once, also if several arrays look at it."""
+
+    def __init__(self, device: Any, arrays: Sequence[Any]) -> None:
+        self.pieces: list[list[Any]] = []  # first byte, last + 1, whether the host may write it, buffer
+        hosts = [array for array in arrays if getattr(array, "buffer", None) is None]
+        for array in hosts:
+            if _extent(array) is None:
+                raise DeviceError(f"the size of {array!r:.40} is not known, so that it cannot be copied to device "
+                                  f"{device.name!r}; give a NumPy array")  # fmt: skip
+        for start, end, writable in sorted((*_extent(array), _writable(array)) for array in hosts):  # type: ignore[misc]
+            if self.pieces and start < self.pieces[-1][1]:
+                last = self.pieces[-1]
+                last[1], last[2] = max(last[1], end), last[2] or writable
+            else:
+                self.pieces.append([start, end, writable])
+        for piece in self.pieces:
+            start, end, _ = piece
+            shift = start % 64  # so that what is known of the address's divisors stays true
+            buffer = device.allocate(shift + end - start).view(shift)
+            buffer.write(_bytes(start, end))
+            piece.append(buffer)
+
+    def buffer(self, array: Any, address: int) -> Buffer:
+        """Where the device finds the array's first element, which the host has at this address."""
+        own = getattr(array, "buffer", None)
+        if own is not None:
+            return own.view(address - own.address)
+        start, _, _, buffer = next(piece for piece in self.pieces if piece[0] <= address <= piece[1])
+        return buffer.view(address - start)
+
+    def fetch(self) -> None:
+        """Brings back what a kernel may have written."""
+        for start, end, writable, buffer in self.pieces:
+            if writable:
+                _bytes(start, end)[:] = buffer.read()
+
+
+def _bytes(start: int, end: int) -> np.ndarray:
+    """The host's memory from one address to another."""
+    return np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
+
+
+def _writable(array: Any) -> bool:
+    flags = getattr(array, "flags", None)
+    return flags is None or flags.writeable
 
 
 def grid_extents(kernel: JITFunction, grid: Any, bound: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -91,7 +170,7 @@ def alias_classes(arguments: Sequence[Any], signature: Any) -> tuple[int, ...]:
 
 
 def _extent(argument: Any) -> tuple[int, int] | None:
-    """First and last + 1 byte address of an array's memory."""
+    """First and last + 1 byte address of an array's memory; None if its size is not known."""
     if hasattr(argument, "__array_interface__") and hasattr(argument, "ctypes"):
         from numpy.lib.array_utils import byte_bounds
 
@@ -100,7 +179,11 @@ def _extent(argument: Any) -> tuple[int, int] | None:
         storage = argument.untyped_storage()
         return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     buffer = getattr(argument, "buffer", None)
-    return None if buffer is None else (buffer.address, buffer.address + buffer.nbytes)
+    if buffer is not None:
+        return buffer.address, buffer.address + buffer.nbytes
+    if hasattr(argument, "__nitinol_pointer__") and hasattr(argument, "nbytes"):
+        return argument.__nitinol_pointer__[0], argument.__nitinol_pointer__[0] + argument.nbytes
+    return None
 
 
 def _interpret(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
-from nitinol import __version__
 from nitinol.compiler import cache, ir
 
 assertions: dict[int, str] = {}  # what a failed assertion of any loaded kernel leaves in the status word -> its message
@@ -41,21 +38,21 @@ class Executable:
 
 
 def compile_function(
-    name: str, source: Callable[[], ir.Function], parameters: int, aliases: tuple[int, ...] = (), key: str = ""
+    name: str, source: Callable[[], ir.Function], aliases: tuple[int, ...], key: str = ""
 ) -> Executable:
-    """Machine code for a kernel with that many run-time parameters.
+    """Machine code for a kernel.
 
     `source` gives its tile IR; it is not asked if the machine code is in the cache on disk under `key`, which must
     identify the kernel and its specialisation ("": not cached). `aliases`: a number per parameter; pointer parameters
-    with equal numbers may point into the same memory (the default: all differ).
+    with equal numbers may point into the same memory.
     """
     from nitinol.compiler.cpu.effects import assertion_number
     from nitinol.compiler.cpu.target import assemble, host_target, load_object, optimise
 
-    aliases = aliases or tuple(range(parameters))
     stored = None
     if key:
-        key = hashlib.sha256(json.dumps([key, aliases, host_target().key, _compiler_version()]).encode()).hexdigest()
+        facts = [key, aliases, host_target().key, cache.compiler_version()]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         stored = cache.get(key)
     if stored is None:
         text, scratch_bytes, asserts = generate(source(), aliases)
@@ -80,12 +77,3 @@ def generate(function: ir.Function, aliases: tuple[int, ...]) -> tuple[str, int,
     generator = Generator(function, Plan(function, list(aliases)), host_target())
     text = str(generator.build())
     return text, generator.scratch_bytes, generator.asserts
-
-
-@functools.cache
-def _compiler_version() -> str:
-    """Changes whenever the compiler's own source does."""
-    digest = hashlib.sha256(__version__.encode())
-    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
-from nitinol.compiler.gpu.layout import identity
+from nitinol.compiler.gpu.layout import Layout, identity
+from nitinol.compiler.gpu.reduction import Running, between_threads
+from nitinol.compiler.gpu.sums import Threads, first_part, is_sum
 from nitinol.compiler.gpu.tree import Nest
 from nitinol.compiler.ir import Block, Op, Value
 
@@ -14,13 +16,16 @@ if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
 
 
-def carry(e: Emitter, variables: Sequence[Value], values: Sequence[Value], name: str = "carried") -> list[Form]:
-    """Declares the variables of a loop with their first values."""
+def carry(e: Emitter, variables: Sequence[Value], values: Sequence[Value], sums: dict[int, Threads]) -> list[Form]:
+    """Declares the variables of a loop with their first values; `sums`: those whose parts lie in several threads."""
     forms = []
-    for argument, value in zip(variables, values):
+    for number, (argument, value) in enumerate(zip(variables, values)):
         layout = e.home(argument)
-        base = argument.name or value.name or name
-        forms.append(e.store_in(e.name(base), argument.element, layout.count, e.form(value, layout)))
+        form = e.form(value, layout)
+        if number in sums:
+            form = first_part(e, value, form, sums[number])
+        base = argument.name or value.name or "carried"
+        forms.append(e.store_in(e.name(base), argument.element, layout.count, form))
         e.forms[argument, layout] = forms[-1]
     return forms
 
@@ -68,7 +73,9 @@ def for_loop(e: Emitter, op: Op) -> None:
     bound = e.form(op.operands[1])
     if not bound.simple:
         upper = e.store_in(e.name("end"), op.operands[1].element, 1, bound).text(fixed(0))
-    variables = carry(e, carried, op.operands[3:])
+    loop_sums = e.spread_loops.get(op, {})
+    sums = {number: e.sum_threads(made) for number, made in loop_sums.items()}
+    variables = carry(e, carried, op.operands[3:], sums)
     name = e.name(counter.name or "i")
     e.forms[counter, e.assignment.scalar] = variable(name, 1)
     e.index[counter] = True
@@ -83,13 +90,27 @@ def for_loop(e: Emitter, op: Op) -> None:
     kind = e.type(counter.element)
     head = f"for ({kind} {name} = {lower}; {name} < {upper}; {advance}) {{"
     e.nodes.append(Nest(head, body, "}", True, location.line if location else None))
-    for result, form, argument in zip(op.results, variables, carried):
-        e.forms[result, e.home(argument)] = form
+    for number, (result, form, argument) in enumerate(zip(op.results, variables, carried)):
+        layout = e.home(argument)
+        if number in sums:
+            form = loop_sum(e, loop_sums[number], result, form, layout, sums[number])
+        e.forms[result, layout] = form
+
+
+def loop_sum(e: Emitter, op: Op, result: Value, form: Form, layout: Layout, threads: Threads) -> Form:
+    """The whole of a sum after its loop, or still its parts if another sum is all that wants it."""
+    users = e.uses.get(result, [])
+    if len(users) == 1 and e.only_layout(result) and is_sum(users[0]) and e.assignment.chosen[users[0]] == layout:
+        e.parts[result] = threads
+        return form
+    running = Running(e, op, [form], layout.count)
+    between_threads(e, op, running, layout, threads)
+    return running.forms[0]
 
 
 def while_loop(e: Emitter, op: Op) -> None:
     before, after = op.regions
-    variables = carry(e, before.arguments, op.operands)
+    variables = carry(e, before.arguments, op.operands, {})
     passed = []
     for argument, value in zip(after.arguments, op.results):
         layout = e.home(argument)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu import convert, elementwise
+from nitinol.compiler.gpu import convert, elementwise, sums
 from nitinol.compiler.gpu.forms import Form, Index, closed, fixed, variable
-from nitinol.compiler.gpu.layout import Layout, axis_bits, compose, without_axis
+from nitinol.compiler.gpu.layout import Layout, axis_bits
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import ELEMENTWISE, Op, Value, combine_kind
 from nitinol.language.types import DType
@@ -142,7 +142,20 @@ def reduce(e: Emitter, op: Op) -> None:
     own = sum(1 << bit for bit, column in enumerate(layout.registers) if column & along)
     if own:
         running.fold(own)
-    lanes = [bit for bit, column in enumerate(layout.lanes) if column & along]
+    threads = sums.threads_along(layout, along)
+    if op.operands[0] in e.parts:
+        threads = sums.both(threads, e.parts[op.operands[0]])
+    if op in e.spread:
+        e.parts[op.result] = threads
+    else:
+        between_threads(e, op, running, result_layout, threads)
+    for result, form in zip(op.results, running.forms):
+        e.forms[result, result_layout] = form
+
+
+def between_threads(e: Emitter, op: Op, running: Running, layout: Layout, threads: sums.Threads) -> None:
+    """Combines what lanes and simdgroups have; then each has the whole in the result's layout."""
+    lanes = [bit for bit in range(len(layout.lanes)) if threads[0] >> bit & 1]
     kind, element = combine_kind(op), op.operands[0].element
     assert isinstance(element, DType)
     whole = None
@@ -157,21 +170,17 @@ def reduce(e: Emitter, op: Op) -> None:
         running.own()
         for bit in lanes:
             running.across(1 << bit)
-    if any(column & along for column in layout.warps):
-        between_warps(e, op, running, layout, result_layout, along)
-    for result, form in zip(op.results, running.forms):
-        e.forms[result, result_layout] = form
+    if threads[1]:
+        between_warps(e, op, running, layout, threads[1])
 
 
-def between_warps(e: Emitter, op: Op, running: Running, layout: Layout, result: Layout, along: int) -> None:
+def between_warps(e: Emitter, op: Op, running: Running, result: Layout, mask: int) -> None:
     """Each simdgroup puts down its part; all threads take all parts, in one order."""
-    axis, shape = op.attributes["axis"], op.operands[0].shape
-    drop = without_axis(shape, axis)
-    parts = [bit for bit, column in enumerate(layout.warps) if column & along]
-    warps = list(compose(drop, layout.warps))
+    parts = [bit for bit in range(len(result.warps)) if mask >> bit & 1]
+    warps = list(result.warps)
     for number, bit in enumerate(parts):
         warps[bit] ^= 1 << (result.bits + number)
-    partial = Layout(result.bits + len(parts), result.registers, compose(drop, layout.lanes), tuple(warps))
+    partial = Layout(result.bits + len(parts), result.registers, result.lanes, tuple(warps))
     assert running.count == result.count
     pieces = []
 
