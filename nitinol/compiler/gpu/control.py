@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
 from nitinol.compiler.gpu.layout import Layout, identity
 from nitinol.compiler.gpu.reduction import Running, between_threads
-from nitinol.compiler.gpu.sums import Threads, first_part, is_sum
+from nitinol.compiler.gpu.sums import Threads, first_part, goes_on, sum_threads
 from nitinol.compiler.gpu.tree import Nest
 from nitinol.compiler.ir import Block, Op, Value
 
@@ -74,7 +74,7 @@ def for_loop(e: Emitter, op: Op) -> None:
     if not bound.simple:
         upper = e.store_in(e.name("end"), op.operands[1].element, 1, bound).text(fixed(0))
     loop_sums = e.spread_loops.get(op, {})
-    sums = {number: e.sum_threads(made) for number, made in loop_sums.items()}
+    sums = {number: sum_threads(e, made) for number, made in loop_sums.items()}
     variables = carry(e, carried, op.operands[3:], sums)
     name = e.name(counter.name or "i")
     e.forms[counter, e.assignment.scalar] = variable(name, 1)
@@ -99,9 +99,7 @@ def for_loop(e: Emitter, op: Op) -> None:
 
 def loop_sum(e: Emitter, op: Op, result: Value, form: Form, layout: Layout, threads: Threads) -> Form:
     """The whole of a sum after its loop, or still its parts if another sum is all that wants it."""
-    users = e.uses.get(result, [])
-    if len(users) == 1 and e.only_layout(result) and is_sum(users[0]) and e.assignment.chosen[users[0]] == layout:
-        e.parts[result] = threads
+    if goes_on(e, result):
         return form
     running = Running(e, op, [form], layout.count)
     between_threads(e, op, running, layout, threads)

@@ -17,7 +17,7 @@ from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, me
 from nitinol.compiler.gpu.assign import Assignment, operand_layouts
 from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, shifted, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
-from nitinol.compiler.gpu.sums import Threads, spread_sums
+from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.gpu.tree import Access, Each, Scratch, Statement, accesses
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
@@ -48,7 +48,6 @@ class Emitter:
         self.aliases = dict(zip(function.parameters, aliases))
         found = self.assignment
         self.spread, self.spread_loops = spread_sums(function, self.uses, found.home, found.wanted, found.chosen)
-        self.parts: dict[Value, Threads] = {}  # values that are sums whose parts lie in these threads
         self.note_blocks(function.body)
 
     # ----------------------------------------------------------------------------------------------- small parts

@@ -142,12 +142,8 @@ def reduce(e: Emitter, op: Op) -> None:
     own = sum(1 << bit for bit, column in enumerate(layout.registers) if column & along)
     if own:
         running.fold(own)
-    threads = sums.threads_along(layout, along)
-    if op.operands[0] in e.parts:
-        threads = sums.both(threads, e.parts[op.operands[0]])
-    if op in e.spread:
-        e.parts[op.result] = threads
-    else:
+    threads = sums.sum_threads(e, op)
+    if op not in e.spread:
         between_threads(e, op, running, result_layout, threads)
     for result, form in zip(op.results, running.forms):
         e.forms[result, result_layout] = form

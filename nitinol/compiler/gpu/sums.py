@@ -1,0 +1,103 @@
+"""Sums that stay spread over threads: lanes and simdgroups are added up once, when the sum is wanted, not in a loop.
+
+In `for ...: total = total + sum(tile)` each thread adds the part of the sum that it has, and the parts meet after the
+loop. A sum of a sum is one sum over more threads. The order of additions is not promised by a reduction; this is a
+loop's too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nitinol.compiler.gpu.forms import Form
+from nitinol.compiler.gpu.layout import LANE_BITS, Layout, axis_bits
+from nitinol.compiler.ir import Block, Function, Op, Value, combine_kind, constant_of
+from nitinol.language.types import DType, float32
+
+if TYPE_CHECKING:
+    from nitinol.compiler.gpu.emit import Emitter
+
+Threads = tuple[int, int]  # masks of the lane and warp bits between which parts of a sum lie
+
+
+def spread_sums(
+    function: Function, uses: dict[Value, list[Op]], home: dict[Value, Layout | None],
+    wanted: dict[Value, list[Layout]], chosen: dict[Op, Layout],
+) -> tuple[set[Op], dict[Op, dict[int, Op]]]:  # fmt: skip
+    """Which reductions leave their parts in the threads; per loop, which carried values (by number) are such sums, and
+    of which reduction."""
+    spread: set[Op] = set()
+    loops: dict[Op, dict[int, Op]] = {}
+
+    def only_use(value: Value) -> Op | None:
+        users = uses.get(value, [])
+        alone = len(users) == 1 and not any(layout != home[value] for layout in wanted.get(value, []))
+        return users[0] if alone else None
+
+    def visit(block: Block, loop: Op | None) -> None:
+        for op in block.ops:
+            for region in op.regions:
+                if op.kind in ("for", "while", "if"):
+                    visit(region, op if op.kind == "for" else None)
+            if not is_sum(op) or (user := only_use(op.result)) is None:
+                continue
+            if is_sum(user) and user in block.ops and chosen[user] == home[op.result]:
+                spread.add(op)
+            elif loop is not None and user.kind == "add" and user in block.ops:
+                other = user.operands[user.operands[0] is op.result]
+                number = block.arguments.index(other) if other in block.arguments else 0
+                last = block.terminator
+                if (
+                    number and only_use(other) is user and only_use(user.result) is last
+                    and last.operands.index(user.result) == number - 1
+                    and home[other] == home[user.result] == home[op.result]
+                ):  # fmt: skip
+                    spread.add(op)
+                    loops.setdefault(loop, {})[number - 1] = op
+
+    visit(function.body, None)
+    return spread, loops
+
+
+def is_sum(op: Op) -> bool:
+    """Whether the parts may be added in any order without a loss worth the name."""
+    if op.kind != "reduce" or combine_kind(op) != "add":
+        return False
+    element = op.operands[0].element
+    return isinstance(element, DType) and (element == float32 or element.is_int)
+
+
+def first_part(e: Emitter, value: Value, form: Form, threads: Threads) -> Form:
+    """The start of a sum as one thread's part, 0 in the others."""
+    conditions = []
+    for name, mask, bits in (("lane", threads[0], LANE_BITS), ("warp", threads[1], e.warp_bits)):
+        if mask:
+            conditions.append(f"{name} == 0" if mask == (1 << bits) - 1 else f"({name} & {mask}) == 0")
+    if not conditions or constant_of(value) == 0:
+        return form
+    zero = f"{e.type(value.element)}(0)"
+    return Form(lambda i: f"{' && '.join(conditions)} ? {form.operand(i)} : {zero}", form.names, False)
+
+
+def sum_threads(e: Emitter, op: Op) -> Threads:
+    """Where the parts of a sum lie."""
+    layout, value = e.assignment.chosen[op], op.operands[0]
+    along = sum(1 << bit for bit in axis_bits(value.shape)[op.attributes["axis"]])
+    lanes, warps = (
+        sum(1 << bit for bit, column in enumerate(columns) if column & along)
+        for columns in (layout.lanes, layout.warps)
+    )
+    made = value.op
+    if made is not None and made.kind == "for":
+        made = e.spread_loops.get(made, {}).get(made.results.index(value)) if goes_on(e, value) else None
+    if made is not None and made in e.spread:
+        inner = sum_threads(e, made)
+        return lanes | inner[0], warps | inner[1]
+    return lanes, warps
+
+
+def goes_on(e: Emitter, value: Value) -> bool:
+    """Whether a loop's sum goes into one other sum, which adds up the parts of both."""
+    users = e.uses.get(value, [])
+    others = any(layout != e.home(value) for layout in e.assignment.wanted.get(value, []))
+    return len(users) == 1 and not others and is_sum(users[0]) and e.assignment.chosen[users[0]] == e.home(value)
