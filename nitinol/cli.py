@@ -14,7 +14,9 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
                                       help="Path of a GGUF file, or 'demo' for the small model that comes along.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
-Device = Annotated[str, typer.Option(help="Where to compute; `nitinol devices` lists what there is.")]
+Device = Annotated[str | None, typer.Option(
+    metavar="metal|cuda|cpu", show_default="the first of these that is there",
+    help="Where to compute; `nitinol devices` lists what there is.")]
 Threads = Annotated[int | None, typer.Option(
     show_default="one per core", help="Processor threads that work.")]
 Context = Annotated[int | None, typer.Option(
@@ -49,7 +51,7 @@ def run(
         metavar="PROMPT", show_default=False,
         help="The text to continue or the question to answer; without it, a chat starts, one message a line, until "
              "the end of the input (Ctrl-D).")] = None,
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     context: Context = None,
     cache: Annotated[str, typer.Option(metavar="fp16|fp32", help="Precision of the attention cache.")] = "fp16",
@@ -103,7 +105,7 @@ def trace(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False,
                                           help="The text to run through the model.")],
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     context: Context = None,
     chrome: Annotated[Path | None, typer.Option(
@@ -125,7 +127,7 @@ def bench(
     prompt: Annotated[int, typer.Option(metavar="TOKENS", help="Length of the prompt.")] = 128,
     gen: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens to generate after it.")] = 32,
     reps: Annotated[int, typer.Option(help="Repetitions; the median counts.")] = 3,
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -73,7 +73,11 @@ def test_tokenize_gives_ids_that_decode_to_the_text(capsys: pytest.CaptureFixtur
 def test_devices_lists_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found[0]["name"] == "cpu" and found[0]["threads"] >= 1
+    facts = {device["name"]: device for device in found}
+    assert list(facts) == ["metal", "cuda", "cpu"]
+    assert 1 <= facts["cpu"]["threads"] <= facts["cpu"]["cores"] and facts["cpu"]["simd"]
+    assert facts["cpu"]["memory_bytes"] > 1 << 28
+    assert all("missing" in device or device["description"] for device in found)
 
 
 def test_run_json_and_text_agree(capsys: pytest.CaptureFixture[str], tiny: str) -> None:

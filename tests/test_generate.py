@@ -176,6 +176,7 @@ def test_fp16_cache_is_close(tmp_path: Path) -> None:
 
 
 def test_a_step_is_one_submission_without_allocations(model: Model) -> None:
+    tokens(model, max_tokens=4)  # the command list of a step is made at the first one
     counters = model.device.counters
     generation = model.generate(list(range(3, 20)), max_tokens=40, temperature=0.8, top_k=40, top_p=0.9, seed=5,
                                 repeat_penalty=1.1)

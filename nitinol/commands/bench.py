@@ -15,7 +15,8 @@ from nitinol.models.config import cache_bytes_per_token
 from nitinol.runtime.bandwidth import measure_read_bandwidth
 
 
-def bench_model(path: str, prompt: int, gen: int, reps: int, device: str, threads: int | None, as_json: bool) -> None:
+def bench_model(path: str, prompt: int, gen: int, reps: int, device: str | None, threads: int | None,
+                as_json: bool) -> None:
     for name, value in (("--prompt", prompt), ("--gen", gen), ("--reps", reps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -28,7 +29,7 @@ def bench_model(path: str, prompt: int, gen: int, reps: int, device: str, thread
     if as_json:
         print_json(result)
         return
-    print(f"{result['model']}, {result['threads']} threads, medians of {reps}")
+    print(f"{result['model']} on {result['description']}, medians of {reps}")
     print(f"prefill   {result['prefill_tok_s']:.1f} tokens/s ({prompt} tokens)")
     print(f"decode    {result['decode_tok_s']:.2f} tokens/s ({gen} tokens)")
     print(f"memory    {result['read_bandwidth_gb_s']:.1f} GB/s measured; decode reads "
@@ -51,7 +52,8 @@ def measure(model: Model, prompt: int, gen: int, reps: int, progress: Progress) 
     bandwidth = statistics.median(bandwidths)
     read = decode_bytes(model, prompt + gen / 2)
     return {
-        "model": model.config.name, "device": model.device.name, "threads": model.device.threads,
+        "model": model.config.name, "device": model.device.name, "description": model.device.description,
+        "threads": getattr(model.device, "threads", None),
         "prompt": prompt, "gen": gen, "reps": reps,
         "prefill_tok_s": statistics.median(run["prefill_tok_s"] for run in runs), "decode_tok_s": decode,
         "read_bandwidth_gb_s": bandwidth, "decode_bytes_per_token": read,

@@ -107,11 +107,26 @@ def tokenize_text(path: str, text: str, special: bool, as_json: bool) -> None:
 
 
 def list_devices(as_json: bool) -> None:
-    from nitinol.runtime.host import devices
-
-    found = devices()
+    found = [device_facts(name) for name in ("metal", "cuda", "cpu")]
     if as_json:
         print_json(found)
         return
-    rows = [(d["name"], d["model"], d["cores"], d["threads"], d["simd"], gigabytes(d["memory_bytes"])) for d in found]
-    print_table(("device", "model", "cores", "threads used", "vector unit", "memory"), rows)
+    rows = [(d["name"], d.get("description") or f"not here: {d['missing']}", gigabytes(d["memory_bytes"]) if
+             d.get("memory_bytes") else "") for d in found]
+    print_table(("device", "what it is", "memory free"), rows, numbers=(2,))
+
+
+def device_facts(name: str) -> dict[str, Any]:
+    """Name, description and free memory in bytes of a device (of the CPU also its cores, the threads used by default
+    and its vector unit), or why it is `missing`."""
+    from nitinol.runtime import host, open_device
+    from nitinol.runtime.device import DeviceError
+
+    try:
+        device = open_device(name)
+    except DeviceError as error:
+        return {"name": name, "missing": str(error)}
+    facts = {"name": name, "description": device.description, "memory_bytes": device.available_memory()}
+    if name == "cpu":
+        facts |= {"cores": host.logical_cores(), "threads": device.threads, "simd": host.simd_level()}
+    return facts

@@ -13,7 +13,7 @@ from nitinol.generate.options import Options
 
 
 class Settings(NamedTuple):
-    device: str
+    device: str | None
     threads: int | None
     context: int | None
     cache: str
@@ -92,7 +92,7 @@ def show(generation: Generation, progress: Progress, prompt: str) -> str:
     f = figures(generation)
     print(f"{f['prompt_tokens']} tokens read at {f['prefill_tok_s']:.0f}/s, {f['tokens']} written at "
           f"{f['decode_tok_s']:.1f}/s, first after {f['ttft_s']:.2f} s; ended by {ENDS[f['stop_reason']]}; peak memory "
-          f"{f['peak_rss_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+          f"{f['peak_rss_bytes'] / 1e6:.0f} MB; on {generation.model.device.description}", file=sys.stderr)
     return text
 
 
@@ -109,6 +109,7 @@ def figures(generation: Generation) -> dict[str, Any]:
         "decode_tok_s": _rate(len(generation.tokens) - 1, generation.decode_s),
         "ttft_s": generation.ttft_s,
         "peak_rss_bytes": peak_rss_bytes(),
+        "device": generation.model.device.name,
         "seed": generation.options.seed,
     }
 

@@ -83,7 +83,7 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
     if svg is not None:
         from nitinol.commands.svg import draw
 
-        svg.write_text(draw(phases[-1], limits, model.config.name, device_line(device)))
+        svg.write_text(draw(phases[-1], limits, model.config.name, device.description))
     if as_json:
         print_json({"model": model.config.name, "limits": asdict(limits),
                     "phases": [asdict(phase) | {"bytes": phase.bytes, "operations": phase.operations}
@@ -91,12 +91,6 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
         return
     for phase in phases:
         print_phase(phase, limits)
-
-
-def device_line(device: Any) -> str:
-    from nitinol.runtime.host import processor_name
-
-    return f"{processor_name()}, {device.threads} threads"
 
 
 def rows_of(run: Run, limits: Limits) -> list[Row]:

@@ -30,7 +30,7 @@ class Generation:
 
     def __init__(self, model: Model, prompt: Sequence[int], options: Options, progress: ReadProgress | None = None,
                  started: float | None = None) -> None:
-        self.options = options
+        self.model, self.options = model, options
         self.prompt = list(prompt)
         model.check_tokens(self.prompt)
         if len(self.prompt) >= model.context:

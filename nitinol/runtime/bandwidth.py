@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from types import SimpleNamespace
+from typing import Any
 
 from llvmlite import ir
 
@@ -20,13 +21,18 @@ LANES = 8  # int64 in a vector of 512 bits; LLVM splits it where the machine's a
 STREAMS, VECTORS = 2, 4
 
 
-def measure_read_bandwidth(device: CpuDevice, threads: int | None = None, nbytes: int = 512 << 20,
+def measure_read_bandwidth(device: Any, threads: int | None = None, nbytes: int = 512 << 20,
                            repetitions: int = 7) -> float:
     """Read `nbytes` (rounded down to MiB; should be far larger than the caches) with all workers and combine them.
 
-    threads: another number of workers than the device's. Returns GB/s (10⁹ bytes), the best of `repetitions`.
-    The memory is on ordinary pages, like a mapped file. With little memory left, a smaller buffer is used.
+    threads: another number of workers than the CPU device has. Returns GB/s (10⁹ bytes), the best of `repetitions`.
+    The memory is on ordinary pages, like a mapped file. With little memory left, a smaller buffer is used. A GPU reads
+    eight times as much.
     """
+    if device.target != "cpu":
+        from nitinol.runtime.gpu_limits import read_bandwidth
+
+        return read_bandwidth(device, min(8 * nbytes, device.available_memory() // 2), repetitions)
     if threads is not None and threads != device.threads:
         other = CpuDevice(threads)
         try:

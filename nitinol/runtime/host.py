@@ -7,9 +7,6 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-from nitinol.runtime.memory import total_memory
 
 
 def processor_name() -> str:
@@ -62,12 +59,6 @@ def simd_level() -> str:
     extras = {"avx512vnni": "vnni", "avxvnni": "vnni", "avx512bf16": "bf16", "bf16": "bf16", "dotprod": "dotprod",
               "i8mm": "i8mm", "amx-int8": "amx"}
     return " ".join([base, *dict.fromkeys(name for feature, name in extras.items() if features.get(feature))])
-
-
-def devices() -> list[dict[str, Any]]:
-    """The devices of this machine: name, model, cores, threads used by default, SIMD level, memory in bytes."""
-    return [{"name": "cpu", "model": processor_name(), "cores": logical_cores(), "threads": default_threads(),
-             "simd": simd_level(), "memory_bytes": total_memory()}]
 
 
 def _sysctl(name: str) -> str:

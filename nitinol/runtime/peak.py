@@ -9,7 +9,6 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from nitinol.runtime.cpu import CpuDevice
 from nitinol.runtime.native import PREFIX, Body, compile_module, constant
 
 STEPS = 20_000  # of the inner loop in one program: some 50 us
@@ -17,19 +16,23 @@ ACCUMULATORS = 24  # independent sums: more than latency times units (8 to 10) o
 LANES = 16  # of 32 bits; LLVM splits the vector where the machine's are narrower
 
 
-def measure_peak_rates(device: CpuDevice, repetitions: int = 5) -> dict[str, float]:
+def measure_peak_rates(device: Any, repetitions: int = 5) -> dict[str, float]:
     """10⁹ operations a second with all workers on register operands, a product and its sum counting as two.
 
     "float32": fused multiply-add; "int8": the byte dot instruction where there is one, else the same as float32
-    arithmetic. The best of `repetitions`; takes about 20 ms.
+    arithmetic. The best of `repetitions`; takes about 20 ms. For a GPU see `gpu_limits.peak_rates`.
     """
+    if device.target != "cpu":
+        from nitinol.runtime.gpu_limits import peak_rates
+
+        return peak_rates(device, repetitions)
     vnni = llvm.get_host_cpu_features().get("avx512vnni", False)
     rates = {"float32": _rate(device, _kernel("fma"), 2 * LANES, repetitions)}
     rates["int8"] = _rate(device, _kernel("vnni"), 8 * LANES, repetitions) if vnni else rates["float32"]
     return rates
 
 
-def _rate(device: CpuDevice, module: ir.Module, operations: int, repetitions: int) -> float:
+def _rate(device: Any, module: ir.Module, operations: int, repetitions: int) -> float:
     engine = compile_module(module, level=2)
     kernel = SimpleNamespace(name="peak", address=engine.get_function_address(PREFIX + "peak"), scratch_bytes=0)
     programs = 8 * device.threads
