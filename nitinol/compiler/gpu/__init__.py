@@ -139,14 +139,12 @@ def compile_function(
     for statement in leaves(e.body):
         if isinstance(statement, SharedPointer):
             statement.settle()
-    struct_text, head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts), bool(e.prints))
-    lines = [dialect.HEADER]
-    lines += [dialect.HELPERS[helper] + "\n" for helper in sorted(e.helpers)]
-    lines += [struct_text, head]
-    if nbytes:
-        lines.append("    " + dialect.shared_memory(nbytes))
-    lines += [*render(e.body, dialect.UNROLL), "}", ""]
+    groups = [aliases[index] for index in pointers]
+    meeting = [groups.count(group) > 1 for group in groups]
+    head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts), bool(e.prints), meeting)
+    lines = ["    " + dialect.shared_memory(nbytes)] if nbytes else []
+    text = "\n".join([*head, *lines, *render(e.body, dialect.UNROLL), "}", ""])
     return Executable(
-        name, "\n".join(lines), simdgroups, nbytes, barriers, tuple(pointers), tuple(scalars), dict(e.asserts),
-        tuple(e.prints), dialect.LANGUAGE, function,
+        name, "\n".join([*dialect.prelude(text, e.helpers), text]), simdgroups, nbytes, barriers, tuple(pointers),
+        tuple(scalars), dict(e.asserts), tuple(e.prints), dialect.LANGUAGE, function, dialect.OPTIONS,
     )  # fmt: skip

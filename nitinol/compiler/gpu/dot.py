@@ -88,7 +88,7 @@ def dot(e: Emitter, op: Op) -> None:
         assert isinstance(value.element, DType)
         width = len(fragment.registers)
         zero = matrix == names[2] and constant_of(value) == 0
-        e.say(e.dialect.matrix_declare(value.element, matrix, layout.count >> width))
+        e.say(e.dialect.matrix_declare(value.element, matrix, layout.count >> width, 1 << width))
         fill(e, layout, width, setter(e, matrix, e.form(value, layout), width, value.element, zero))
     e.say(*product(e, op, layouts, parts, names))
     acc, width = layouts[2], len(instruction.c.registers)
@@ -106,8 +106,8 @@ def setter(e: Emitter, matrix: str, form: Form, width: int, element: DType, zero
     """Lines that put a thread's registers into a matrix."""
 
     def lines(i: Index) -> list[str]:
-        values = [f"{e.type(element)}(0)" if zero else form.text(i.at(n)) for n in range(1 << width)]
-        return e.dialect.matrix_set(f"{matrix}[{_matrix(i, width)}]", values)
+        values = [e.dialect.zero(element) if zero else form.text(i.at(n)) for n in range(1 << width)]
+        return e.dialect.matrix_set(f"{matrix}[{_matrix(i, width)}]", values, element)
 
     return lines
 
@@ -154,7 +154,7 @@ def product(
             lines += [pad + e.dialect.UNROLL, f"{pad}for (int {axis} = 0; {axis} < {1 << bits[axis]}; {axis}++)"]
             pad += "    "
     a, b, c = cell(names[0], "kmi"), cell(names[1], "nki"), cell(names[2], "nmi")
-    return [*lines, pad + e.dialect.matrix_product(c, a, b)]
+    return [*lines, pad + e.dialect.matrix_product(c, a, b, [v.element for v in op.operands[:2]])]
 
 
 def by_elements(e: Emitter, op: Op) -> None:

@@ -46,7 +46,7 @@ _NARROW = (float16, bfloat16)
 def number(value: Any, element: DType | PointerType, dialect: ModuleType) -> str:
     """A constant."""
     if isinstance(element, PointerType):
-        return f"({dialect.type_name(element)}){int(value)}ul"
+        return f"({dialect.type_name(element)}){int(value)}{dialect.SUFFIXES['uint64']}"
     name = dialect.type_name(element)
     if element == int1:
         return "true" if value else "false"
@@ -55,15 +55,15 @@ def number(value: Any, element: DType | PointerType, dialect: ModuleType) -> str
         if math.isnan(value) or math.isinf(value):
             text = "NAN" if math.isnan(value) else "INFINITY" if value > 0 else "(-INFINITY)"
         else:
-            text = f"{np.float32(value)!s}f"
+            text = f"{value!r}" if element == float64 else f"{np.float32(value)!s}f"
             text = text if value >= 0 and not text.startswith("-") else f"({text})"
-        return text if element == float32 else f"{name}({text})"
+        return text if element in (float32, float64) else dialect.narrow_number(element, value, text)
     value = int(value) & ((1 << element.bits) - 1)
     if element.is_signed and value >> (element.bits - 1):
         value -= 1 << element.bits
     if element.bits < 32:
         return f"{name}({value})"
-    suffix = {"int32": "", "uint32": "u", "int64": "l", "uint64": "ul"}[element.name]
+    suffix = dialect.SUFFIXES[element.name]
     if value == -(1 << (element.bits - 1)):
         return f"({value + 1}{suffix} - 1)"
     return f"({value}{suffix})" if value < 0 else f"{value}{suffix}"
@@ -113,7 +113,7 @@ def _float(op: Op, element: DType, name: str, a: list[str], dialect: ModuleType,
     elif kind == "rem":
         function = "fmod"
     elif kind in ("abs", "fma"):
-        function = kind
+        function = "fabs" if kind == "abs" else kind
     else:
         function = dialect.FUNCTIONS[kind]
         if kind in dialect.HELPERS:

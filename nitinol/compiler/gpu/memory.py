@@ -63,7 +63,7 @@ def load(e: Emitter, op: Op) -> None:
     declaration = f"{kind} {name}[{layout.count}];" if layout.count > 1 else ""
 
     def default(i: Index) -> str:
-        return bare(other.operand(i)) if other is not None else "false" if element == int1 else f"{kind}(0)"
+        return bare(other.operand(i)) if other is not None else "false" if element == int1 else e.dialect.zero(element)
 
     def single(i: Index) -> list[str]:
         read = cell(pointer, i)

@@ -25,6 +25,8 @@ TYPES = {
     "int1": "bool", "int8": "char", "int16": "short", "int32": "int", "int64": "long", "uint8": "uchar",
     "uint16": "ushort", "uint32": "uint", "uint64": "ulong", "fp16": "half", "bf16": "bfloat", "fp32": "float",
 }  # fmt: skip
+SUFFIXES = {"int32": "", "uint32": "u", "int64": "l", "uint64": "ul"}  # of numbers in the text
+OPTIONS = ()
 
 # What a variable must not be called: words of the language and functions that the emitter uses.
 RESERVED = frozenset(
@@ -147,6 +149,15 @@ def bit_cast(kind: str, text: str) -> str:
     return f"as_type<{kind}>({text})"
 
 
+def narrow_number(element: DType, value: float, text: str) -> str:
+    """A constant of a 16-bit float type."""
+    return f"{type_name(element)}({text})"
+
+
+def zero(element: DType) -> str:
+    return f"{type_name(element)}(0)"
+
+
 def to_number(pointer: str) -> str:
     """A pointer as a 64-bit number."""
     return f"(ulong)({pointer})"
@@ -215,11 +226,17 @@ def matrix_instruction(op: Op) -> Instruction | None:
     return Instruction(_MATRIX, _MATRIX, _MATRIX) if large and fits else None
 
 
-def matrix_declare(element: DType, name: str, count: int) -> str:
+def prelude(text: str, wanted: set[str]) -> list[str]:
+    """What stands before a kernel."""
+    return [HEADER, *(HELPERS[name] + "\n" for name in sorted(wanted))]
+
+
+def matrix_declare(element: DType, name: str, count: int, values: int) -> str:
+    """Declares `count` matrices, of which each thread holds `values` elements."""
     return f"simdgroup_matrix<{TYPES[element.name]}, 8, 8> {name}[{count}];"
 
 
-def matrix_set(matrix: str, values: Sequence[str]) -> list[str]:
+def matrix_set(matrix: str, values: Sequence[str], element: DType) -> list[str]:
     return [f"{matrix}.thread_elements()[{i}] = {v};" for i, v in enumerate(values)]
 
 
@@ -227,7 +244,7 @@ def matrix_get(matrix: str, number: int) -> str:
     return f"{matrix}.thread_elements()[{number}]"
 
 
-def matrix_product(c: str, a: str, b: str) -> str:
+def matrix_product(c: str, a: str, b: str, elements: Sequence[DType]) -> str:
     return f"simdgroup_multiply_accumulate({c}, {a}, {b}, {c});"
 
 
@@ -260,11 +277,11 @@ def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
 
 
 def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]], threads: int,
-           asserts: bool, prints: bool) -> tuple[str, str]:  # fmt: skip
+           asserts: bool, prints: bool, meeting: Sequence[bool]) -> tuple[str, str]:  # fmt: skip
     """The struct of scalar arguments and the kernel's head.
 
     `parameters`: element type and name of each buffer; `fields`: type and name of each scalar. The grid's extents end
-    the struct.
+    the struct. `meeting`: which buffers may share memory with another.
     """
     lines = [f"struct {name}_arguments {{"]
     lines += [f"    {kind} {field};" for kind, field in fields]

@@ -1,0 +1,261 @@
+"""The CUDA dialect: C++ for NVRTC, without headers, for compute capability 8.0 and newer.
+
+The 16-bit floats are structs of their bits with the conversions of PTX, so that nothing needs to be installed but the
+compiler. Products go through `mma.sync` (mma.py); the fragments are those of the PTX manual.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from nitinol.compiler.gpu import metal
+from nitinol.compiler.gpu.cuda_helpers import HEADER as HEADER
+from nitinol.compiler.gpu.cuda_helpers import HELPERS as HELPERS
+from nitinol.compiler.gpu.dot import Fragment, Instruction
+from nitinol.compiler.ir import Op
+from nitinol.compiler.semantics import to_memory
+from nitinol.language.types import DType, PointerType, bfloat16, float16, float32, int1, int8, int32, uint8
+
+NAME = "CUDA"
+LANGUAGE = "cuda"  # the key of the source among a kernel's texts
+OPTIONS = ("--std=c++17",)
+SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SHARED_LIMIT = SHARED_LIMITS[90]
+SHARED_ROOMY = 32768  # up to here conversions get memory of their own; with more, fewer blocks share a multiprocessor
+MOST_THREADS = 1024
+MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
+
+TYPES = {
+    "int1": "bool", "int8": "schar", "int16": "short", "int32": "int", "int64": "long64", "uint8": "uchar",
+    "uint16": "ushort", "uint32": "uint", "uint64": "ulong64", "fp16": "half", "bf16": "bfloat", "fp32": "float",
+    "fp64": "double",
+}  # fmt: skip
+SUFFIXES = {"int32": "", "uint32": "u", "int64": "ll", "uint64": "ull"}
+
+RESERVED = metal.RESERVED | frozenset(
+    """Vector __global__ __shared__ asm atomicAdd atomicAnd atomicCAS atomicExch atomicMax atomicMin atomicOr atomicXor
+    at blockDim blockIdx cbrt double exp10 fabs gridDim long64 memcpy pow rcbrt schar sinpi threadIdx tgamma typedef
+    ulong64 unroll warpSize""".split()
+)
+
+
+class Unsupported(Exception):
+    """What CUDA lacks, as the end of a sentence about an operation."""
+
+
+def type_name(element: DType | PointerType) -> str:
+    if isinstance(element, PointerType):
+        return f"{memory_type(element.element)} *"
+    return TYPES[element.name]
+
+
+def memory_type(element: DType) -> str:
+    """The type of an element in device memory."""
+    return "uchar" if element == int1 else type_name(element)
+
+
+def shared_pointer(element: DType | PointerType, name: str, offset: int) -> str:
+    """Declares a view of the block's shared memory."""
+    kind = "ulong64" if isinstance(element, PointerType) else type_name(element)  # pointers as numbers
+    return f"{kind} *{name} = ({kind} *)(scratch + {offset});"
+
+
+def shared_memory(nbytes: int) -> str:
+    return "extern __shared__ __align__(1024) uchar scratch[];"
+
+
+def barrier(spaces: set[str]) -> str:
+    return "__syncthreads();"
+
+
+def wide_load(element: DType, count: int, address: str) -> tuple[str, str, list[str]]:
+    """Type, text and the elements' texts (of a variable `wide`) of one load of 2, 4, 8 or 16 neighbours."""
+    kind = f"Vector<{memory_type(element)}, {count}>"
+    return kind, f"*({kind} *)({address})", [f"wide.at[{i}]" for i in range(count)]
+
+
+def wide_store(element: DType, address: str, values: Sequence[str]) -> str:
+    kind = f"Vector<{memory_type(element)}, {len(values)}>"
+    return f"*({kind} *)({address}) = {kind}{{{{{', '.join(values)}}}}};"
+
+
+# ---------------------------------------------------------------------------------------------------------- lanes
+
+SHUFFLES = {"from": "shuffle", "xor": "shuffle_xor", "up": "shuffle_up", "down": "shuffle_down"}
+
+
+def shuffle(element: DType | PointerType, value: str, lane: str, which: str = "from") -> str:
+    """The value of another lane: lane number `lane`, or own number xor, minus ("up") or plus ("down") it."""
+    if isinstance(element, PointerType):
+        return f"({type_name(element)}){SHUFFLES[which]}((ulong64)({value}), {lane})"
+    return f"{SHUFFLES[which]}({value}, {lane})"
+
+
+def reduce_lanes(kind: str, element: DType, value: str) -> str | None:
+    """A reduction over all lanes in one operation, the same in every lane; None if there is none of that meaning."""
+    if element.bits != 32 or element.is_float or kind not in ("add", "min", "max", "and", "or", "xor"):
+        return None
+    if kind in ("and", "or", "xor"):
+        return f"{type_name(element)}(__reduce_{kind}_sync(0xffffffffu, uint({value})))"
+    return f"__reduce_{kind}_sync(0xffffffffu, {value})"
+
+
+# ------------------------------------------------------------------------------------------------------ arithmetic
+
+UNROLL = "#pragma unroll"
+
+
+def bit_cast(kind: str, text: str) -> str:
+    return f"bits_as<{kind}>({text})"
+
+
+def narrow_number(element: DType, value: float, text: str) -> str:
+    """A constant of a 16-bit float type, by its bits."""
+    bits = int(to_memory(np.asarray(value, np.float16 if element == float16 else np.float32), element).view(np.uint16))
+    return f"{type_name(element)}_of(0x{bits:04x})"
+
+
+def zero(element: DType) -> str:
+    return f"{type_name(element)}{{}}"
+
+
+def to_number(pointer: str) -> str:
+    """A pointer as a 64-bit number."""
+    return f"(ulong64)({pointer})"
+
+
+FUNCTIONS = {
+    name: name for name in "exp exp2 log log2 sqrt rsqrt sin cos tanh floor ceil erf".split()
+} | {"mulhi": "mulhi"}  # fmt: skip
+
+
+def prelude(text: str, wanted: set[str]) -> list[str]:
+    """Definitions that stand before a kernel: those that its text mentions and those that they mention."""
+    found: set[str] = set()
+    pending = [text, *wanted]
+    while pending:
+        words = set(re.findall(r"\w+", pending.pop()))
+        new = {name for name in HELPERS if name in words or f"{name}_of" in words} - found
+        found |= new
+        pending += [HELPERS[name] for name in new]
+    return [HEADER, *(HELPERS[name] + "\n" for name in HELPERS if name in found)]
+
+
+# -------------------------------------------------------------------------------------------------------- matrices
+
+MATRIX_SIDES = (16, 8, 8)  # rows, columns, products in a sum: fewer are rewritten or padded
+_C = Fragment(((1, 0), (0, 3)), ((1, 1), (1, 2), (0, 0), (0, 1), (0, 2)))
+HALVES = Instruction(  # m16n8k16
+    Fragment(((1, 0), (0, 3), (1, 3)), ((1, 1), (1, 2), (0, 0), (0, 1), (0, 2))),
+    Fragment(((0, 0), (0, 3)), ((0, 1), (0, 2), (1, 0), (1, 1), (1, 2))),
+    _C,
+)
+BYTES = Instruction(  # m16n8k32
+    Fragment(((1, 0), (1, 1), (0, 3), (1, 4)), ((1, 2), (1, 3), (0, 0), (0, 1), (0, 2))),
+    Fragment(((0, 0), (0, 1), (0, 4)), ((0, 2), (0, 3), (1, 0), (1, 1), (1, 2))),
+    _C,
+)
+
+
+def matrix_instruction(op: Op) -> Instruction | None:
+    """mma.sync for a dot, if it has these types and at least this size."""
+    a, b, acc = op.operands
+    m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
+    if a.element == b.element and a.element in (float16, bfloat16) and acc.element == float32:
+        return HALVES if m >= 16 and n >= 8 and k >= 16 else None
+    if a.element in (int8, uint8) and b.element in (int8, uint8) and acc.element == int32:
+        return BYTES if m >= 16 and n >= 8 and k >= 32 else None
+    return None
+
+
+def matrix_declare(element: DType, name: str, count: int, values: int) -> str:
+    """Declares `count` matrices, of which each thread holds `values` elements, packed into 32-bit words."""
+    if element.nbytes >= 4:
+        return f"{type_name(element)} {name}[{count}][{values}];"
+    return f"uint {name}[{count}][{values * element.nbytes // 4}];"
+
+
+def matrix_set(matrix: str, values: Sequence[str], element: DType) -> list[str]:
+    if element.nbytes >= 4:
+        return [f"{matrix}[{i}] = {v};" for i, v in enumerate(values)]
+    each = 4 // element.nbytes
+    words = [", ".join(values[i : i + each]) for i in range(0, len(values), each)]
+    return [f"{matrix}[{i}] = pack({word});" for i, word in enumerate(words)]
+
+
+def matrix_get(matrix: str, number: int) -> str:
+    return f"{matrix}[{number}]"
+
+
+def matrix_product(c: str, a: str, b: str, elements: Sequence[DType]) -> str:
+    names = "_".join(dict.fromkeys(e.name for e in elements))
+    return f"mma_{names}({c}, {a}, {b});"
+
+
+# ---------------------------------------------------------------------------------------------------------- atomics
+
+
+def atomic_cas(element: DType, pointer: str, expected: str, desired: str, helpers: set[str]) -> str:
+    """Returns the old value; floats are compared by their bits."""
+    return f"compare_and_swap({pointer}, {expected}, {desired})"
+
+
+def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
+    """Returns the old value."""
+    native = {"fp16": "add", "bf16": "add"}.get(element.name, "")
+    if (element.is_float and kind in ("min", "max")) or (element.bits == 16 and kind != native):
+        return f"atomic_update<{kind.title()}>({pointer}, {value})"
+    return f"atomic_{kind}({pointer}, {value})"
+
+
+# ---------------------------------------------------------------------------------------------------------- kernel
+
+
+def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]], threads: int,
+           asserts: bool, prints: bool, meeting: Sequence[bool]) -> tuple[str, str]:  # fmt: skip
+    """The struct of scalar arguments and the kernel's head.
+
+    `parameters`: element type and name of each pointer; `fields`: type and name of each scalar. The grid's extents end
+    the struct. `meeting`: which pointers may share memory with another.
+    """
+    lines = [f"struct {name}_arguments {{"]
+    lines += [f"    {kind} {field};" for kind, field in fields]
+    lines += ["    int grid[3];", "};", ""]
+    head = [f'extern "C" __global__ void __launch_bounds__({threads}) {name}(']
+    for number, (kind, parameter) in enumerate(parameters):
+        restrict = "" if meeting[number] else "__restrict__ "
+        head.append(f"    {kind} *{restrict}{parameter},")
+    head.append(f"    const __grid_constant__ {name}_arguments arguments,")
+    if asserts:
+        head.append("    uint *status,")
+    if prints:
+        head.append("    uint *log,")
+    head[-1] = head[-1].rstrip(",") + ")"
+    head += ["{", "    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;"]
+    if prints:
+        head.append("    const uint3 group = blockIdx;")
+    return "\n".join(lines), "\n".join(head)
+
+
+def program_id(axis: int) -> str:
+    return f"int(blockIdx.{'xyz'[axis]})"
+
+
+def log_bits(element: DType | PointerType, text: str) -> str:
+    """A value as the 64 bits of a record: floats as float, integers extended."""
+    if isinstance(element, PointerType):
+        return to_number(text)
+    if element.is_float:
+        return f"ulong64(bits_as<uint>(float({text})))"
+    return f"ulong64(long64({text}))" if element.is_signed else f"ulong64({text})"
+
+
+def fail(number: int) -> str:
+    """Records that an assertion does not hold."""
+    return f"*(volatile uint *)status = {number}u;"
+
+
+assert float32.nbytes == 4

@@ -1,0 +1,170 @@
+"""CUDA C++ that generated kernels build on: the types, and functions that are written out where a kernel uses them."""
+
+from __future__ import annotations
+
+from nitinol.compiler.gpu.effects import LOG_RECORDS, RECORD_WORDS
+
+HEADER = """using schar = signed char;
+using uchar = unsigned char;
+using ushort = unsigned short;
+using uint = unsigned int;
+using long64 = long long;
+using ulong64 = unsigned long long;
+#define INLINE __device__ __forceinline__
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+
+template <typename T, int N> struct alignas(N * sizeof(T)) Vector { T at[N]; };
+
+template <typename To, typename From> INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "as many bits");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+"""
+
+_NARROW = """struct {name} {{
+    ushort bits;
+    {name}() = default;
+    INLINE explicit {name}(float x) {{ asm("cvt.rn.{ptx}.f32 %0, %1;" : "=h"(bits) : "f"(x)); }}
+    template <typename T> INLINE explicit {name}(T x) : {name}(odd_float(x)) {{ }}
+    INLINE operator float() const {{ {to_float} }}
+}};
+INLINE {name} {name}_of(ushort bits) {{ {name} x; x.bits = bits; return x; }}
+INLINE {name} operator-({name} x) {{ return {name}_of(x.bits ^ 0x8000); }}
+INLINE {name} operator+({name} x, {name} y) {{ {add} }}
+INLINE {name} operator-({name} x, {name} y) {{ {sub} }}
+INLINE {name} operator*({name} x, {name} y) {{ {mul} }}
+INLINE {name} operator/({name} x, {name} y) {{ return {name}(float(x) / float(y)); }}"""
+
+
+def _native(kind: str, ptx: str) -> dict[str, str]:
+    text = 'ushort z; asm("{0}.rn.{1} %0, %1, %2;" : "=h"(z) : "h"(x.bits), "h"(y.bits)); return {2}_of(z);'
+    return {op: text.format(op, ptx, kind) for op in ("add", "sub", "mul")}
+
+
+_SHUFFLE = """template <typename T> INLINE T NAME(T x, int lane) {
+    if constexpr (sizeof(T) == 8) return bits_as<T>(HOW(0xffffffffu, bits_as<ulong64>(x), lane));
+    else if constexpr (sizeof(T) == 4) return bits_as<T>(HOW(0xffffffffu, bits_as<uint>(x), lane));
+    else if constexpr (sizeof(T) == 2) return bits_as<T>(ushort(HOW(0xffffffffu, uint(bits_as<ushort>(x)), lane)));
+    else return T(HOW(0xffffffffu, uint(x), lane));
+}"""
+
+_MMA = """INLINE void NAME(ACC (&c)[4], const uint (&a)[4], const uint (&b)[2]) {
+    asm("mma.sync.aligned.SHAPE.row.col.TYPES {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+R"(c[0]), "+R"(c[1]), "+R"(c[2]), "+R"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}"""
+
+
+def _mma(name: str, shape: str, accumulator: str, types: str) -> str:
+    register = {"float": "f", "int": "r"}[accumulator]
+    values = {"NAME": name, "ACC": accumulator, "SHAPE": shape, "TYPES": types, "+R": f"+{register}"}
+    text = _MMA
+    for key, value in values.items():
+        text = text.replace(key, value)
+    return text
+
+
+HELPERS = {
+    "odd_float": """// The float nearest towards 0, with its last bit set if that is not the number: rounding it once more, to
+// 16 bits, gives what rounding the number would.
+INLINE float sticky(float near, bool exact) { return exact ? near : __int_as_float(__float_as_int(near) | 1); }
+INLINE float odd_float(int x) { float f = __int2float_rz(x); return sticky(f, int(f) == x); }
+INLINE float odd_float(uint x) { float f = __uint2float_rz(x); return sticky(f, uint(f) == x); }
+INLINE float odd_float(long64 x) { float f = __ll2float_rz(x); return sticky(f, long64(f) == x); }
+INLINE float odd_float(ulong64 x) { float f = __ull2float_rz(x); return sticky(f, ulong64(f) == x); }
+INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky(f, double(f) == x || x != x); }""",
+    "half": _NARROW.format(
+        name="half", ptx="f16", to_float='float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits)); return x;',
+        **_native("half", "f16"),
+    ),
+    "bfloat": _NARROW.format(
+        name="bfloat", ptx="bf16", to_float="return __uint_as_float(uint(bits) << 16);",
+        **{op: f"return bfloat(float(x) {sign} float(y));" for op, sign in (("add", "+"), ("sub", "-"), ("mul", "*"))},
+    ),
+    **{
+        name: _SHUFFLE.replace("NAME", name).replace("HOW", f"__{name.replace('shuffle', 'shfl')}_sync")
+        for name in ("shuffle", "shuffle_xor", "shuffle_up", "shuffle_down")
+    },
+    "mulhi": """INLINE int mulhi(int x, int y) { return __mulhi(x, y); }
+INLINE uint mulhi(uint x, uint y) { return __umulhi(x, y); }
+INLINE long64 mulhi(long64 x, long64 y) { return __mul64hi(x, y); }
+INLINE ulong64 mulhi(ulong64 x, ulong64 y) { return __umul64hi(x, y); }""",
+    # Division by 0 gives 0 and leaves the dividend as remainder; the smallest integer by -1 wraps.
+    "quotient": """template <typename T> INLINE T quotient(T x, T y) {
+    return y == 0 ? T(0) : T(-1) < T(0) && y == T(-1) ? T(0ull - ulong64(x)) : T(x / y);
+}""",
+    "modulo": """template <typename T> INLINE T modulo(T x, T y) {
+    return y == 0 ? x : T(-1) < T(0) && y == T(-1) ? T(0) : T(x % y);
+}""",
+    "nan_min": "template <typename T> INLINE T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
+    "nan_max": "template <typename T> INLINE T nan_max(T x, T y) { return x != x ? x : y != y ? y : fmax(x, y); }",
+    "log_value": f"""INLINE void log_value(uint *log, uint site, uint3 group, uint place, ulong64 value) {{
+    uint record = atomicAdd(log, 1u);
+    if (record >= {LOG_RECORDS}) return;
+    uint *words = log + 1 + {RECORD_WORDS} * record;
+    words[0] = site; words[1] = group.x; words[2] = group.y; words[3] = group.z;
+    words[4] = place; words[5] = uint(value); words[6] = uint(value >> 32);
+}}""",
+    # Atomics whose old value is used order memory around them, as those of Triton do: locks are made of them.
+    "compare_and_swap": """template <typename T> INLINE T compare_and_swap(T *cell, T expected, T desired) {
+    __threadfence();
+    T old;
+    if constexpr (sizeof(T) == 8) {
+        old = bits_as<T>(atomicCAS((ulong64 *)cell, bits_as<ulong64>(expected), bits_as<ulong64>(desired)));
+    } else if constexpr (sizeof(T) == 4) {
+        old = bits_as<T>(atomicCAS((uint *)cell, bits_as<uint>(expected), bits_as<uint>(desired)));
+    } else {
+        old = bits_as<T>(atomicCAS((ushort *)cell, bits_as<ushort>(expected), bits_as<ushort>(desired)));
+    }
+    __threadfence();
+    return old;
+}""",
+    "atomic_add": """template <typename T> INLINE T atomic_add(T *cell, T x) {
+    if constexpr (sizeof(T) == 8) return T(atomicAdd((ulong64 *)cell, ulong64(x)));
+    else return atomicAdd(cell, x);
+}
+INLINE double atomic_add(double *cell, double x) { return atomicAdd(cell, x); }""",
+    "atomic_xchg": """template <typename T> INLINE T atomic_xchg(T *cell, T x) {
+    __threadfence();
+    T old;
+    if constexpr (sizeof(T) == 8) old = bits_as<T>(atomicExch((ulong64 *)cell, bits_as<ulong64>(x)));
+    else old = bits_as<T>(atomicExch((uint *)cell, bits_as<uint>(x)));
+    __threadfence();
+    return old;
+}""",
+    **{
+        f"atomic_{name.lower()}": f"""template <typename T> INLINE T atomic_{name.lower()}(T *cell, T x) {{
+    return atomic{name}(cell, x);
+}}"""
+        for name in ("Min", "Max", "And", "Or", "Xor")
+    },
+    "Min": "struct Min { template <typename T> INLINE static T of(T x, T y) { return T(fmin(x, y)); } };",
+    "Max": "struct Max { template <typename T> INLINE static T of(T x, T y) { return T(fmax(x, y)); } };",
+    "Add": "struct Add { template <typename T> INLINE static T of(T x, T y) { return x + y; } };",
+    "Xchg": "struct Xchg { template <typename T> INLINE static T of(T x, T y) { return y; } };",
+    "same_bits": """template <typename T> INLINE bool same_bits(T x, T y) {
+    if constexpr (sizeof(T) == 8) return bits_as<ulong64>(x) == bits_as<ulong64>(y);
+    else if constexpr (sizeof(T) == 4) return bits_as<uint>(x) == bits_as<uint>(y);
+    else return bits_as<ushort>(x) == bits_as<ushort>(y);
+}""",
+    "atomic_update": """template <typename How, typename T> INLINE T atomic_update(T *cell, T x) {
+    for (T old = *cell;;) {
+        T found = compare_and_swap(cell, old, How::of(old, x));
+        if (same_bits(found, old)) return found;
+        old = found;
+    }
+}""",
+    "pack": """template <typename T> INLINE uint pack(T x, T y) {
+    return uint(bits_as<ushort>(x)) | uint(bits_as<ushort>(y)) << 16;
+}
+template <typename T> INLINE uint pack(T x, T y, T z, T w) {
+    return uint(uchar(x)) | uint(uchar(y)) << 8 | uint(uchar(z)) << 16 | uint(uchar(w)) << 24;
+}""",
+    **{f"mma_{name}": _mma(f"mma_{name}", "m16n8k16", "float", f"f32.{ptx}.{ptx}.f32")
+       for name, ptx in (("fp16", "f16"), ("bf16", "bf16"))},
+    **{f"mma_{name}": _mma(f"mma_{name}", "m16n8k32", "int", f"s32.{ptx}.s32")
+       for name, ptx in (("int8", "s8.s8"), ("uint8", "u8.u8"), ("int8_uint8", "s8.u8"), ("uint8_int8", "u8.s8"))},
+}
