@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Block:
 
     address: int
     nbytes: int
-    mapping: np.ndarray  # keeps the mapping alive; it goes when the last reference does
+    mapping: Any  # keeps the memory alive; it goes when the last reference does
     sequence: int = 0
 
 

@@ -1,0 +1,346 @@
+"""The CUDA driver: one NVIDIA GPU as a device.
+
+One stream runs everything in order of submission, so memory that was freed can be used again at once: what still
+reads it was submitted earlier. A command list is a CUDA graph (cuda_graph.py), large transfers go through pinned
+memory (cuda_transfer.py), NVRTC compiles the kernels (cuda_driver.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nitinol.runtime.cuda_driver import (
+    Allocation,
+    CudaError,
+    Pinned,
+    architecture,
+    bindings,
+    call,
+    compile_cubin,
+    find_gpu,
+)
+from nitinol.runtime.cuda_graph import Encoded
+from nitinol.runtime.cuda_transfer import Transfers
+from nitinol.runtime.device import WAIT_SLICE_NS, Buffer, CommandList, Counters, DeviceError, Event, Timestamp
+from nitinol.runtime.memory import Block, Pool
+
+EXACT_BYTES = 64 << 20  # wrapped memory of at least that size does not get a larger block of the pool
+SPIN_NS = 20_000_000  # a wait spins that long after the submission, then sleeps for 1/64 of the time since
+OUT_OF_MEMORY, NOT_READY = 2, 600
+# Errors after which the context is lost, and what they say of a kernel.
+FAULTS = {
+    214: "met an uncorrectable memory error", 700: "accessed an illegal address", 702: "ran into the time limit",
+    710: "failed a device-side assertion", 714: "overran its stack", 715: "ran an illegal instruction",
+    716: "accessed a misaligned address", 717: "accessed the wrong address space", 718: "jumped to an illegal address",
+    719: "failed in an unspecified way",
+}  # fmt: skip
+
+
+class CudaDevice:
+    """One NVIDIA GPU. index: its number among those that CUDA_VISIBLE_DEVICES lets through."""
+
+    name = target = "cuda"
+    host_memory = False
+
+    def __init__(self, index: int = 0):
+        self.closed, self._lost = True, ""
+        self.cu, nvrtc = bindings()
+        self._handle = find_gpu(self.cu, index)
+        self.description = call(self.cu.cuDeviceGetName, 128, self._handle).split(b"\0")[0].decode()
+        capability = self._ask("COMPUTE_CAPABILITY_MAJOR"), self._ask("COMPUTE_CAPABILITY_MINOR")
+        self.architecture = architecture(self.cu, nvrtc, self.description, capability)
+        self.context = call(self.cu.cuDevicePrimaryCtxRetain, self._handle)
+        self._process, self.closed = os.getpid(), False
+        self.enter()
+        self.stream = call(self.cu.cuStreamCreate, 0)
+        self.largest_buffer = call(self.cu.cuMemGetInfo)[1]
+        self.counters = Counters()
+        self.progress: Callable[[int, int], None] | None = None  # told of large transfers: bytes done, bytes in all
+        self._pool = _Pool(self)
+        self._transfers = Transfers(self)
+        self._lock = threading.RLock()
+        self._submitted = self._done = 0
+        self._in_flight: deque[_Submission] = deque()
+        self._idle_events: list[Any] = []
+        self._functions: dict[str, Any] = {}  # by source
+        self._asserts: dict[int, str] = {}
+        self._printing: weakref.WeakSet[Encoded] = weakref.WeakSet()
+        self._status = Pinned(self, 8)
+        self._status_word = ctypes.c_uint32.from_address(self._status.address)
+        self._status_word.value = 0
+
+    # Memory
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Uninitialised memory of `nbytes`, 64-byte aligned, from the pool."""
+        if nbytes < 0:
+            raise DeviceError(f"a buffer of {nbytes} bytes cannot be allocated; ask for 0 or more")
+        block = self._fit(nbytes, lambda: self._pool.allocate(nbytes, self._submitted))
+        return Buffer(self, block.address, nbytes, owner=block)
+
+    def wrap(self, memory: Any) -> Buffer:
+        """A copy of host memory (anything contiguous with the buffer protocol). Memory of this GPU that offers
+        `__cuda_array_interface__` (a torch tensor) is used in place."""
+        if hasattr(memory, "__cuda_array_interface__"):
+            return self._adopt(memory)
+        if isinstance(memory, np.ndarray):
+            if not memory.flags.c_contiguous:
+                raise DeviceError(f"an array with strides {memory.strides} cannot be wrapped; make it C-contiguous")
+            view = memory.reshape(-1).view(np.uint8)
+        else:
+            view = np.frombuffer(memory, np.uint8) if memoryview(memory).nbytes else np.empty(0, np.uint8)
+        if view.nbytes >= EXACT_BYTES:
+            allocation = self._fit(view.nbytes, lambda: Allocation(self, view.nbytes))
+            buffer = Buffer(self, allocation.address, view.nbytes, owner=allocation)
+            self.counters.bytes_in_use += view.nbytes
+            self.counters.bytes_reserved += view.nbytes
+        else:
+            buffer = self.allocate(view.nbytes)
+        self.write(buffer, view)
+        buffer.read_only = not view.flags.writeable
+        return buffer
+
+    def release(self, buffer: Buffer) -> None:
+        """Called by Buffer: back to the pool, or to the GPU."""
+        owner, buffer._owner = buffer._owner, None
+        if isinstance(owner, Block):
+            self._pool.release(owner, self._submitted)
+        elif isinstance(owner, Allocation):
+            self.counters.bytes_in_use -= owner.nbytes
+            self.counters.bytes_reserved -= owner.nbytes
+
+    def read(self, buffer: Buffer, destination: np.ndarray) -> None:
+        """All bytes of the buffer to a uint8 array of that length, after everything submitted so far."""
+        self._transfers.copy(buffer.address, destination, upload=False)
+
+    def write(self, buffer: Buffer, source: np.ndarray) -> None:
+        """A uint8 array of the buffer's length to the buffer, after everything submitted so far."""
+        self._transfers.copy(buffer.address, source, upload=True)
+
+    def available_memory(self) -> int:
+        """Bytes that can still be allocated: what the GPU has free, and what the pool holds unused."""
+        self.enter()
+        return call(self.cu.cuMemGetInfo)[0] + self.counters.bytes_reserved - self.counters.bytes_in_use
+
+    # Work
+
+    def command_list(self) -> CommandList:
+        return CommandList(self)
+
+    def submit(self, commands: CommandList) -> Event:
+        """Start a list after everything submitted before it; returns at once."""
+        self.enter()
+        if commands.invalid:
+            raise DeviceError(commands.invalid)
+        if commands.device is not self:
+            raise DeviceError(f"a command list of device {commands.device.name!r} was submitted to another device; "
+                              "record it on this one")
+        encoded = commands.encoded
+        if encoded is None:
+            encoded = commands.encoded = Encoded(self, commands.entries, commands.profile)
+            if encoded.logs:
+                self._printing.add(encoded)
+        with self._lock:
+            if len(self._in_flight) > 64:  # nobody waits: notice what is done
+                self.poll(self._in_flight[0].sequence)
+            event = self._idle_events.pop() if self._idle_events else self.event("DISABLE_TIMING")
+            sequence, encoded.submitted = self._submitted + 1, time.monotonic_ns()
+            for graph, names in zip(encoded.graphs, encoded.names):
+                self.watch(self.cu.cuGraphLaunch, graph, self.stream, names=names)
+                if encoded.blocking:
+                    self.watch(self.cu.cuStreamSynchronize, self.stream, names=names)
+            self.watch(self.cu.cuEventRecord, event, self.stream)
+            self._in_flight.append(_Submission(sequence, event, encoded, encoded.submitted))
+            self._submitted = sequence
+            self.counters.submits += 1
+            self.counters.dispatches += len(encoded.entries)
+        return Event(self, sequence, commands)
+
+    def run(self, commands: CommandList) -> None:
+        """Submit and wait."""
+        self.submit(commands).wait()
+
+    def poll(self, sequence: int) -> bool:
+        if sequence > self._done:
+            self.enter()
+            with self._lock:
+                while self._in_flight and self._in_flight[0].sequence <= sequence:
+                    asked = next(s for s in self._in_flight if s.sequence >= sequence)
+                    status = self.cu.cuEventQuery(asked.event)[0]
+                    if status == NOT_READY:
+                        return False
+                    if status:
+                        raise self._failure(self.cu.cuEventQuery, status, ())
+                    while self._done < sequence:
+                        self._done = self._in_flight[0].sequence
+                        self._idle_events.append(self._in_flight.popleft().event)
+        return True
+
+    def wait_slice(self, sequence: int, nanoseconds: int, work: bool = True) -> None:
+        """Polls: CUDA's own wait is deaf to Ctrl-C, and a sleep takes 60 µs at least, too much for short lists."""
+        end = time.monotonic_ns() + nanoseconds
+        begun = next((s.time for s in tuple(self._in_flight) if s.sequence >= sequence), 0)
+        while not self.poll(sequence) and (now := time.monotonic_ns()) < end:
+            if now - begun > SPIN_NS:
+                time.sleep(min((now - begun) / 64e9, (end - now) / 1e9, 0.01))
+
+    def synchronize(self) -> None:
+        """Wait for everything submitted so far."""
+        self.enter()
+        submitted = self._submitted
+        while not self.poll(submitted):
+            self.wait_slice(submitted, WAIT_SLICE_NS)
+        self.check_status()
+
+    def check_status(self) -> None:
+        """Print what kernels have printed; raise DeviceError if an assertion failed."""
+        if self._printing and self._done == self._submitted:
+            for encoded in list(self._printing):
+                encoded.flush()
+        if code := self._status_word.value:
+            self._status_word.value = 0
+            what = self._asserts.get(code, f"a kernel on device {self.name!r} reported error {code}")
+            raise DeviceError(f"{what}; the results are not valid")
+
+    def timestamps(self, commands: CommandList) -> list[Timestamp]:
+        """A profiled list runs one entry after another; each starts when the one before has ended."""
+        self.enter()
+        encoded: Encoded = commands.encoded
+        elapsed = [int(1e6 * call(self.cu.cuEventElapsedTime, encoded.events[0], event)) for event in encoded.events]
+        return [Timestamp(entry.label, encoded.submitted + start, encoded.submitted + end)
+                for entry, start, end in zip(encoded.entries, elapsed, elapsed[1:])]
+
+    def close(self) -> None:
+        """Wait for what was submitted, then let go of the GPU; memory that buffers still hold becomes invalid."""
+        if self.usable:
+            with contextlib.suppress(DeviceError):
+                self.synchronize()
+            self.closed = True
+            self.cu.cuDevicePrimaryCtxRelease(self._handle)
+        self.closed = True
+
+    # For the files beside this one
+
+    @property
+    def usable(self) -> bool:
+        return not self.closed and not self._lost and self._process == os.getpid()
+
+    def enter(self) -> None:
+        """Before other calls of the driver API: the calling thread needs the context."""
+        if not self.usable:
+            if not self.closed and self._process != os.getpid():
+                raise DeviceError("a CUDA device does not outlive a fork; open it in the child process only, or start "
+                                  "processes with multiprocessing's 'spawn' method")
+            raise DeviceError(self._lost or f"device {self.name!r} is closed; open another")
+        self.cu.cuCtxSetCurrent(self.context)
+
+    def watch(self, function: Callable[..., Any], *arguments: Any, names: Sequence[str] = ()) -> None:
+        """A call that may be the first to hear of a kernel's fault; names: the kernels that it can be, if known."""
+        status = function(*arguments)[0]
+        if status:
+            raise self._failure(function, status, names)
+
+    def event(self, *flags: str) -> Any:
+        """A new event; flags: "DISABLE_TIMING" (quicker to record), "BLOCKING_SYNC" (cuEventSynchronize sleeps)."""
+        bits = sum(int(getattr(self.cu.CUevent_flags, f"CU_EVENT_{flag}")) for flag in flags)
+        return call(self.cu.cuEventCreate, bits)
+
+    def function(self, executable: Any) -> Any:
+        """A kernel as the driver knows it; loaded once."""
+        found = self._functions.get(executable.source)
+        if found is None:
+            shared, most = executable.threadgroup_bytes, self._ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+            if shared > most:
+                raise DeviceError(f"kernel {executable.name!r} needs {shared} bytes of shared memory and "
+                                  f"{self.description} has {most}; use smaller tiles or fewer stages")
+            cubin = compile_cubin(executable.name, executable.source, self.architecture, executable.options)
+            module = call(self.cu.cuModuleLoadData, cubin)
+            found = call(self.cu.cuModuleGetFunction, module, executable.name.encode())
+            if shared > 48 << 10:
+                attribute = self.cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                call(self.cu.cuFuncSetAttribute, found, attribute, shared)
+            self._functions[executable.source] = found
+        return found
+
+    def status_address(self, asserts: dict[int, str]) -> int:
+        """The word that takes the number of a failed assertion; asserts: what the numbers mean."""
+        self._asserts.update(asserts)
+        return self._status.address
+
+    # Inside
+
+    def _ask(self, name: str) -> int:
+        attribute = getattr(self.cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(call(self.cu.cuDeviceGetAttribute, attribute, self._handle))
+
+    def _failure(self, function: Callable[..., Any], status: Any, names: Sequence[str]) -> DeviceError:
+        what = FAULTS.get(int(status))
+        if what is None:
+            return CudaError(function, status)
+        names = names or list(dict.fromkeys(n for s in self._in_flight for part in s.encoded.names for n in part))
+        who = f"kernel {names[0]!r}" if len(names) == 1 else "a kernel"
+        if len(names) > 1:
+            some = ", ".join(names[:6]) + (f" and {len(names) - 6} others" if len(names) > 6 else "")
+            who = f"one of the kernels {some} (with CUDA_LAUNCH_BLOCKING=1 in the environment this message says which)"
+        self._lost = (f"{who} {what} on {self.description} ({status.name}); the results are lost and CUDA serves this "
+                      "process no longer, start it again")
+        return DeviceError(self._lost)
+
+    def _fit(self, nbytes: int, take: Callable[[], Any]) -> Any:
+        """Takes memory; where there is too little, once more after the pool has given back what it does not use."""
+        self.enter()
+        for _ in range(2):
+            try:
+                return take()
+            except CudaError as error:
+                if error.code != OUT_OF_MEMORY:
+                    raise self._failure(error.function, error.status, ()) from None
+            self._pool.trim(self._submitted)
+        free, total = call(self.cu.cuMemGetInfo)
+        raise DeviceError(
+            f"{nbytes / 1e6:.0f} MB are needed on {self.description}, but {free / 1e6:.0f} MB of its {total / 1e6:.0f} "
+            f"MB are free ({self.counters.bytes_in_use / 1e6:.0f} MB are in use here); use a model, context or batch "
+            "that fits, or end other programs that nvidia-smi lists")  # fmt: skip
+
+    def _adopt(self, memory: Any) -> Buffer:
+        interface = memory.__cuda_array_interface__
+        address, read_only = interface["data"]
+        nbytes = int(np.prod(interface["shape"], dtype=np.int64)) * np.dtype(interface["typestr"]).itemsize
+        if nbytes and interface.get("strides") is not None:
+            raise DeviceError(f"GPU memory with strides {interface['strides']} cannot be wrapped; make it contiguous")
+        if nbytes:
+            which = self.cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+            where = int(call(self.cu.cuPointerGetAttribute, which, address))
+            if where != int(self._handle):
+                raise DeviceError(f"memory of GPU {where} cannot be used on GPU {int(self._handle)}; copy it first")
+        return Buffer(self, int(address), nbytes, read_only=bool(read_only), owner=memory)
+
+
+class _Submission(NamedTuple):
+    sequence: int
+    event: Any
+    encoded: Encoded
+    time: int  # of the submission, by time.monotonic_ns
+
+
+class _Pool(Pool):
+    """The CPU's pool, over the GPU's memory."""
+
+    def __init__(self, device: CudaDevice):
+        super().__init__(device.counters)
+        self._device = device
+
+    def _map(self, size: int) -> Block:
+        allocation = Allocation(self._device, size)
+        self.counters.bytes_reserved += size
+        return Block(allocation.address, size, allocation)

@@ -1,0 +1,134 @@
+"""A command list as a CUDA graph: one node an entry, one launch for the whole."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nitinol.runtime.cuda_driver import Pinned, call
+from nitinol.runtime.device import Buffer, Copy, DeviceError, Fill, Launch
+
+if TYPE_CHECKING:
+    from nitinol.runtime.cuda import CudaDevice
+
+Entry = Launch | Copy | Fill
+MOST_BLOCKS_YZ = 65535
+
+
+class Encoded:
+    """Graphs ready to launch. One for all entries; with CUDA_LAUNCH_BLOCKING=1 one for each, so that the driver can
+    wait after every launch and knows which kernel failed."""
+
+    def __init__(self, device: CudaDevice, entries: Sequence[Entry], profile: bool):
+        self.device = device
+        self.entries = tuple(entries)  # keeps buffers and executables
+        self.blocking = os.environ.get("CUDA_LAUNCH_BLOCKING", "") not in ("", "0")
+        self.graphs: list[Any] = []
+        self.names: list[list[str]] = []  # of each graph's kernels
+        self.events = [device.event() for _ in range(len(entries) + 1)] if profile else []
+        self.logs: list[tuple[Any, Pinned]] = []  # of the kernels that print
+        self.submitted = 0  # when it was last, by time.monotonic_ns
+        for first in range(0, len(entries), 1 if self.blocking else max(1, len(entries))):
+            part = self.entries[first:first + 1] if self.blocking else self.entries
+            graph = call(device.cu.cuGraphCreate, 0)
+            try:
+                self._fill(graph, part, self.events[first:first + len(part) + 1], first == 0)
+                self.graphs.append(call(device.cu.cuGraphInstantiate, graph, 0))
+            finally:
+                device.cu.cuGraphDestroy(graph)
+            kernels = [entry for entry in part if isinstance(entry, Launch)]
+            self.names.append(list(dict.fromkeys(entry.executable.name for entry in kernels)))
+
+    def flush(self) -> None:
+        """Print what the kernels have printed since the last time."""
+        for executable, memory in self.logs:
+            if memory.bytes[:4].any():
+                lines = executable.printed(memory.bytes.tobytes())
+                memory.bytes[:4] = 0
+                print(*lines, sep="\n", flush=True)
+
+    def __del__(self) -> None:
+        if self.device.usable:
+            for graph in self.graphs:
+                self.device.cu.cuGraphExecDestroy(graph)  # takes effect when it has run
+            for event in self.events:
+                self.device.cu.cuEventDestroy(event)
+
+    def _fill(self, graph: Any, entries: Sequence[Entry], events: Sequence[Any], first: bool) -> None:
+        """Entries up to the next barrier are a group; each of its nodes depends on the whole group before: directly,
+        or where that takes more edges, through an empty node. With events: one after another, an event after each."""
+        cu = self.device.cu
+        groups: list[list[Entry]] = []
+        for entry in entries:
+            if entry.barrier or events or not groups:
+                groups.append([])
+            groups[-1].append(entry)
+        before: list[Any] = []
+        if events and first:
+            before = [call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0])]
+        for number, group in enumerate(groups):
+            if len(before) * len(group) > len(before) + len(group):
+                before = [call(cu.cuGraphAddEmptyNode, graph, before, len(before))]
+            before = [self._add(graph, before, entry) for entry in group]
+            if events:
+                before = [call(cu.cuGraphAddEventRecordNode, graph, before, 1, events[number + 1])]
+
+    def _add(self, graph: Any, before: list[Any], entry: Entry) -> Any:
+        cu = self.device.cu
+        if isinstance(entry, Launch):
+            if 0 not in entry.grid:
+                return self._add_kernel(graph, before, entry)
+        elif isinstance(entry, Copy) and entry.source.nbytes:
+            copy = cu.CUDA_MEMCPY3D()
+            copy.srcMemoryType = copy.dstMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_DEVICE
+            copy.srcDevice, copy.dstDevice = entry.source.address, entry.destination.address
+            copy.WidthInBytes, copy.Height, copy.Depth = entry.source.nbytes, 1, 1
+            return call(cu.cuGraphAddMemcpyNode, graph, before, len(before), copy, self.device.context)
+        elif isinstance(entry, Fill) and entry.destination.nbytes:
+            fill, size, address = cu.CUDA_MEMSET_NODE_PARAMS(), entry.destination.nbytes, entry.destination.address
+            fill.elementSize = 1 if (size | address) % 4 else 4
+            fill.value = entry.value if fill.elementSize == 1 else entry.value * 0x01010101
+            fill.dst, fill.width, fill.height = address, size // fill.elementSize, 1
+            return call(cu.cuGraphAddMemsetNode, graph, before, len(before), fill, self.device.context)
+        return call(cu.cuGraphAddEmptyNode, graph, before, len(before))
+
+    def _add_kernel(self, graph: Any, before: list[Any], entry: Launch) -> Any:
+        """The convention of parameters is told in nitinol.compiler.gpu.Executable."""
+        executable: Any = entry.executable
+        cu, (x, y, z) = self.device.cu, entry.grid
+        if max(y, z) > MOST_BLOCKS_YZ:
+            raise DeviceError(f"grid {entry.grid} of kernel {executable.name!r} is too large for CUDA, which has at "
+                              f"most {MOST_BLOCKS_YZ} in y and z; put the largest extent first")
+        words = [_address(entry.arguments[position]).to_bytes(8, "little") for position in executable.pointers]
+        words.append(executable.arguments(entry.arguments, entry.grid))
+        if executable.asserts:
+            words.append(self.device.status_address(executable.asserts).to_bytes(8, "little"))
+        if executable.prints:
+            words.append(self._log(executable).to_bytes(8, "little"))
+        storage = [(ctypes.c_uint64 * -(-len(word) // 8)).from_buffer_copy(word.ljust(-(-len(word) // 8) * 8, b"\0"))
+                   for word in words]
+        pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in storage))
+        kernel = cu.CUDA_KERNEL_NODE_PARAMS()
+        kernel.func = self.device.function(executable)
+        kernel.gridDimX, kernel.gridDimY, kernel.gridDimZ = x, y, z
+        kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = executable.threads, 1, 1
+        kernel.sharedMemBytes = executable.threadgroup_bytes
+        kernel.kernelParams = ctypes.addressof(pointers)  # the call copies what they point to
+        return call(cu.cuGraphAddKernelNode, graph, before, len(before), kernel)
+
+    def _log(self, executable: Any) -> int:
+        """Memory for what one launch prints."""
+        from nitinol.compiler.gpu import LOG_BYTES
+
+        memory = Pinned(self.device, LOG_BYTES)
+        memory.bytes[:4] = 0
+        self.logs.append((executable, memory))
+        return memory.address
+
+
+def _address(argument: Buffer | int | bytes) -> int:
+    if isinstance(argument, Buffer):
+        return argument.address
+    return int.from_bytes(argument, "little") if isinstance(argument, bytes) else int(argument)
