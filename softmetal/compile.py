@@ -26,7 +26,10 @@ from softmetal.parse import MetalError
 from softmetal.source import Constant
 
 HERE = Path(__file__).parent
-FREESTANDING = ["-nostdinc", "-fPIC", "-fno-exceptions", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"]
+FREESTANDING = [
+    *("-nostdinc", "-fPIC", "-fno-exceptions", "-fno-plt", "-fno-stack-protector"),
+    "-fno-asynchronous-unwind-tables",
+]
 DIALECT = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-ext=+all"),
     *("-cl-single-precision-constant", "-ffp-contract=fast", "-fno-math-errno", "-w"),
@@ -123,7 +126,7 @@ def build(path: Path, units: list[tuple[str, list[str]]], text: str | None) -> N
         for i, (unit, flags) in enumerate(units):
             objects.append(f"{scratch}/{i}.o")
             run(["clang", *flags, "-c", unit, "-o", objects[-1]], text)
-        run(["ld.lld", "-shared", "-z", "noexecstack", *objects, "-o", f"{scratch}/library.so"])
+        run(["ld.lld", "-shared", "-Bsymbolic", "-z", "noexecstack", *objects, "-o", f"{scratch}/library.so"])
         os.replace(f"{scratch}/library.so", path)
 
 

@@ -150,19 +150,17 @@ class Device:
 
     def newComputePipelineStateWithFunction_options_reflection_error_(
         self, function: Any, options: int, reflection: Any, error: Any
-    ) -> tuple[Any, Any, Any]:
-        pipeline, problem = self.newComputePipelineStateWithFunction_error_(function, error)
-        return pipeline, None, problem
+    ) -> tuple[Any, Any]:
+        return self.newComputePipelineStateWithFunction_error_(function, error)
 
     def newComputePipelineStateWithDescriptor_options_reflection_error_(
         self, descriptor: Any, options: int, reflection: Any, error: Any
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, Any]:
         if descriptor.computeFunction() is None:
             raise UsageError("newComputePipelineStateWithDescriptor: computeFunction is not set")
-        pipeline, problem = self._pipeline(
+        return self._pipeline(
             descriptor.computeFunction(), descriptor.label(), descriptor.maxTotalThreadsPerThreadgroup()
         )
-        return pipeline, None, problem
 
     def _pipeline(self, function: Function, label: str | None, limit: int) -> tuple[Any, Any]:
         try:

@@ -1,15 +1,16 @@
 // Operations of a simdgroup: each lane hands its value over (sm_exchangeN, in the runtime) and gets a record
 // with the values of all lanes that take part; the first lane to go on computes what all of them need.
 extern "C" {
-void sm_exchange1(uchar);
-void sm_exchange2(ushort);
-void sm_exchange4(uint);
-void sm_exchange8(ulong);
-void sm_exchange16(const void *);
-void sm_exchange32(const void *);
-void sm_join(void);
+#define SM_MEETS __attribute__((preserve_none)) void
+SM_MEETS sm_exchange1(uint);
+SM_MEETS sm_exchange2(uint);
+SM_MEETS sm_exchange4(uint);
+SM_MEETS sm_exchange8(ulong);
+SM_MEETS sm_exchange16(const void *);
+SM_MEETS sm_exchange32(const void *);
+SM_MEETS sm_join(void);
+SM_MEETS sm_barrier(uint);
 void sm_fence(uint);
-void sm_barrier(uint);
 void sm_count_matrix(void);
 }
 
@@ -30,7 +31,7 @@ template <class T> SM_INLINE sm_phase *sm_exchange(T v) {
     }
     ulong at = (ulong)__builtin_frame_address(0);
     sm_simd *s = (sm_simd *)((at & ~((1ul << SM_ARENA_BITS) - 1)) + SM_SIMD_AT) + (at >> (SM_STACK_BITS + 5) & 31);
-    return &s->phase[s->parity ^ 1];
+    return s->current;
 }
 template <class T> SM_INLINE T sm_value(sm_phase *p, uint lane) { return ((T *)p->slots)[lane]; }
 template <class T> struct sm_two { T a, b; };

@@ -51,9 +51,12 @@ struct sm_simd {
     void *site;                   // of the lanes whose values are in the slots
     sm_uint run, waiting, at_barrier, strays, alive, size, parity, number;
     sm_ulong interval[2];         // validation: last barrier, by memory (device, threadgroup)
-    sm_ulong pad;
+    void *open;                   // lanes 0, 1, ... arrive here in turn, all others ready: nothing else is kept up
+    char *slots;                  // where values are put
+    struct sm_phase *current;     // the last exchange that was completed
+    sm_ulong open_barrier, pad[5];
     struct sm_phase phase[2];
-    char pad_to_4096[4096 - 64 - 2 * 1600];
+    char pad_to_4096[4096 - 128 - 2 * 1600];
 };
 
 struct sm_group {

@@ -1,7 +1,8 @@
 // The lanes of a threadgroup: which of them runs, what they hand to each other, where they wait.
 //
-// The 32 lanes of a simdgroup run one after another up to the next exchange; the last one to arrive completes it
-// and goes on, so an exchange costs one switch per lane.
+// The 32 lanes of a simdgroup run one after another up to the next exchange, and the first goes on when the last has
+// arrived, so an exchange costs one switch per lane. As long as all take the same path, in order, only the place is
+// noted at which lane 0 waits (`open`), and the last lane to arrive does everything else.
 #include "runtime.h"
 #include "switch.h"
 
@@ -44,14 +45,30 @@ static __attribute__((noinline)) sm_uint untangle(char *arena, sm_simd *s) {
     return chosen;
 }
 
-static inline void release(char *arena, sm_simd *s) {
-    sm_uint chosen = s->strays ? untangle(arena, s) : s->waiting;
+static inline void complete(sm_simd *s, sm_uint lanes) {           // the exchange of these lanes
     sm_phase *p = &s->phase[s->parity];
-    p->mask = chosen;
+    p->mask = lanes;
     p->done = 0;
     s->parity ^= 1;
+    s->current = p;
+    s->slots = s->phase[s->parity].slots;
+}
+
+static inline void release(char *arena, sm_simd *s) {
+    sm_uint chosen = s->strays ? untangle(arena, s) : s->waiting;
+    complete(s, chosen);
     s->run = chosen;
     s->waiting &= ~chosen;
+}
+
+// What `open` left out, when a lane does not come to the same place as those before it.
+static void settle(sm_simd *s, sm_lane *l) {
+    if (!s->open) return;
+    sm_lane *first = l - l->lane;
+    for (sm_lane *x = first; x < l; x++) x->site = s->open;
+    *(s->open_barrier ? &s->at_barrier : &s->waiting) = (1u << l->lane) - 1;
+    s->run = ~1u << l->lane;
+    s->open = 0;
 }
 
 // The next lane to run when this one cannot: of the same simdgroup first, then another simdgroup; when all
@@ -86,36 +103,52 @@ sm_lane *sm_next_lane(char *arena, sm_group *g, sm_simd *s) {
 }
 
 // The usual next lane is the next number: its stack pointer is then known without waiting for `run`.
-static inline sm_lane *neighbour(sm_group *g, sm_simd *s, sm_lane *l, sm_uint lane) {
-    sm_uint next = (lane + 1) % SM_WIDTH;
+static inline sm_lane *neighbour(sm_group *g, sm_simd *s, sm_lane *l) {
+    sm_uint next = (l->lane + 1) % SM_WIDTH;
     if (__builtin_expect(!(s->run >> next & 1) || g->careful, 0)) return 0;
     s->run &= ~(1u << next);
-    return l - lane + next;
+    return l - l->lane + next;
 }
 
-static __attribute__((noinline)) void *simd_complete(char *arena, sm_lane *l, sm_simd *s, bool counted) {
-    sm_group *g = sm_group_of(arena);
-    if (g->careful && counted) sm_count.simd_ops++;
-    if (s->run || s->strays || g->seed) return sm_next_lane(arena, g, s)->sp;
-    sm_phase *p = &s->phase[s->parity];                            // all are here: go on
-    p->mask = s->waiting;
-    p->done = 0;
-    s->parity ^= 1;
-    s->run = s->waiting & ~(1u << l->lane);
+static __attribute__((noinline)) void *all_here(sm_simd *s, sm_lane *l) {   // the last lane is, at `open`
+    s->open = 0;
+    complete(s, ~0u);
+    s->run = ~1u;
     s->waiting = 0;
-    return l->sp;
+    return (l - (SM_WIDTH - 1))->sp;
 }
 
-static inline char *slot_for(char *arena, sm_lane *l, sm_simd *s, sm_uint lane, sm_uint size, void *site) {
+static inline char *slot_for(char *arena, sm_lane *l, sm_simd *s, sm_uint size, void *site) {
     if (!s->waiting) {
         s->site = site;
         s->size = size;
     } else if (__builtin_expect(s->site != site, 0)) {
-        s->strays |= 1u << lane;
+        s->strays |= 1u << l->lane;
         l->stray_size = size;
         return arena + SM_STRAY_AT + l->index * SM_SLOT;
     }
-    return s->phase[s->parity].slots + lane * size;
+    return s->slots + l->lane * size;
+}
+
+static inline bool may_open(sm_group *g, sm_simd *s, sm_lane *l) { return !l->lane && s->run == ~1u && !g->careful; }
+
+template <typename T> static __attribute__((noinline)) void *exchange_any(T value, void *site, bool counted) {
+    char *arena = sm_arena();
+    sm_group *g = sm_group_of(arena);
+    sm_lane *l = sm_self(arena);
+    sm_simd *s = sm_simd_of(arena, l->simd);
+    settle(s, l);
+    *(T *)slot_for(arena, l, s, sizeof(T), site) = value;
+    s->waiting |= 1u << l->lane;
+    l->site = site;
+    if (may_open(g, s, l)) {
+        s->open = site;
+        s->open_barrier = 0;
+        return l[1].sp;
+    }
+    if (sm_lane *next = neighbour(g, s, l)) return next->sp;
+    if (g->careful && counted) sm_count.simd_ops++;
+    return sm_next_lane(arena, g, s)->sp;
 }
 
 template <typename T> static inline void *exchange(T value, void *site, void *sp, bool counted = true) {
@@ -123,12 +156,10 @@ template <typename T> static inline void *exchange(T value, void *site, void *sp
     sm_uint index = sm_index(), lane = index % SM_WIDTH;
     sm_lane *l = sm_lane_of(arena, index);
     sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
-    *(T *)slot_for(arena, l, s, lane, sizeof(T), site) = value;
-    s->waiting |= 1u << lane;
-    l->site = site;
     l->sp = sp;
-    if (sm_lane *next = neighbour(sm_group_of(arena), s, l, lane)) return next->sp;
-    return simd_complete(arena, l, s, counted);
+    if (__builtin_expect(s->open != site, 0)) return exchange_any(value, site, counted);
+    ((T *)s->slots)[lane] = value;
+    return __builtin_expect(lane < SM_WIDTH - 1, 1) ? l[1].sp : all_here(s, l);
 }
 
 struct bytes16 { sm_ulong x, y; };
@@ -136,8 +167,8 @@ struct bytes32 { sm_ulong x, y, z, w; };
 
 extern "C" {
 // Hands `value` to the other lanes of the simdgroup that reach the same place.
-void *sm_exchange1_next(unsigned char v, void *site, void *sp) { return exchange(v, site, sp); }
-void *sm_exchange2_next(unsigned short v, void *site, void *sp) { return exchange(v, site, sp); }
+void *sm_exchange1_next(sm_uint v, void *site, void *sp) { return exchange((unsigned char)v, site, sp); }
+void *sm_exchange2_next(sm_uint v, void *site, void *sp) { return exchange((unsigned short)v, site, sp); }
 void *sm_exchange4_next(sm_uint v, void *site, void *sp) { return exchange(v, site, sp); }
 void *sm_exchange8_next(sm_ulong v, void *site, void *sp) { return exchange(v, site, sp); }
 void *sm_exchange16_next(const bytes16 *v, void *site, void *sp) { return exchange(*v, site, sp); }
@@ -156,19 +187,39 @@ void sm_fence(sm_uint flags) {                                     // after a si
     if (sm_validate) sm_validate_simd_barrier(sm_group_of(arena), sm_simd_of(arena, sm_index() / SM_WIDTH), flags);
 }
 
-void *sm_barrier_next(sm_uint flags, void *site, void *sp) {
+static __attribute__((noinline)) void *barrier_any(sm_uint flags, void *site) {
     char *arena = sm_arena();
     sm_group *g = sm_group_of(arena);
-    sm_uint index = sm_index(), lane = index % SM_WIDTH;
-    sm_lane *l = sm_lane_of(arena, index);
-    sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
+    sm_lane *l = sm_self(arena);
+    sm_simd *s = sm_simd_of(arena, l->simd);
+    if (s->open == site) {                                         // the last lane
+        s->open = 0;
+        s->at_barrier = ~0u;
+        s->run = 0;
+        return sm_next_lane(arena, g, s)->sp;
+    }
+    settle(s, l);
     l->site = site;
     l->state = flags;
-    l->sp = sp;
-    s->at_barrier |= 1u << lane;
-    if (sm_lane *next = neighbour(g, s, l, lane)) return next->sp;
+    s->at_barrier |= 1u << l->lane;
+    if (may_open(g, s, l)) {
+        s->open = site;
+        s->open_barrier = 1;
+        return l[1].sp;
+    }
+    if (sm_lane *next = neighbour(g, s, l)) return next->sp;
     if (g->careful) sm_count.barriers++;
     return sm_next_lane(arena, g, s)->sp;
+}
+
+void *sm_barrier_next(sm_uint flags, void *site, void *sp) {
+    char *arena = sm_arena();
+    sm_uint index = sm_index();
+    sm_lane *l = sm_lane_of(arena, index);
+    sm_simd *s = sm_simd_of(arena, index / SM_WIDTH);
+    l->sp = sp;
+    if (__builtin_expect(s->open == site && index % SM_WIDTH < SM_WIDTH - 1, 1)) return l[1].sp;
+    return barrier_any(flags, site);
 }
 SM_STUB(sm_barrier)
 
@@ -201,9 +252,10 @@ void sm_lane_main(void) {
     if (g->dispatch->fibers) {
         ((void (*)(sm_lane *, sm_group *))g->dispatch->entry)(l, g);
         sm_simd *s = sm_simd_of(arena, l->simd);
+        settle(s, l);
         g->finished++;
         s->alive &= ~(1u << l->lane);
-        sm_lane *next = neighbour(g, s, l, l->lane);
+        sm_lane *next = neighbour(g, s, l);
         if (next || (next = sm_next_lane(arena, g, s))) sm_jump(next->sp);
     } else {
         ((void (*)(sm_group *))g->dispatch->entry)(g);

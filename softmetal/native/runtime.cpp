@@ -188,6 +188,8 @@ static void run_group(worker *w, sm_dispatch *d, sm_uint number) {
         sm_uint n = g->count - i * SM_WIDTH;
         s->run = s->alive = n >= SM_WIDTH ? ~0u : (1u << n) - 1;
         s->waiting = s->at_barrier = s->strays = 0;
+        s->open = 0;
+        s->slots = s->phase[s->parity].slots;
         s->number = i;
     }
     g->tg_used = 0;
