@@ -18,6 +18,7 @@ class BFloat16:
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
+        self.nbytes = array.nbytes
         self.__nitinol_pointer__ = (array.ctypes.data, bfloat16)
 
 

@@ -117,7 +117,7 @@ class HostMemory:
         own = getattr(array, "buffer", None)
         if own is not None:
             return own.view(address - own.address)
-        start, _, _, buffer = next(piece for piece in self.pieces if piece[0] <= address <= piece[1])
+        start, _, _, buffer = next(p for p in self.pieces if p[0] <= address < max(p[1], p[0] + 1))
         return buffer.view(address - start)
 
     def fetch(self) -> None:
