@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Entry = Launch | Copy | Fill
 MOST_BLOCKS_YZ = 65535
+WIDTH = 2  # entries of a group that may overlap; wide graphs are launched piecemeal, from the host
 
 
 class Encoded:
@@ -57,23 +58,21 @@ class Encoded:
                 self.device.cu.cuEventDestroy(event)
 
     def _fill(self, graph: Any, entries: Sequence[Entry], events: Sequence[Any], first: bool) -> None:
-        """Entries up to the next barrier are a group; each of its nodes depends on the whole group before: directly,
-        or where that takes more edges, through an empty node. With events: one after another, an event after each."""
+        """Entries up to the next barrier are a group. Its first WIDTH nodes depend on the last ones of the group
+        before, every further one on the node WIDTH places earlier. With events: one entry after another, an event
+        after each."""
         cu = self.device.cu
-        groups: list[list[Entry]] = []
-        for entry in entries:
-            if entry.barrier or events or not groups:
-                groups.append([])
-            groups[-1].append(entry)
-        before: list[Any] = []
+        before: list[Any] = []  # what the group depends on
+        group: list[Any] = []
         if events and first:
-            before = [call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0])]
-        for number, group in enumerate(groups):
-            if len(before) * len(group) > len(before) + len(group):
-                before = [call(cu.cuGraphAddEmptyNode, graph, before, len(before))]
-            before = [self._add(graph, before, entry) for entry in group]
+            group = [call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0])]
+        for number, entry in enumerate(entries):
+            if entry.barrier or events:
+                before, group = group[-WIDTH:] or before, []
+            node = self._add(graph, before if len(group) < WIDTH else [group[-WIDTH]], entry)
             if events:
-                before = [call(cu.cuGraphAddEventRecordNode, graph, before, 1, events[number + 1])]
+                node = call(cu.cuGraphAddEventRecordNode, graph, [node], 1, events[number + 1])
+            group.append(node)
 
     def _add(self, graph: Any, before: list[Any], entry: Entry) -> Any:
         cu = self.device.cu
