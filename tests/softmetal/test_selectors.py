@@ -4,20 +4,22 @@ selectors.json was read from the metadata in the source distribution of pyobjc-f
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 from metal_runner import Metal
 
-from softmetal import buffers, commands, device, encoders, events, indirect, library, objects
+from softmetal import archive, buffers, commands, device, encoders, events, indirect, library, objects
 
 FACTS = json.loads((Path(__file__).parent / "selectors.json").read_text())
 OURS = {
     **{
         c._protocol: c
-        for m in (buffers, commands, device, encoders, events, indirect, library)
+        for m in (archive, buffers, commands, device, encoders, events, indirect, library)
         for c in vars(m).values()
         if hasattr(c, "_protocol")
     },
@@ -63,3 +65,49 @@ def test_constants_and_functions():
     assert set(ours) == set(FACTS["enumerators"])
     for name, count in FACTS["functions"].items():
         assert len(inspect.signature(getattr(Metal, name)).parameters) == count
+
+
+def test_what_is_returned_besides_an_error():
+    """pyobjc returns a pair for `error:`; a `reflection:` gives nothing (its _metadata.py marks it as no result)."""
+    for cls in OURS.values():
+        for method, signature in selectors(cls):
+            if method.endswith("error_"):
+                assert signature.return_annotation.count(",") == 1, f"{cls.__name__} {method}"
+
+
+# ------------------------------------------------------------------------------------------------ the driver's calls
+
+DRIVER = sorted((Path(__file__).parents[2] / "nitinol" / "runtime").glob("metal*.py"))
+ALL = set().union(*map(known, [*FACTS["classes"], *FACTS["protocols"]]))
+# Of NSError. Names of one word (status, commit, ...) look like any of Python's and are not checked.
+ELSEWHERE = {"localizedDescription"}
+
+
+def calls(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            yield node, node.func.attr
+
+
+def test_the_drivers_selectors_and_argument_counts():
+    seen = set()
+    for path in DRIVER:
+        tree = ast.parse(path.read_text())
+        pairs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Assign)
+                 and isinstance(n.targets[0], ast.Tuple) and len(n.targets[0].elts) == 2}  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and re.search(r"_$|^[a-z]+[A-Z]", node.attr) and node.attr[:3] != "MTL":
+                selector = node.attr.replace("_", ":")
+                assert selector in ALL | ELSEWHERE, f"{path.name}, line {node.lineno}: {selector}"
+                seen.add(selector)
+            if isinstance(node, ast.Attribute) and re.match("MTL|NS", node.attr):
+                name, facts = node.attr, {**FACTS["enumerators"], **FACTS["functions"], **FACTS["classes"]}
+                assert name in facts or name == "NSMakeRange", f"{path.name}, line {node.lineno}: {name}"
+        for node, name in calls(tree):
+            selector = name.replace("_", ":")
+            if selector in seen:
+                given = len(node.args)
+                assert given == selector.count(":") and not node.keywords, f"{path.name}, line {node.lineno}: {selector}"
+                is_pair = selector.endswith("error:")
+                assert (id(node) in pairs) == is_pair, f"{path.name}, line {node.lineno}: {selector} gives a pair"
+    assert len(seen) > 40
