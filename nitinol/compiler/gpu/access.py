@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nitinol.compiler.analysis import AxisStrides, Strides
 from nitinol.compiler.gpu.layout import Layout, apply, axis_bits, bits_of, view_map
-from nitinol.compiler.ir import COMPARISONS, Function, Op, Value
+from nitinol.compiler.ir import COMPARISONS, Function, Op, Value, walk
 from nitinol.language.types import PointerType
 
 VECTOR_BYTES = 16  # of the widest load and store
@@ -24,13 +24,49 @@ def memory_order(strides: Strides, shape: Sequence[int]) -> list[int]:
     return [bit for axis in sorted(range(len(shape)), key=weight) for bit in bits[axis]]
 
 
+RUN = 16  # elements of the widest access, of bytes
+
+
+class RunStrides(AxisStrides):
+    """Strides that hold within aligned runs of RUN elements: x % n goes on by ones there if n is a multiple of it."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.widths = widths
+
+    def _compute(self, value: Value) -> Strides:
+        op = value.op
+        if op is None or op.kind != "rem" or not value.shape:
+            return super()._compute(value)
+        x, n = op.operands
+        out: list[int | None] = []
+        for axis, (stride, other) in enumerate(zip(self.of(x), self.of(n))):
+            run, bits = min(RUN, value.shape[axis]), axis_bits(value.shape)[axis]
+            places = (run - 1) << bits[0] if bits else 0
+            whole = other == 0 and all(self.widths.multiple(v, places) % run == 0 for v in (x, n))
+            out.append(stride if stride == 0 == other or (stride == 1 and whole) else None)
+        return tuple(out)
+
+
 class Widths:
     """How many neighbouring elements an access may take at once: contiguous, aligned, under one mask."""
 
-    def __init__(self, function: Function, strides: AxisStrides) -> None:
-        self.strides = strides
+    def __init__(self, function: Function) -> None:
+        self.strides = RunStrides(self)
         self.divisible = dict(zip(function.parameters, function.divisible))
         self.known: dict[tuple[Value, int], int] = {}
+        self.sums: dict[Value, tuple[Value, Value]] = {}  # in loops: start and step of what grows by a fixed step
+        for op in walk(function.body):
+            if op.kind == "for":
+                self.note_sums(op)
+
+    def note_sums(self, loop: Op) -> None:
+        block = loop.regions[0]
+        counter, *carried = block.arguments
+        self.sums[counter] = loop.operands[0], loop.operands[2]
+        for variable, start, following in zip(carried, loop.operands[3:], block.terminator.operands):
+            if following.op is not None and following.op.kind == "add" and following.op.operands[0] is variable:
+                self.sums[variable] = start, following.op.operands[1]
 
     def vector_bits(self, op: Op, order: Sequence[int]) -> int:
         """For the first bits of an order."""
@@ -111,6 +147,8 @@ class Widths:
         op = value.op
         if value in self.divisible:
             return self.divisible[value] & -self.divisible[value]
+        if value in self.sums:
+            return min(self.multiple(v, places) for v in self.sums[value])
         if op is None or (not isinstance(value.element, PointerType) and not value.element.is_int):
             return 1
         kind = op.kind
@@ -126,7 +164,7 @@ class Widths:
             view = view_map(kind, source.shape, value.shape, op.attributes)
             assert len(view) == bits_of(value.shape)
             return self.multiple(source, apply(view, places))
-        if kind in ("add", "sub", "max", "min", "select"):
+        if kind in ("add", "sub", "max", "min", "rem", "select"):
             return min(self.multiple(v, places) for v in op.operands[-2:])
         if kind == "mul":
             a, b = (self.multiple(v, places) for v in op.operands)

@@ -37,8 +37,8 @@ class Assignment:
     def __init__(self, function: Function, warp_bits: int, fragments: Fragments) -> None:
         self.warp_bits = warp_bits
         self.fragments_of = fragments
-        self.strides = AxisStrides()
-        self.widths = Widths(function, self.strides)
+        self.widths = Widths(function)
+        self.strides = self.widths.strides
         self.home: dict[Value, Layout | None] = {}
         self.weak: dict[Value, tuple[int, Layout]] = {}
         self.wanted: dict[Value, list[Layout]] = {}
