@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: about the CPU target or driver itself; skipped with another --device")
+    config.addinivalue_line("markers", "float64: needs 64-bit floats, which Apple GPUs do not have")
     set_device(config.getoption("device"))
 
 
@@ -29,3 +30,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cpu"):
                 item.add_marker(pytest.mark.skip(reason=f"about the CPU, and these tests run on {name}"))
+            if item.get_closest_marker("float64") and name == "metal":
+                item.add_marker(pytest.mark.skip(reason="Apple GPUs have no 64-bit floats"))
+
+
+@pytest.fixture
+def device_name(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("device")

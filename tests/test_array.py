@@ -73,7 +73,10 @@ def test_random_programs_interpreted(number: int) -> None:
 # ----------------------------------------------------------------------------------------- elements in and out
 
 
-@pytest.mark.parametrize("name", [n for n, t in DTYPES.items() if t != bfloat16])
+FLOAT64 = pytest.mark.float64
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[FLOAT64] * (n == "fp64")) for n in DTYPES if n != "bf16"])
 def test_round_trip_of_every_dtype(name: str) -> None:
     dtype = DTYPES[name]
     a = random.integers(0, 100, (7, 5)).astype(np.bool_ if dtype == int1 else numpy_dtype(dtype))
@@ -103,6 +106,7 @@ def test_python_values() -> None:
     assert "1." in repr(nn.array([1.0, 2.0]) * 1)
 
 
+@pytest.mark.cpu
 def test_numpy_memory_is_shared_without_a_copy() -> None:
     a = floats(5, 3)
     x = nn.from_numpy(a)
@@ -126,8 +130,9 @@ def test_results_are_copies_unless_asked() -> None:
     assert not (x.numpy() == 7).any()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "int8", "uint8", "int64", "bool"])
-def test_dlpack_with_torch(dtype: str) -> None:
+def test_dlpack_shares_memory_with_torch(dtype: str) -> None:
     tensor = torch.randint(0, 2, (6, 5)).to(getattr(torch, dtype))[::2, 1:].T
     x = nn.from_dlpack(tensor)
     assert x.shape == tuple(tensor.shape) and x.strides == tensor.stride()
@@ -223,10 +228,14 @@ def test_float_division_and_power() -> None:
     assert nn.maximum(nn.array([1.0, math.nan]), 0.5).tolist()[0] == 1 and math.isnan(nn.minimum(math.nan, x)[0].item())
 
 
-def test_numbers_keep_their_value() -> None:
-    """Numbers are run-time arguments of the kernels: nothing may be lost on the way."""
+@FLOAT64
+def test_numbers_keep_64_bits() -> None:
     wide = nn.array(np.array([1.0, 2.0]))
     np.testing.assert_array_equal((wide * 0.1 + 1e-300).numpy(), np.array([1.0, 2.0]) * 0.1 + 1e-300)
+
+
+def test_numbers_keep_their_value() -> None:
+    """Numbers are run-time arguments of the kernels: nothing may be lost on the way."""
     assert (nn.array(np.int64(1)) + 2**62).item() == 2**62 + 1
     assert (nn.array(np.uint64(1)) + 2**63).item() == 2**63 + 1
     assert (nn.array(np.uint32(1)) + (2**32 - 2)).item() == 2**32 - 1
@@ -269,13 +278,15 @@ def test_large_and_unusual_layouts() -> None:
         np.testing.assert_allclose((x.T * 2 + x.T[:, :, :1]).numpy(), a.T * 2 + a.T[:, :, :1], **F32)
 
 
-def test_astype() -> None:
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int32", "uint8", "fp16", pytest.param("fp64", marks=FLOAT64), "bool", "int64"]
+)
+def test_astype(dtype: str) -> None:
     a = (floats(100) * 50).clip(-120, 120)  # what does not fit an integer type is undefined in NumPy
-    for dtype in ("int8", "int32", "uint8", "fp16", "fp64", "bool", "int64"):
-        with np.errstate(all="ignore"):
-            source = np.abs(a) if dtype == "uint8" else a
-            expected = source.astype({"fp16": "float16", "fp64": "float64"}.get(dtype, dtype))
-        np.testing.assert_array_equal(nn.array(source).astype(dtype).numpy(), expected)
+    with np.errstate(all="ignore"):
+        source = np.abs(a) if dtype == "uint8" else a
+        expected = source.astype({"fp16": "float16", "fp64": "float64"}.get(dtype, dtype))
+    np.testing.assert_array_equal(nn.array(source).astype(dtype).numpy(), expected)
 
 
 # --------------------------------------------------------------------------------------------------------- reductions
@@ -359,17 +370,20 @@ def test_matmul(a: Any, b: Any) -> None:
         np.testing.assert_allclose((x @ y).numpy(), m @ n, rtol=1e-4, atol=1e-4)
 
 
-def test_matmul_types() -> None:
+@pytest.mark.parametrize("name, bound", [("fp16", 2e-3), ("bf16", 1e-2), pytest.param("fp64", 1e-12, marks=FLOAT64)])
+def test_matmul_of_floats(name: str, bound: float) -> None:
+    x, y = nn.array(floats(17, 40), dtype=name), nn.array(floats(40, 9), dtype=name)
+    result = x @ y
+    assert result.dtype.name == name
+    expected = x.numpy().astype(np.float64) @ y.numpy().astype(np.float64)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=bound, atol=bound)  # one rounding of the result
+
+
+def test_matmul_of_integers() -> None:
     a, b = random.integers(-128, 128, (33, 70)).astype(np.int8), random.integers(-128, 128, (70, 20)).astype(np.int8)
     result = nn.array(a) @ nn.array(b)
     assert result.dtype == int32
     np.testing.assert_array_equal(result.numpy(), a.astype(np.int32) @ b)
-    for name, bound in (("fp16", 2e-3), ("bf16", 1e-2), ("fp64", 1e-12)):  # one rounding of the result
-        x, y = nn.array(floats(17, 40), dtype=name), nn.array(floats(40, 9), dtype=name)
-        result = x @ y
-        assert result.dtype.name == name
-        expected = x.astype("fp64").numpy() @ y.astype("fp64").numpy()
-        np.testing.assert_allclose(result.astype("fp64").numpy(), expected, rtol=bound, atol=bound)
     with pytest.raises(TypeError, match="matmul of int32 and int32"):
         nn.zeros((2, 2), "int32") @ nn.zeros((2, 2), "int32")
 

@@ -280,6 +280,7 @@ def test_interpreted_and_native_agree() -> None:
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cpu
 def test_numbers_of_threads_do_not_matter() -> None:
     a = floats(300, 257)
 
@@ -289,12 +290,11 @@ def test_numbers_of_threads_do_not_matter() -> None:
 
     first = results()
     device = nitinol.CpuDevice(threads=3)
-    nn.set_device(device)
     try:
-        for ours, theirs in zip(results(), first):
-            np.testing.assert_array_equal(ours, theirs)
+        with nitinol.using_device(device):
+            for ours, theirs in zip(results(), first):
+                np.testing.assert_array_equal(ours, theirs)
     finally:
-        nn.set_device(None)
         device.close()
 
 

@@ -18,6 +18,8 @@ from llvmlite import binding, ir
 
 from nitinol.compiler.cpu.math import bfloat16_bits_to_float, emit_math, float_to_bfloat16_bits
 
+pytestmark = pytest.mark.cpu
+
 LANES = (1, 4, 8, 16)
 UNARY = "exp exp2 expm1 log log2 log1p sin cos tanh erf sigmoid sqrt rsqrt floor ceil abs".split()
 BINARY = "min max min_nan max_nan".split()

@@ -12,6 +12,8 @@ from nitinol.compiler import interpreter
 from nitinol.language.jit import jit
 from nitinol.runtime.launch import interpret
 
+pytestmark = pytest.mark.cpu
+
 
 def fresh_program(size):
     """A random program of a seed that is new at every run; pytest shows what is printed if the test fails."""

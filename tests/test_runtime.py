@@ -25,6 +25,8 @@ from nitinol.runtime.cpu import CpuDevice
 from nitinol.runtime.device import DeviceError, slot
 from nitinol.runtime.native import I64, PREFIX, Body, compile_module, constant
 
+pytestmark = pytest.mark.cpu
+
 THREADS = [1, 2, 3, 7]
 
 

@@ -17,7 +17,7 @@ from nitinol.generate.options import Options
 from nitinol.generate.tokenizer import Tokenizer
 from nitinol.models import open_model
 from nitinol.models.config import PREFILL_CHUNK, Config, check_memory
-from nitinol.runtime import default_device, open_device, using_device
+from nitinol.runtime import get_device, open_device, using_device
 
 if TYPE_CHECKING:
     from nitinol.array import Compiled
@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
     if not isinstance(context, int) or not 1 <= context <= config.context:
         raise ValueError(f"the context is {context!r:.40} tokens, but {config.name} was made for 1 to {config.context}")
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
-    opened = default_device() if device is None and threads is None else open_device(device or "cpu", threads)
+    opened = get_device() if device is None and threads is None else open_device(device or "cpu", threads)
     check_memory(config, weights, context, cache_dtype, opened.available_memory())
     return Model(file, config, opened, context, cache_dtype)
 
