@@ -106,8 +106,7 @@ def test_the_drivers_selectors_and_argument_counts():
         for node, name in calls(tree):
             selector = name.replace("_", ":")
             if selector in seen:
-                given = len(node.args)
-                assert given == selector.count(":") and not node.keywords, f"{path.name}, line {node.lineno}: {selector}"
-                is_pair = selector.endswith("error:")
-                assert (id(node) in pairs) == is_pair, f"{path.name}, line {node.lineno}: {selector} gives a pair"
+                where = f"{path.name}, line {node.lineno}: {selector}"
+                assert len(node.args) == selector.count(":") and not node.keywords, where
+                assert (id(node) in pairs) == selector.endswith("error:"), f"{where} gives a pair if it ends in error:"
     assert len(seen) > 40
