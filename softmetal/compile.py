@@ -237,10 +237,19 @@ class Compiled:
                 f"program_source: error: the function '{name.split(' ')[0]}' calls itself; Metal has no recursion"
             )
 
+    def wanted(self, number: int, values: dict[str, str]) -> list[int]:
+        """What is compiled with kernel `number`: all kernels if they are few and nothing is specialised."""
+        alone = bool(values or self.constants or len(self.kernels) > 24)
+        return [number] if alone else list(range(len(self.kernels)))
+
+    def library_path(self, number: int, values: dict[str, str], instrumented: bool) -> Path:
+        """Where the machine code of kernel `number` is kept."""
+        wanted = self.wanted(number, values)
+        return cache_folder() / f"{key(self.identity, wanted, sorted(values.items()), instrumented)}.so"
+
     def library(self, number: int, values: dict[str, str], instrumented: bool) -> Path:
-        """Machine code of kernel `number`; of all kernels at once if they are few and nothing is specialised."""
-        wanted = [number] if values or self.constants or len(self.kernels) > 24 else list(range(len(self.kernels)))
-        path = cache_folder() / f"{key(self.identity, wanted, sorted(values.items()), instrumented)}.so"
+        """Machine code of kernel `number`, compiled if it is not there."""
+        path, wanted = self.library_path(number, values, instrumented), self.wanted(number, values)
         if not path.exists():
             pre = preprocess(self.source, self.macros)
             program = source.rewrite(pre, values, instrumented, self.choices)
@@ -252,10 +261,10 @@ class Compiled:
         return path
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as f:
-        f.write(text)
+    with os.fdopen(handle, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
     os.replace(name, path)
 
 

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from softmetal import compile, modes, native, objects
+from softmetal import archive, compile, modes, native, objects
 from softmetal.buffers import PAGE, Buffer, Heap, ResidencySet, export
 from softmetal.commands import CommandQueue
 from softmetal.events import Event, Fence, SharedEvent
@@ -158,13 +158,23 @@ class Device:
     ) -> tuple[Any, Any]:
         if descriptor.computeFunction() is None:
             raise UsageError("newComputePipelineStateWithDescriptor: computeFunction is not set")
+        function = descriptor.computeFunction()
+        path = function._library._compiled.library_path(function._number, function._values, modes.instrumented())
+        found = [a._unpack(path) for a in descriptor.binaryArchives() or ()]
+        if options & 4 and not any(found):  # MTLPipelineOptionFailOnBinaryArchiveMiss
+            text = f"the kernel '{function.name()}' is in none of the binary archives"
+            return None, NSError(archive.DOMAIN, archive.UNEXPECTED, text)
         return self._pipeline(
-            descriptor.computeFunction(), descriptor.label(), descriptor.maxTotalThreadsPerThreadgroup()
-        )
+            function, descriptor.label(), descriptor.maxTotalThreadsPerThreadgroup(),
+            bool(descriptor.supportIndirectCommandBuffers()),
+        )  # fmt: skip
 
-    def _pipeline(self, function: Function, label: str | None, limit: int) -> tuple[Any, Any]:
+    def newBinaryArchiveWithDescriptor_error_(self, descriptor: Any, error: Any) -> tuple[Any, Any]:
+        return archive.read(self, descriptor.url())
+
+    def _pipeline(self, function: Function, label: str | None, limit: int, indirect: bool = False) -> tuple[Any, Any]:
         try:
-            pipeline = Pipeline(function, label, limit)
+            pipeline = Pipeline(function, label, limit, indirect)
         except MetalError as e:
             return None, NSError("AGXMetalSoft", 3, f"the kernel '{function.name()}' does not compile: {e}")
         if pipeline.static_bytes > 32768:

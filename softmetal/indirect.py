@@ -27,6 +27,13 @@ class IndirectComputeCommand(Bindings):
         self._sizes: tuple[Any, ...] | None = None
         self._made: Launch | None = None
 
+    def setComputePipelineState_(self, pipeline: Pipeline) -> None:
+        super().setComputePipelineState_(pipeline)
+        if not pipeline.indirect:
+            raise UsageError(f"'{pipeline.kernel.name}' in an indirect command buffer: its pipeline must be made with "
+                             "a descriptor that has setSupportIndirectCommandBuffers_(True)")  # fmt: skip
+        self._made = None
+
     def setKernelBuffer_offset_atIndex_(self, buffer: Any, offset: int, index: int) -> None:
         if index >= self._owner._descriptor.maxKernelBufferBindCount():
             raise UsageError(f"setKernelBuffer at index {index}: the descriptor's maxKernelBufferBindCount is "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from softmetal import compile, modes, native
@@ -69,14 +71,14 @@ class Pipeline(Named):
 
     _protocol = "MTLComputePipelineState"
     _all: ClassVar[weakref.WeakValueDictionary[int, Pipeline]] = weakref.WeakValueDictionary()
+    _serials: ClassVar[Iterator[int]] = itertools.count(1)
 
-    def __init__(self, function: Function, label: str | None = None, limit: int = 0) -> None:
+    def __init__(self, function: Function, label: str | None = None, limit: int = 0, indirect: bool = False) -> None:
         self._device, self._function, self._label = function._device, function, label
         self.kernel, self.number = function._kernel, function._number
         self.limit = min(self.kernel.max_threads, limit or 1024)
-        self.serial = len(Pipeline._all) + 1
-        while self.serial in Pipeline._all:
-            self.serial += 1
+        self.indirect = indirect
+        self.serial = next(Pipeline._serials)
         Pipeline._all[self.serial] = self
         self._codes: dict[bool, native.Code] = {}
         self.buffers = [a for a in self.kernel.arguments if a.kind == "buffer"]
@@ -99,7 +101,7 @@ class Pipeline(Named):
         return self.static_bytes
 
     def supportIndirectCommandBuffers(self) -> bool:
-        return True
+        return self.indirect
 
     def allocatedSize(self) -> int:
         return 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+from softmetal.archive import NSURL
 from softmetal.device import Device
 from softmetal.events import SharedEventListener as MTLSharedEventListener
 from softmetal.objects import (
     CONSTANTS,
+    MTLBinaryArchiveDescriptor,
     MTLCommandBufferDescriptor,
     MTLCommandQueueDescriptor,
     MTLCompileOptions,
@@ -26,7 +28,8 @@ from softmetal.objects import (
 )
 
 __all__ = [
-    "MTLCommandBufferDescriptor", "MTLCommandQueueDescriptor", "MTLCompileOptions", "MTLComputePassDescriptor",
+    "NSURL", "MTLBinaryArchiveDescriptor", "MTLCommandBufferDescriptor", "MTLCommandQueueDescriptor",
+    "MTLCompileOptions", "MTLComputePassDescriptor",
     "MTLComputePipelineDescriptor", "MTLCopyAllDevices", "MTLCreateSystemDefaultDevice", "MTLFunctionConstantValues",
     "MTLFunctionDescriptor", "MTLHeapDescriptor", "MTLIndirectCommandBufferDescriptor", "MTLOrigin",
     "MTLResidencySetDescriptor", "MTLSharedEventListener", "MTLSize", "MTLSizeMake", "NSMakeRange", "NSRange",

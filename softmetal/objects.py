@@ -123,6 +123,10 @@ class MTLComputePipelineDescriptor(Descriptor):
     }  # fmt: skip
 
 
+class MTLBinaryArchiveDescriptor(Descriptor):
+    _defaults = {"url": None}  # noqa: RUF012
+
+
 class MTLIndirectCommandBufferDescriptor(Descriptor):
     _defaults = {  # noqa: RUF012
         "commandTypes": 0, "inheritPipelineState": False, "inheritBuffers": False, "maxKernelBufferBindCount": 0,
@@ -267,6 +271,9 @@ CONSTANTS = {
     "LanguageVersion3_2": 0x30002, "LanguageVersion4_0": 0x40000, "MathModeSafe": 0, "MathModeRelaxed": 1,
     "MathModeFast": 2, "MathFloatingPointFunctionsFast": 0, "MathFloatingPointFunctionsPrecise": 1,
     "PipelineOptionNone": 0, "PipelineOptionBindingInfo": 1, "PipelineOptionBufferTypeInfo": 2,
+    "PipelineOptionFailOnBinaryArchiveMiss": 4, "BinaryArchiveErrorNone": 0, "BinaryArchiveErrorInvalidFile": 1,
+    "BinaryArchiveErrorUnexpectedElement": 2, "BinaryArchiveErrorCompilationFailure": 3,
+    "BinaryArchiveErrorInternalError": 4,
     "LibraryErrorUnsupported": 1, "LibraryErrorInternal": 2, "LibraryErrorCompileFailure": 3,
     "LibraryErrorFunctionNotFound": 5, "FunctionTypeKernel": 3, "PurgeableStateKeepCurrent": 1,
     "PurgeableStateNonVolatile": 2, "PurgeableStateVolatile": 3, "PurgeableStateEmpty": 4,

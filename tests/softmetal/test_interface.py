@@ -60,6 +60,19 @@ def encode(encoder, pipeline, buffers, threads=32, size=32):
     encoder.dispatchThreads_threadsPerThreadgroup_(three(threads), three(size))
 
 
+def described(runner, name, **properties):
+    """The descriptor of a pipeline."""
+    d = Metal.MTLComputePipelineDescriptor.alloc().init()
+    d.setComputeFunction_(runner.library.newFunctionWithName_(name))
+    for key, value in properties.items():
+        getattr(d, f"set{key[0].upper()}{key[1:]}_")(value)
+    return d
+
+
+def made(descriptor, options=0):
+    return DEVICE.newComputePipelineStateWithDescriptor_options_reflection_error_(descriptor, options, None, None)
+
+
 def finish(commands):
     commands.commit()
     commands.waitUntilCompleted()
@@ -182,7 +195,9 @@ def test_indirect_command_buffer(runner):
     x, y, by = buffer(np.arange(64, dtype="f")), buffer(np.zeros(64, "f")), buffer(np.array([10], "f"))
     for i in range(3):
         c = commands.indirectComputeCommandAtIndex_(i)
-        c.setComputePipelineState_(runner.pipeline(["add_one", "copy", "twice"][i]))
+        pipeline, error = made(described(runner, ["add_one", "copy", "twice"][i], supportIndirectCommandBuffers=True))
+        assert error is None and pipeline.supportIndirectCommandBuffers()
+        c.setComputePipelineState_(pipeline)
         for k, b in enumerate([[x], [x, y, by], [y]][i]):
             c.setKernelBuffer_offset_atIndex_(b, 0, k)
         if i == 1:
@@ -219,6 +234,46 @@ def test_indirect_command_buffer(runner):
     assert "neither in a residency set nor passed to useResource" in run([by]).error().localizedDescription()
     with pytest.raises(softmetal.UsageError, match="maxKernelBufferBindCount"):
         commands.indirectComputeCommandAtIndex_(0).setKernelBuffer_offset_atIndex_(x, 0, 3)
+    with pytest.raises(softmetal.UsageError, match=r"'add_one' .* setSupportIndirectCommandBuffers"):
+        commands.indirectComputeCommandAtIndex_(0).setComputePipelineState_(runner.pipeline("add_one"))
+
+
+def test_binary_archive_spares_the_compiler(tmp_path, monkeypatch):
+    def archive(url=None):
+        d = Metal.MTLBinaryArchiveDescriptor.alloc().init()
+        d.setUrl_(url)
+        return DEVICE.newBinaryArchiveWithDescriptor_error_(d, None)
+
+    def in_new_cache(name):
+        monkeypatch.setenv("SOFTMETAL_CACHE", str(tmp_path / name))
+        return Runner(SOURCE.replace("x[i] += 1", "x[i] += 5"))
+
+    runner, url = in_new_cache("first"), Metal.NSURL.fileURLWithPath_(str(tmp_path / "kernels"))
+    empty, error = archive()
+    assert error is None
+    only_from_archive = Metal.MTLPipelineOptionFailOnBinaryArchiveMiss
+    pipeline, error = made(described(runner, "add_one", binaryArchives=[empty]), only_from_archive)
+    assert pipeline is None and "'add_one' is in none of the binary archives" in error.localizedDescription()
+    assert empty.addComputePipelineFunctionsWithDescriptor_error_(described(runner, "add_one"), None) == (True, None)
+    assert empty.serializeToURL_error_(url, None) == (True, None)
+
+    runner = in_new_cache("second")
+    full, error = archive(url)
+    assert error is None
+    monkeypatch.setattr("softmetal.compile.build", lambda *_: pytest.fail("the compiler ran"))
+    pipeline, error = made(described(runner, "add_one", binaryArchives=[full]), only_from_archive)
+    b, commands = buffer(np.zeros(32, "f")), runner.queue.commandBuffer()
+    encoder = commands.computeCommandEncoder()
+    encode(encoder, pipeline, [b])
+    encoder.endEncoding()
+    finish(commands)
+    assert np.all(array(b) == 5)
+
+    (tmp_path / "kernels").write_bytes(b"PK\3\4 damaged")
+    damaged, error = archive(url)
+    assert damaged is None and error.code() == Metal.MTLBinaryArchiveErrorInvalidFile
+    done, error = empty.serializeToURL_error_(Metal.NSURL.fileURLWithPath_(str(tmp_path / "no/such/place")), None)
+    assert not done and "cannot be written" in error.localizedDescription()
 
 
 def test_indirect_dispatch_reads_its_size_when_it_runs(runner):
