@@ -10,8 +10,9 @@ once, where it is defined.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from nitinol.compiler.analysis import AxisStrides
+from nitinol.compiler.gpu import convert, loads, pipeline, staging
 from nitinol.compiler.gpu.access import Widths, memory_order
 from nitinol.compiler.gpu.layout import (
     LANE_BITS,
@@ -27,6 +28,16 @@ from nitinol.compiler.gpu.layout import (
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Op, Value, walk
 from nitinol.language.types import PointerType
 
+
+@dataclass(frozen=True)
+class Style:
+    """`joined`: simdgroups share the rows of a tile. `run`: bytes that a thread loads side by side where elements are
+    smaller than 4 bytes."""
+
+    joined: bool = False
+    run: int = 16
+
+
 Fragments = Callable[[Op, int], "tuple[Layout, Layout, Layout] | None"]
 
 
@@ -34,8 +45,9 @@ class Assignment:
     """`home[v]`: the layout that a tile is computed in (None: in each of `wanted[v]`); `chosen[op]`: that of the
     operands of an access, reduction, scan or gather; `fragments[op]`: those of a dot's operands."""
 
-    def __init__(self, function: Function, warp_bits: int, fragments: Fragments) -> None:
+    def __init__(self, function: Function, warp_bits: int, fragments: Fragments, style: Style = Style()) -> None:
         self.warp_bits = warp_bits
+        self.style = style
         self.fragments_of = fragments
         self.widths = Widths(function)
         self.strides = self.widths.strides
@@ -44,7 +56,10 @@ class Assignment:
         self.wanted: dict[Value, list[Layout]] = {}
         self.chosen: dict[Op, Layout] = {}
         self.fragments: dict[Op, tuple[Layout, Layout, Layout] | None] = {}
+        self.spilled: dict[tuple[Op, int], Layout] = {}  # operands of dots that go to shared memory from there
         self.scalar = blocked((), warp_bits, 0)
+        self.large = loads.large_loads(function)
+        self.near: loads.Near = {}
         self.vectors: dict[tuple[int, ...], int] = {}
         for op in walk(function.body):
             if op.kind in ("load", "store") and op.operands[0].shape:
@@ -67,7 +82,23 @@ class Assignment:
         pointer = op.operands[0]
         order = memory_order(self.strides.of(pointer), pointer.shape)
         vector = self.vectors.get(pointer.shape, 0)
-        return blocked(order, self.warp_bits, min(vector, max(0, len(order) - LANE_BITS - self.warp_bits)))
+        assert isinstance(pointer.element, PointerType)
+        if op.kind == "load" and pointer.element.element.nbytes < 4:
+            most = self.style.run // pointer.element.element.nbytes
+            vector = max(min(vector, most.bit_length() - 1), self.run_bits(op, order))
+        vector = min(vector, max(0, len(order) - LANE_BITS - self.warp_bits))
+        return blocked(order, self.warp_bits, vector, self.style.joined)
+
+    def run_bits(self, op: Op, order: Sequence[int]) -> int:
+        """How many neighbours a thread shall have, be the access as narrow as it may: bytes are worked on in words."""
+        pointer = op.operands[0]
+        assert isinstance(pointer.element, PointerType)
+        most = (self.style.run // pointer.element.element.nbytes).bit_length() - 1
+        for width in range(min(most, len(order)), 0, -1):
+            neighbours = list(order[:width]) == list(range(order[0], order[0] + width))
+            if neighbours and self.widths.step(pointer, order[0], width) == 1:
+                return width
+        return 0
 
     def home_of(self, value: Value) -> Layout | None:
         return self.home.get(value) if value.shape else self.scalar
@@ -119,11 +150,13 @@ class Assignment:
             return self.view_homes(op)
         if kind in ("load", "atomic_rmw", "atomic_cas"):
             pointer = op.operands[0]
-            layout = self.scalar
-            if pointer.shape:
-                layout = self.coalesced(op) if kind == "load" else self.first(op.operands)
-            self.chosen[op] = layout
-            return [layout]
+            if not pointer.shape:
+                self.chosen[op] = self.scalar
+            elif kind == "load":
+                return [self.load_layout(op)]
+            else:
+                self.chosen[op] = self.first(op.operands)
+            return [self.chosen[op]]
         if kind == "store":
             self.chosen[op] = self.store_layout(op) if op.operands[0].shape else self.scalar
         elif kind == "reduce":
@@ -141,15 +174,35 @@ class Assignment:
             return [fragments[2] if fragments else self.default(op.result.shape)]
         elif kind == "assert":
             self.chosen[op] = self.first(op.operands) if op.operands[0].shape else self.scalar
+        elif kind == "stage_copy":
+            self.chosen[op] = staging.copy_layout(op.attributes["stage"], self.warp_bits)
         return [None] * len(op.results)
 
+    def load_layout(self, op: Op) -> Layout | None:
+        """A large load is coalesced, a small one goes beside others of the same pointers, or follows its users."""
+        pointer, coalesced = op.operands[0], self.coalesced(op)
+        if op in self.large or not self.index_only(op):
+            self.chosen[op] = coalesced
+        else:
+            order = memory_order(self.strides.of(pointer), pointer.shape)
+            found = loads.beside(self.near, pointer, order, self.vectors.get(pointer.shape, 0))
+            if found is None:
+                self.weak[op.result] = coalesced.bits, coalesced
+                return None
+            self.chosen[op] = found
+        loads.note(self.near, pointer, self.chosen[op], operand_layouts)
+        return self.chosen[op]
+
+    def index_only(self, op: Op) -> bool:
+        return all(self.home.get(v) is None or not v.shape for v in op.operands)
+
     def first(self, values: Sequence[Value]) -> Layout:
-        """The first home among the values, or a plain layout."""
+        """The first home among the values, or a plain layout; with every copy."""
         found = [h for v in values if (h := self.home_of(v)) is not None]
         weak = [self.weak[v] for v in values if v in self.weak]
         if not found and weak:
             found = [max(weak, key=lambda pair: pair[0])[1]]
-        return found[0] if found else self.default(values[0].shape)
+        return found[0].dense if found else self.default(values[0].shape)
 
     def view_homes(self, op: Op) -> list[Layout | None]:
         source = self.home_of(op.operands[0])
@@ -165,7 +218,7 @@ class Assignment:
         columns = [compose(insert, c) for c in (source.registers, source.lanes, source.warps)]
         front = sum(1 for c in source.registers if c < 1 << cut) if cut else 0
         registers = (*columns[0][:front], 1 << cut, *columns[0][front:])
-        return [Layout(source.bits + 1, registers, columns[1], columns[2])]
+        return [Layout(source.bits + 1, registers, columns[1], columns[2], source.sparse)]
 
     def turned(self, op: Op, source: Layout) -> Layout:
         """The layout of a reshaped or transposed tile whose source stays where it is."""
@@ -291,7 +344,7 @@ class Assignment:
                         self.want(operand, needed)
         elif kind in ("load", "store", "atomic_rmw", "atomic_cas", "reduce", "scan", "assert"):
             if kind == "load" and op.result.shape:
-                self.load_in_place(op)
+                self.place_load(op)
             for operand in op.operands:
                 self.want(operand, self.chosen[op] if operand.shape else self.scalar)
         elif kind == "device_print":
@@ -303,9 +356,14 @@ class Assignment:
         elif kind == "dot":
             fragments = self.fragments[op]
             first, second = (self.first([v]) for v in op.operands[:2])
-            for operand, where in zip(op.operands, fragments or (first, second, self.home[op.result])):
+            for number, operand in enumerate(op.operands):
+                where = (fragments or (first, second, self.home[op.result]))[number]
                 assert where is not None
-                self.want(operand, where)
+                if number == 2 or pipeline.staged(operand) is None:
+                    self.want(operand, self.operand_of_matrices(op, number, where))
+        elif kind in ("stage_copy", "stage_read"):
+            for operand in op.operands:
+                self.want(operand, self.chosen[op] if operand.shape else self.scalar)
         elif kind == "for":
             block = op.regions[0]
             for value in op.operands[:3]:
@@ -327,22 +385,43 @@ class Assignment:
                 self.backward(region)
             self.want(op.operands[0], self.scalar)
 
+    def operand_of_matrices(self, op: Op, number: int, fragment: Layout) -> Layout:
+        """Where an operand of a dot is wanted: as a fragment, or where it is, from where it goes to shared memory."""
+        home = self.home_of(op.operands[number])
+        if number == 2 or home is None or not op.attributes.get("from_memory"):
+            return fragment
+        shuffle = convert.find_shuffle(home, fragment)
+        if shuffle is not None and not shuffle.moves and len(shuffle.choices) == 1:
+            return fragment
+        self.spilled[op, number] = home
+        return home
+
     def move_up(self, op: Op) -> None:
         """A result that is wanted in one other layout only is computed there if just one operand has to move: the
         conversion may then end at a load, or at fewer bytes."""
         wanted, home = self.wanted.get(op.results[0], []), self.home[op.results[0]]
         settled = [v for v in op.operands if v.shape and self.home.get(v) is not None]
-        if len(op.results) == 1 and home is not None and len(wanted) == 1 and len(settled) <= 1:
+        if len(op.results) != 1 or home is None or len(wanted) != 1 or len(settled) > 1:
+            return
+        if wanted[0].count <= home.count:
             self.home[op.results[0]] = wanted[0]
 
-    def load_in_place(self, op: Op) -> None:
-        """Loads at once in the only wanted layout if that costs memory little more: several simdgroups then load the
-        same elements, from the cache, and save a trip through threadgroup memory with its barriers."""
+    def place_load(self, op: Op) -> None:
+        """A load without a home goes where it is wanted with the fewest registers. One with a home does so too if that
+        is the only place and costs memory little more: several simdgroups then load the same elements, from the cache,
+        and save a trip through threadgroup memory with its barriers."""
         wanted, home = self.wanted.get(op.result, []), self.home[op.result]
-        if len(wanted) == 1 and wanted[0] != home and home is not None:
-            index_only = all(self.home.get(v) is None or not v.shape for v in op.operands)
-            if index_only and self.segments(op, wanted[0]) <= 4 * self.segments(op, home):
-                self.chosen[op] = self.home[op.result] = wanted[0]
+        pointer = op.operands[0]
+        assert isinstance(pointer.element, PointerType)
+        order = memory_order(self.strides.of(pointer), pointer.shape)
+        nbytes = pointer.element.element.nbytes
+        if home is None:
+            layout = min(wanted, key=lambda w: w.count, default=self.coalesced(op))
+            self.chosen[op] = self.home[op.result] = loads.spread(layout, order, nbytes)
+        elif len(wanted) == 1 and wanted[0] != home and self.index_only(op):
+            layout = loads.spread(wanted[0], order, nbytes)
+            if self.segments(op, layout) <= 4 * self.segments(op, home):
+                self.chosen[op] = self.home[op.result] = layout
 
     def pass_on(self, values: Sequence[Value], variables: Sequence[Value]) -> None:
         for value, variable in zip(values, variables):
@@ -360,7 +439,9 @@ def operand_layouts(op: Op, layout: Layout) -> list[Layout]:
     if op.kind == "split":  # both parts' elements side by side
         shift = tuple(1 << (bit + 1) for bit in range(layout.bits))
         columns = [compose(shift, c) for c in (layout.registers, layout.lanes, layout.warps)]
-        return [Layout(bits, (1, *columns[0]), columns[1], columns[2])]
+        return [Layout(bits, (1, *columns[0]), columns[1], columns[2], layout.sparse)]
+    if op.kind not in ("reshape", "trans"):
+        layout = layout.dense  # copies of the operand are other elements of the result
     view = view_map(op.kind, source.shape, op.result.shape, op.attributes)
     return [layout.through(view, bits)] * len(op.operands)
 

@@ -43,12 +43,13 @@ class Shuffle:
 def find_shuffle(source: Layout, result: Layout) -> Shuffle | None:
     """How each thread gets its elements of `result` from `source` within its simdgroup; None if it cannot."""
     count = len(source.registers)
+    absent = source.copies[0] if source.sparse else 0  # lanes that have nothing
     parts: list[tuple[Map, Map]] = []
     for kind, columns in enumerate((result.registers, result.lanes, result.warps)):
         registers, lanes = [], []
         for bit, column in enumerate(columns):
             number, own = None, 0
-            if kind == 1:  # from the same lane if possible
+            if kind == 1 and not absent >> bit & 1:  # from the same lane if possible
                 number = solve(source.registers, column ^ source.lanes[bit])
                 own = 1 << bit
             wanted = column ^ source.warps[bit] if kind == 2 else column

@@ -6,13 +6,15 @@ contributions of all bits are combined with xor. Blocked layouts, their transpos
 matrix instructions are all such maps, a reshape changes nothing and every other view is a linear map itself; so what
 must be done between two layouts can be read off their columns ("linear layouts").
 
-Lane and warp bits with the column 0 hold copies: the tile is smaller than the threads, or was broadcast.
+Lane and warp bits with the column 0 hold copies: the tile is smaller than the threads, or was broadcast. In a sparse
+layout only one lane, the owner, has each element, and what the others have in its place is of no meaning: so a load
+asks memory once for what a simdgroup wants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Map = tuple[int, ...]  # a linear map: the image of each bit
 
@@ -63,6 +65,12 @@ class Layout:
     registers: Map
     lanes: Map
     warps: Map
+    sparse: bool = False
+
+    @property
+    def dense(self) -> Layout:
+        """The same with every copy."""
+        return replace(self, sparse=False) if self.sparse else self
 
     @property
     def count(self) -> int:
@@ -79,7 +87,7 @@ class Layout:
     def through(self, view: Map, bits: int) -> Layout:
         """The layout of a view's source such that every thread finds what it needs for this one in itself."""
         registers = independent(compose(view, self.registers))
-        return Layout(bits, registers, compose(view, self.lanes), compose(view, self.warps))
+        return Layout(bits, registers, compose(view, self.lanes), compose(view, self.warps), self.sparse)
 
     def locate(self, place: int) -> tuple[int, int, int]:
         """A (register, lane, warp) that holds the element; of copies the one in the lowest lane and warp."""
@@ -124,16 +132,20 @@ def independent(columns: Sequence[int]) -> Map:
     return tuple(kept)
 
 
-def blocked(order: Sequence[int], warp_bits: int, vector_bits: int) -> Layout:
+def blocked(order: Sequence[int], warp_bits: int, vector_bits: int, joined: bool = False) -> Layout:
     """A layout for memory: `order` lists the bits of the place from the one that moves the address least.
 
     The first `vector_bits` go to registers (one vector access), the next five to lanes, the last to warps, so that a
-    warp has whole rows, and what is left in the middle to registers again.
+    warp has whole rows, and what is left in the middle to registers again. `joined`: warps go on where lanes end, so
+    that all share a row.
     """
     rest = list(order)
     columns = [[1 << rest.pop(0) for _ in range(min(vector_bits, len(rest)))]]
     columns.append([1 << rest.pop(0) for _ in range(min(LANE_BITS, len(rest)))])
-    columns.append([1 << rest.pop() for _ in range(min(warp_bits, len(rest)))][::-1])
+    if joined:
+        columns.append([1 << rest.pop(0) for _ in range(min(warp_bits, len(rest)))])
+    else:
+        columns.append([1 << rest.pop() for _ in range(min(warp_bits, len(rest)))][::-1])
     registers, lanes, warps = columns
     return Layout(
         len(order),

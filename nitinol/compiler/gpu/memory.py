@@ -7,11 +7,12 @@ pointer comes from, so that barriers come between threads that meet there, and o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import convert
-from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, variable
+from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, expression, literal, variable
 from nitinol.compiler.gpu.layout import Layout
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op
@@ -61,6 +62,9 @@ def load(e: Emitter, op: Op) -> None:
     reads = [f for f in (pointer, mask, other) if f is not None]
     width = e.assignment.widths.contiguous_bits(op, layout) if result.shape else 0
     declaration = f"{kind} {name}[{layout.count}];" if layout.count > 1 else ""
+    if layout.sparse:  # the owner's lane alone
+        lanes = e.owner(replace(layout, warps=()))[0]
+        mask = literal(lanes) if mask is None else expression(lambda m: f"{lanes} && {m}", mask)
 
     def default(i: Index) -> str:
         return bare(other.operand(i)) if other is not None else "false" if element == int1 else e.dialect.zero(element)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nitinol.compiler.analysis import replace_uses, uses_of
 from nitinol.compiler.gpu.forms import Form
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, axis_bits
-from nitinol.compiler.ir import Block, Function, Op, Value, combine_kind, constant_of
+from nitinol.compiler.ir import Block, Function, Op, Value, combine_kind, constant_of, create, walk
 from nitinol.language.types import DType, float32
 
 if TYPE_CHECKING:
@@ -101,3 +102,62 @@ def goes_on(e: Emitter, value: Value) -> bool:
     users = e.uses.get(value, [])
     others = any(layout != e.home(value) for layout in e.assignment.wanted.get(value, []))
     return len(users) == 1 and not others and is_sum(users[0]) and e.assignment.chosen[users[0]] == e.home(value)
+
+
+# ------------------------------------------------------------------------------------------- before layouts are chosen
+
+
+def narrow_sums(function: Function) -> None:
+    """In place: where a loop adds up tiles of which only the sum along an axis is wanted, it adds up those sums.
+
+        for ...: total = total + tile                for ...: short = short + sum(tile, axis)
+        whole = sum(total, axis)                     whole = short
+
+    A thread then carries one number for the registers that it has along the axis.
+    """
+    uses = uses_of(function)
+    for block in [function.body, *(region for op in walk(function.body) for region in op.regions)]:
+        for loop in [op for op in block.ops if op.kind == "for"]:
+            for number in range(len(loop.results)):
+                while _narrow(block, loop, number, uses):
+                    uses = uses_of(function)
+
+
+def _narrow(block: Block, loop: Op, number: int, uses: dict[Value, list[Op]]) -> bool:
+    body, result, start = loop.regions[0], loop.results[number], loop.operands[3 + number]
+    argument, following = body.arguments[1 + number], body.terminator.operands[number]
+    (whole, *more), step = uses.get(result, [None]), following.op
+    if more or whole is None or whole not in block.ops or not is_sum(whole) or constant_of(start) != 0:
+        return False
+    alone = uses.get(argument) == [step] and uses.get(following) == [body.terminator]
+    if step is None or step.kind != "add" or step not in body.ops or not alone:
+        return False
+    tile = step.operands[step.operands[0] is argument]
+
+    def make(kind: str, operands: list[Value], **attributes: object) -> Op:
+        return create(kind, operands, [whole.result.type], step.location, **attributes)  # type: ignore[arg-type]
+
+    short = copy_sum(whole, tile)
+    zero = create("constant", [], [start.element], step.location, value=0)
+    first = [zero] if not whole.result.shape else [zero, make("splat", [zero.result])]
+    at = block.ops.index(loop)
+    block.ops[at:at] = first
+    loop.operands[3 + number] = first[-1].result
+    argument.type = result.type = whole.result.type
+    added = make("add", [argument, short.result])
+    place = body.ops.index(step)
+    body.ops[place : place + 1] = [short, added]
+    added.result.name = following.name
+    body.terminator.operands[number] = added.result
+    block.ops.remove(whole)
+    replace_uses(block, whole.result, result)
+    return True
+
+
+def copy_sum(op: Op, tile: Value) -> Op:
+    """The same reduction of another tile."""
+    element = tile.element
+    region = Block([Value(element), Value(element)])
+    region.ops.append(create("add", region.arguments, [element], op.location))
+    region.ops.append(create("yield", [region.ops[0].result], [], op.location))
+    return create("reduce", [tile], [op.result.type], op.location, regions=[region], axis=op.attributes["axis"])

@@ -1,0 +1,89 @@
+"""What a choice of layouts costs: instructions of one thread, roughly, so that choices can be compared.
+
+Loads count by the bytes that a thread asks for and by the pieces of memory that a simdgroup touches, moves between
+threads by their shuffles or by a trip through threadgroup memory with its barriers, arithmetic by registers. What is in
+a loop counts eight times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nitinol.compiler.analysis import uses_of
+from nitinol.compiler.gpu.assign import Assignment, Fragments, Style
+from nitinol.compiler.gpu.convert import find_shuffle
+from nitinol.compiler.gpu.layout import Layout, axis_bits
+from nitinol.compiler.gpu.sums import spread_sums
+from nitinol.compiler.ir import ELEMENTWISE, Block, Function, Op, Value, walk
+
+LOOP = 8
+BARRIER = 24
+SHUFFLE = 2
+STYLES = tuple(Style(joined, run) for run in (16, 8, 4) for joined in (False, True))
+
+
+def best_assignment(function: Function, warp_bits: int, fragments: Fragments) -> Assignment:
+    """The cheapest of the styles; of equals the first."""
+    narrow = any(op.kind == "load" and op.result.shape and op.result.element.nbytes < 4 for op in walk(function.body))
+    styles = [s for s in (STYLES if narrow else STYLES[:2]) if warp_bits or not s.joined]
+    made = [Assignment(function, warp_bits, fragments, style) for style in styles]
+    return min(made, key=lambda assignment: cost(function, assignment))
+
+
+def cost(function: Function, assignment: Assignment) -> float:
+    a = assignment
+    spread, _ = spread_sums(function, uses_of(function), a.home, a.wanted, a.chosen)
+
+    def block(nodes: Sequence[Op]) -> float:
+        total = 0.0
+        for op in nodes:
+            inner = sum(region_cost(region) for region in op.regions if op.kind in ("for", "while", "if"))
+            total += inner * (1 if op.kind == "if" else LOOP)
+            total += operation(a, op, op in spread) + sum(moves(a, value) for value in op.results)
+        return total
+
+    def region_cost(region: Block) -> float:
+        return block(region.ops) + sum(moves(a, value) for value in region.arguments)
+
+    return block(function.body.ops)
+
+
+def operation(a: Assignment, op: Op, spread: bool) -> float:
+    """Of the operation itself."""
+    if op.kind in ELEMENTWISE and op.result.shape:
+        price = 0.25 if a.home.get(op.result) is None else 1.0
+        return price * sum(layout.count for layout in a.versions(op.result))
+    if op.kind in ("load", "store") and op.operands[0].shape:
+        layout = a.chosen[op]
+        segments = a.segments(op, layout)
+        if layout.sparse:
+            segments /= 1 << bin(layout.copies[0]).count("1")
+        return 2 * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
+    if op.kind == "reduce":
+        layout = a.chosen[op]
+        along = sum(1 << bit for bit in axis_bits(op.operands[0].shape)[op.attributes["axis"]])
+        left = 1 << sum(1 for column in layout.registers if not column & along)
+        total = float(layout.count)
+        if not spread:
+            total += SHUFFLE * left * sum(1 for column in layout.lanes if column & along)
+            total += BARRIER * any(column & along for column in layout.warps)
+        return total
+    return 0.0
+
+
+def moves(a: Assignment, value: Value) -> float:
+    """Of the value's conversions."""
+    home = a.home.get(value)
+    if home is None:
+        return 0.0
+    return sum(move(home, layout) for layout in a.wanted.get(value, []) if layout != home)
+
+
+def move(source: Layout, result: Layout) -> float:
+    shuffle = find_shuffle(source, result)
+    if shuffle is None or len(shuffle.choices) > 4:
+        return BARRIER + 2.0 * (source.count + result.count)
+    choices = len(shuffle.choices)
+    if choices == 1 and not shuffle.moves:
+        return 0.0
+    return float(result.count * (SHUFFLE * choices + choices - 1))

@@ -1,0 +1,99 @@
+"""Where small loads go: what a simdgroup wants is asked of memory once, and handed on by shuffles.
+
+The largest loads of a kernel are coalesced and the rest follows them. A small tile that is read with them, such as the
+scales of the blocks whose bytes they read, may be addressed by the same pointers: then it is spread over the lanes of
+the simdgroup that has its blocks (`beside`). Or it has nothing to go by: then it waits for what its users want, which
+may be many copies, and each element is loaded by one lane (`spread`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, bits_of, view_map
+from nitinol.compiler.ir import ELEMENTWISE, Function, Op, Value, walk
+
+Near = dict[Value, Layout]  # where parts of the addresses of loads are that have a layout
+
+
+def large_loads(function: Function) -> set[Op]:
+    """Loads of at least half as many elements as the largest."""
+    found = [op for op in walk(function.body) if op.kind == "load" and op.operands[0].shape]
+    most = max((bits_of(op.operands[0].shape) for op in found), default=0)
+    return {op for op in found if bits_of(op.operands[0].shape) >= most - 1}
+
+
+def spread(layout: Layout, order: Sequence[int], nbytes: int) -> Layout:
+    """A layout for loading what is wanted in `layout`: the same simdgroups have the same elements, but of lanes that
+    want the same ones each loads a part. `order`: the bits of the place, those that move the address least first.
+
+    What is left of copies is masked off. Registers stay together up to 32 bits, which a shuffle moves at once.
+    """
+    rank = {1 << bit: number for number, bit in enumerate(order)}
+    registers = sorted(layout.registers, key=lambda column: rank[column & -column])
+    lanes = list(layout.lanes)
+    copies = Layout(layout.bits, layout.registers, layout.lanes, ()).copies[0]
+    word = 0  # registers in one 32-bit word
+    while word < len(registers) and registers[word] == 1 << order[word] and nbytes << (word + 1) <= 4:
+        word += 1
+    for bit in range(LANE_BITS):
+        if copies >> bit & 1 and len(registers) > word:
+            lanes[bit] = registers.pop()
+    made = replace(layout, registers=tuple(registers), lanes=tuple(lanes))
+    return replace(made, sparse=made.copies[0] != 0)
+
+
+def note(near: Near, value: Value, layout: Layout, operand_layouts) -> None:  # type: ignore[no-untyped-def]
+    """Where the parts of an address are for an access in this layout."""
+    op = value.op
+    if not value.shape or value in near:
+        return
+    near[value] = layout.dense
+    if op is not None and (op.kind in ELEMENTWISE or op.kind in ("broadcast", "reshape", "trans")):
+        for operand, needed in zip(op.operands, operand_layouts(op, layout)):
+            note(near, operand, needed, operand_layouts)
+
+
+def beside(near: Near, pointer: Value, order: Sequence[int], vector: int) -> Layout | None:
+    """A layout in which every simdgroup has the elements whose addresses it has parts of already; None if the address
+    shares nothing with earlier ones."""
+    warps = warps_near(near, pointer, {})
+    if warps is None or not any(warps):
+        return None
+    columns = [column for column in warps if column]
+    if any(column & (column - 1) for column in columns) or len(set(columns)) < len(columns):
+        return None
+    rest = [1 << bit for bit in order if 1 << bit not in columns]
+    vector = min(vector, max(0, len(rest) - LANE_BITS))
+    lanes = rest[vector : vector + LANE_BITS]
+    lanes += [0] * (LANE_BITS - len(lanes))
+    registers = (*rest[:vector], *rest[vector + LANE_BITS :])
+    return Layout(len(order), registers, tuple(lanes), warps, 0 in lanes)
+
+
+def warps_near(near: Near, value: Value, known: dict[Value, Map | None]) -> Map | None:
+    """The columns of the warps for a value that is computed from others, at least one of which has a layout."""
+    if value not in known:
+        known[value] = near[value].warps if value in near else _computed(near, value, known)
+    return known[value]
+
+
+def _computed(near: Near, value: Value, known: dict[Value, Map | None]) -> Map | None:
+    op = value.op
+    if op is None or not value.shape:
+        return None
+    if op.kind in ELEMENTWISE:
+        found = [w for v in op.operands if v.shape and (w := warps_near(near, v, known)) is not None]
+        return max(found, key=lambda warps: sum(1 for column in warps if column), default=None)
+    if op.kind not in ("broadcast", "reshape", "trans"):
+        return None
+    source = op.operands[0]
+    warps = warps_near(near, source, known)
+    if warps is None:
+        return None
+    back = [0] * bits_of(source.shape)
+    for bit, column in enumerate(view_map(op.kind, source.shape, value.shape, op.attributes)):
+        if column:
+            back[column.bit_length() - 1] = 1 << bit
+    return tuple(sum(back[bit] for bit in range(len(back)) if column >> bit & 1) for column in warps)
