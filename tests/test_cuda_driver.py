@@ -339,7 +339,7 @@ def test_grids_and_shared_memory_beyond_the_limits(monkeypatch: Any) -> None:
     with pytest.raises(DeviceError, match="65535 in y and z"):
         device.run(commands)
     commands = device.command_list()
-    commands.launch(executable("add", ADD, (0, 1), ((2, float32), (3, int32)), shared=300_000), (1,), arguments)
+    commands.launch(executable("add", ADD + " ", (0, 1), ((2, float32), (3, int32)), shared=300_000), (1,), arguments)
     with pytest.raises(DeviceError, match="needs 300000 bytes of shared memory and NVIDIA Imaginary has 232448"):
         device.run(commands)
 

@@ -14,7 +14,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ class CudaDevice:
         self._submitted = self._done = 0
         self._in_flight: deque[_Submission] = deque()
         self._idle_events: list[Any] = []
-        self._functions: dict[str, Any] = {}  # by source
+        self.functions: dict[str, Any] = {}  # by source
         self._asserts: dict[int, str] = {}
         self._printing: weakref.WeakSet[Encoded] = weakref.WeakSet()
         self._status = Pinned(self, 8)
@@ -255,22 +256,23 @@ class CudaDevice:
         bits = sum(int(getattr(self.cu.CUevent_flags, f"CU_EVENT_{flag}")) for flag in flags)
         return call(self.cu.cuEventCreate, bits)
 
-    def function(self, executable: Any) -> Any:
-        """A kernel as the driver knows it; loaded once."""
-        found = self._functions.get(executable.source)
-        if found is None:
-            shared, most = executable.threadgroup_bytes, self._ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-            if shared > most:
-                raise DeviceError(f"kernel {executable.name!r} needs {shared} bytes of shared memory and "
-                                  f"{self.description} has {most}; use smaller tiles or fewer stages")
-            cubin = compile_cubin(executable.name, executable.source, self.architecture, executable.options)
-            module = call(self.cu.cuModuleLoadData, cubin)
-            found = call(self.cu.cuModuleGetFunction, module, executable.name.encode())
-            if shared > 48 << 10:
-                attribute = self.cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                call(self.cu.cuFuncSetAttribute, found, attribute, shared)
-            self._functions[executable.source] = found
-        return found
+    def prepare(self, executables: Iterable[Any]) -> None:
+        """Compile and load kernels, side by side: NVRTC takes 0.1 to 5 s for one, on one core."""
+        new = {executable.source: executable for executable in executables if executable.source not in self.functions}
+        most = self._ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        for executable in new.values():
+            if executable.threadgroup_bytes > most:
+                raise DeviceError(f"kernel {executable.name!r} needs {executable.threadgroup_bytes} bytes of shared "
+                                  f"memory and {self.description} has {most}; use smaller tiles or fewer stages")
+        with ThreadPoolExecutor(max(1, min(len(new), os.cpu_count() or 1))) as threads:
+            cubins = threads.map(lambda e: compile_cubin(e.name, e.source, self.architecture, e.options), new.values())
+            for executable, cubin in zip(new.values(), cubins):
+                module = call(self.cu.cuModuleLoadData, cubin)
+                function = call(self.cu.cuModuleGetFunction, module, executable.name.encode())
+                if executable.threadgroup_bytes > 48 << 10:
+                    attribute = self.cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    call(self.cu.cuFuncSetAttribute, function, attribute, executable.threadgroup_bytes)
+                self.functions[executable.source] = function
 
     def status_address(self, asserts: dict[int, str]) -> int:
         """The word that takes the number of a failed assertion; asserts: what the numbers mean."""

@@ -31,6 +31,7 @@ class Encoded:
         self.events = [device.event() for _ in range(len(entries) + 1)] if profile else []
         self.logs: list[tuple[Any, Pinned]] = []  # of the kernels that print
         self.submitted = 0  # when it was last, by time.monotonic_ns
+        device.prepare(entry.executable for entry in entries if isinstance(entry, Launch))
         for first in range(0, len(entries), 1 if self.blocking else max(1, len(entries))):
             part = self.entries[first:first + 1] if self.blocking else self.entries
             graph = call(device.cu.cuGraphCreate, 0)
@@ -110,7 +111,7 @@ class Encoded:
                    for word in words]
         pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in storage))
         kernel = cu.CUDA_KERNEL_NODE_PARAMS()
-        kernel.func = self.device.function(executable)
+        kernel.func = self.device.functions[executable.source]
         kernel.gridDimX, kernel.gridDimY, kernel.gridDimZ = x, y, z
         kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = executable.threads, 1, 1
         kernel.sharedMemBytes = executable.threadgroup_bytes
