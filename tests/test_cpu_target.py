@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from random_programs import random_program
 
+import nitinol
 import nitinol.language as tl
+from nitinol.array import Output, launch
 from nitinol.compiler import interpreter
+from nitinol.compiler.cpu import streaming
 from nitinol.language.jit import jit
 from nitinol.runtime.launch import interpret
 
@@ -23,7 +26,9 @@ def fresh_program(size):
 
 
 @pytest.mark.parametrize("number", range(60))
-def test_random_programs_agree_with_the_interpreter(number):
+def test_random_programs_agree_with_the_interpreter(number, monkeypatch):
+    if number % 2:  # results of any size go around the caches
+        monkeypatch.setattr(streaming, "RESULT_BYTES", 1)
     program = fresh_program("small")
     expected, actual = program.copies(), program.copies()
     interpreter.run(program.function, program.grid, expected)
@@ -200,3 +205,73 @@ def test_integer_division_is_total(kind):
     np.testing.assert_array_equal(results[0], results[2])
     np.testing.assert_array_equal(results[1], results[3])
     np.testing.assert_array_equal(results[0][y == 0], 0)
+
+
+@jit
+def convert(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("source", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("result", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"])
+def test_floats_become_integers_by_saturating(source, result):
+    rng = np.random.default_rng()
+    bounds = [s * 2.0**b for s in (1, -1) for b in (7, 8, 15, 16, 31, 32, 63, 64)]
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 0.5, -0.5, -1.0, 254.5, -128.5, *bounds]
+    with np.errstate(over="ignore"):
+        exact = np.array(special, source)
+        near = [np.nextafter(exact, np.array(s, source)) for s in (np.inf, -np.inf)]
+        others = (rng.standard_normal(256) * 2.0 ** rng.integers(0, 70, 256)).astype(source)
+    x = np.concatenate([exact, *near, others])[:256]
+    x = np.concatenate([x, others[: 256 - len(x)]])
+    one, two = np.full(256, 77, result), np.full(256, 77, result)
+    convert[(1,)](x, one, BLOCK=256)
+    with interpret():
+        convert[(1,)](x, two, BLOCK=256)
+    np.testing.assert_array_equal(one, two)
+    assert one[0] == 0 and one[1] == np.iinfo(result).max and one[2] == np.iinfo(result).min
+
+
+@jit
+def scaled(x, out, n, BLOCK: tl.constexpr, UPDATE: tl.constexpr = False, COUNT: tl.constexpr = False):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = 2 * tl.load(x + i, mask=i < n)
+    if UPDATE:
+        value += tl.load(out + i, mask=i < n)
+    if COUNT:
+        tl.atomic_add(x + n, 1)
+    tl.store(out + i, value, mask=i < n)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_large_results_go_around_the_caches_wherever_they_begin(kind):
+    rng = np.random.default_rng()
+    n = streaming.RESULT_BYTES // np.dtype(kind).itemsize + 1234
+    x = rng.integers(-60, 60, n).astype(kind)
+    for elements in (0, int(rng.integers(1, 32))):  # from the beginning of a line on
+        out = np.full(n + 128, 77, kind)
+        offset = -out.ctypes.data % 64 // out.itemsize + elements
+        scaled[(-(-n // 4096),)](x, out[offset:], n, BLOCK=4096)
+        np.testing.assert_array_equal(out[offset : offset + n], 2 * x)
+        assert (out[:offset] == 77).all() and (out[offset + n :] == 77).all()
+
+
+@pytest.mark.parametrize("what, streams", [({}, True), ({"UPDATE": True}, False), ({"COUNT": True}, False)])
+def test_only_what_a_kernel_does_not_read_goes_around_the_caches(what, streams):
+    assert ("nontemporal" in scaled.warmup(tl.int32, tl.int32, 5, BLOCK=64, **what).asm["llvm"]) == streams
+
+
+def test_the_next_kernel_reads_what_went_around_the_caches():
+    x = np.random.default_rng().integers(0, 1000, streaming.RESULT_BYTES // 4).astype(np.float32)
+    array = nitinol.from_numpy(x)
+
+    def twice(array):
+        once = softened(array)
+        return softened(once.reshape(-1, 64).T.reshape(-1))
+
+    def softened(array):
+        out = Output(array.shape, "float32")
+        return launch(scaled, (x.size // 4096,), x=array, out=out, n=x.size, BLOCK=4096)
+
+    np.testing.assert_array_equal(nitinol.compile(twice)(array).numpy(), 4 * x.reshape(-1, 64).T.reshape(-1))

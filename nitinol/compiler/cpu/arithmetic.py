@@ -192,8 +192,7 @@ class Arithmetic:
                 value = b.fpext(value, _like(value, ir.FloatType()))
             return b.fpext(value, target) if result.bits > source.bits else b.fptrunc(value, target)
         if source.is_float:
-            name = "fptosi" if result.is_signed else "fptoui"
-            return self.intrinsic(f"llvm.{name}.sat.{mangle(target)}.{mangle(value.type)}", target, [value])
+            return self._saturate(self.cast(value, source, float32) if source == float16 else value, result)
         if result.is_float:
             if result == float16:  # integers that half can hold are exact in single precision
                 return b.fptrunc(self.cast(value, source, float32), target)
@@ -203,6 +202,19 @@ class Arithmetic:
         if result.bits < source.bits:
             return b.trunc(value, target)
         return b.sext(value, target) if source.is_signed else b.zext(value, target)
+
+    def _saturate(self, value: ir.Value, result: DType) -> ir.Value:
+        """Float to integer: the nearest bound where it does not fit, 0 for NaN. LLVM's own `fptosi.sat` goes lane by
+        lane on x86, 136 cycles for 16 of them; both bounds as powers of two are exact in any float type."""
+        b, target = self.b, _like(value, llvm_type(result))
+        low, high = (-(1 << result.bits - 1), 1 << result.bits - 1) if result.is_signed else (0, 1 << result.bits)
+        whole = b.fptosi(value, target) if result.is_signed else b.fptoui(value, target)
+        for compare, symbol, bound, instead in (
+            (b.fcmp_ordered, ">=", high, high - 1), (b.fcmp_ordered, "<=", low, low), (b.fcmp_unordered, "uno", 0, 0)
+        ):  # fmt: skip
+            outside = compare(symbol, value, _splat_constant(value.type, float(bound)))
+            whole = b.select(outside, _splat_constant(target, instead), whole)
+        return whole
 
     def _round_to_odd(self, value: ir.Value) -> ir.Value:
         """Double to single precision such that rounding once more, to fewer bits, equals rounding once in all:

@@ -20,7 +20,7 @@ from typing import Any
 from llvmlite import ir
 
 from nitinol.compiler import ir as tile_ir
-from nitinol.compiler.cpu import control, dot, effects, memory, packing, prefetch, reduction, views
+from nitinol.compiler.cpu import control, dot, effects, memory, packing, prefetch, reduction, streaming, views
 from nitinol.compiler.cpu.arithmetic import I8, I32, I64, POINTER, llvm_type
 from nitinol.compiler.cpu.lanes import Affine, LaneBuilder, Lanes, Uniform, constant, multiple_of
 from nitinol.compiler.cpu.plan import Plan
@@ -73,6 +73,7 @@ class Generator(LaneBuilder):
             self.scalars[parameter] = Uniform(self.b.load(slot, typ=llvm_type(parameter.element)), known)
         self.status = self.b.load(self.advance(arguments, len(self.function.parameters), I64), typ=POINTER)
         self.grid = [self.b.load(self.advance(grid, axis, I32), typ=I32) for axis in range(3)]
+        self.streamed = streaming.flags(self)
         body = self.b.append_basic_block("program")
         finish = self.b.append_basic_block("finish")
         self.b.cbranch(self.b.icmp_signed("<", first, last), body, finish)
@@ -83,12 +84,13 @@ class Generator(LaneBuilder):
         rest = self.b.udiv(program, gx)
         position = [self.b.urem(program, gx), self.b.urem(rest, gy), self.b.udiv(rest, gy)]
         self.program = [self.b.trunc(p, I32) for p in position]
-        prefetch.emit_rows(self, self.function.body)
+        self.rows = prefetch.rows(self, self.function.body)
         self.block(self.function.body)
         following = self.b.add(program, ir.Constant(I64, 1))
         program.add_incoming(following, self.b.block)
         self.b.cbranch(self.b.icmp_signed("<", following, last), body, finish)
         self.b.position_at_end(finish)
+        streaming.fence(self, self.streamed)
         self.b.ret_void()
         return self.module
 
@@ -359,6 +361,7 @@ class Generator(LaneBuilder):
             return
 
         def body(index: Index, axis: int, width: int) -> None:
+            prefetch.next_row(self, op, index)
             memory.store(self, op, index, axis, width)
 
         self.element_walk([value], pointer.shape, body)

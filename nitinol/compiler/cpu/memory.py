@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 
+from nitinol.compiler.cpu import streaming
 from nitinol.compiler.cpu.arithmetic import I1, I8, I32, I64, llvm_type, mangle, memory_type
 from nitinol.compiler.cpu.lanes import Affine, Lanes, Uniform, Vector
 from nitinol.compiler.ir import Op
@@ -200,7 +201,7 @@ def store(g: Generator, op: Op, index: Index, axis: int, width: int) -> None:
     address = g.request(pointer, index, axis, width)
     lanes = g.request(value, index, axis, width)
     mask = g.request(op.operands[2], index, axis, width) if len(op.operands) > 2 else None
-    store_lanes(g, address, lanes, value.element, width, mask)
+    store_lanes(g, address, lanes, value.element, width, mask, g.streamed.get(op))
 
 
 def store_lanes(
@@ -210,6 +211,7 @@ def store_lanes(
     element: DType | PointerType,
     width: int,
     mask: Lanes | None = None,
+    streamed: Any = None,
 ) -> None:
     b, size = g.b, element.nbytes
     mask = None if _always(mask) else mask
@@ -232,7 +234,7 @@ def store_lanes(
     if isinstance(address, Affine) and address.stride == size:
         first = g.scalar(address, PointerType(float32))
         if mask is None:
-            b.store(value, first, align=size)
+            streaming.store(g, value, first, size, streamed)
             return
         flags = g.vector(mask, int1, width)
 
@@ -241,7 +243,7 @@ def store_lanes(
             _masked_call(g, f"llvm.masked.store.{mangle(value.type)}.p0", ir.VoidType(), args, 1, size)
 
         if isinstance(mask, Vector) and mask.full is not None:
-            _whole_or_part(g, mask, lambda: b.store(value, first, align=size), part)
+            _whole_or_part(g, mask, lambda: streaming.store(g, value, first, size, streamed), part)
         else:
             part()
         return
