@@ -25,6 +25,7 @@ from nitinol.compiler.gpu.layout import (
     view_map,
     without_axis,
 )
+from nitinol.compiler.gpu.outer import outer_layout
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Op, Value, walk
 from nitinol.language.types import PointerType
 
@@ -45,7 +46,10 @@ class Assignment:
     """`home[v]`: the layout that a tile is computed in (None: in each of `wanted[v]`); `chosen[op]`: that of the
     operands of an access, reduction, scan or gather; `fragments[op]`: those of a dot's operands."""
 
-    def __init__(self, function: Function, warp_bits: int, fragments: Fragments, style: Style = Style()) -> None:
+    def __init__(
+        self, function: Function, warp_bits: int, fragments: Fragments, style: Style = Style(), follow: frozenset[Op] = frozenset()
+    ) -> None:
+        """`follow`: large loads that are placed like small ones."""
         self.warp_bits = warp_bits
         self.style = style
         self.fragments_of = fragments
@@ -58,7 +62,8 @@ class Assignment:
         self.fragments: dict[Op, tuple[Layout, Layout, Layout] | None] = {}
         self.spilled: dict[tuple[Op, int], Layout] = {}  # operands of dots that go to shared memory from there
         self.scalar = blocked((), warp_bits, 0)
-        self.large = loads.large_loads(function)
+        self.large = loads.large_loads(function) - follow
+        self.moved: set[Op] = set()  # large loads that went where they are wanted
         self.near: loads.Near = {}
         self.vectors: dict[tuple[int, ...], int] = {}
         for op in walk(function.body):
@@ -67,6 +72,9 @@ class Assignment:
                 width = self.widths.vector_bits(op, memory_order(self.strides.of(op.operands[0]), shape))
                 if width:  # one that cannot be wide must not narrow the others
                     self.vectors[shape] = min(self.vectors.get(shape, 4), width)
+        for op in walk(function.body):
+            if op in self.large:
+                loads.note(self.near, op.operands[0], self.coalesced(op), operand_layouts)
         for parameter in function.parameters:
             self.home[parameter] = self.scalar
         self.forward(function.body)
@@ -171,6 +179,8 @@ class Assignment:
             return [self.chosen[op]]
         elif kind == "dot":
             fragments = self.fragments[op] = self.fragments_of(op, self.warp_bits)
+            if fragments is None and op.attributes.get("outer"):
+                return [outer_layout(op.result.shape, self.warp_bits)]
             return [fragments[2] if fragments else self.default(op.result.shape)]
         elif kind == "assert":
             self.chosen[op] = self.first(op.operands) if op.operands[0].shape else self.scalar
@@ -397,14 +407,15 @@ class Assignment:
         return home
 
     def move_up(self, op: Op) -> None:
-        """A result that is wanted in one other layout only is computed there if just one operand has to move: the
-        conversion may then end at a load, or at fewer bytes."""
-        wanted, home = self.wanted.get(op.results[0], []), self.home[op.results[0]]
-        settled = [v for v in op.operands if v.shape and self.home.get(v) is not None]
-        if len(op.results) != 1 or home is None or len(wanted) != 1 or len(settled) > 1:
-            return
-        if wanted[0].count <= home.count:
-            self.home[op.results[0]] = wanted[0]
+        """A result that is wanted in one other layout only is computed there if just one operand has to move, or no
+        more bytes: the conversion may then end at a load, or at fewer bytes."""
+        result = op.results[0]
+        wanted, home = self.wanted.get(result, []), self.home[result]
+        settled = {v for v in op.operands if v.shape and self.home.get(v) is not None}
+        if len(op.results) == 1 and home is not None and len(wanted) == 1:
+            nbytes = sum(v.element.nbytes << bits_of(v.shape) for v in settled)
+            if len(settled) <= 1 or nbytes <= result.element.nbytes << bits_of(result.shape):
+                self.home[result] = wanted[0]
 
     def place_load(self, op: Op) -> None:
         """A load without a home goes where it is wanted with the fewest registers. One with a home does so too if that
@@ -422,6 +433,7 @@ class Assignment:
             layout = loads.spread(wanted[0], order, nbytes)
             if self.segments(op, layout) <= 4 * self.segments(op, home):
                 self.chosen[op] = self.home[op.result] = layout
+                self.moved |= {op} & self.large
 
     def pass_on(self, values: Sequence[Value], variables: Sequence[Value]) -> None:
         for value, variable in zip(values, variables):

@@ -14,10 +14,14 @@ from nitinol.compiler.gpu.forms import Form, Index, linear, shifted, variable
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op, Value
-from nitinol.language.types import PointerType
+from nitinol.language.types import DType, PointerType, int1, uint8, uint16, uint32
 
 if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
+
+
+BARRIER = 40  # what the barriers of one trip through threadgroup memory cost, and a shuffle, in plain instructions
+SHUFFLE = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,18 @@ def find_shuffle(source: Layout, result: Layout) -> Shuffle | None:
     return Shuffle((a, c, e), (b, d, f))
 
 
+def price(source: Layout, result: Layout, shuffle: Shuffle | None, element: DType | PointerType) -> float:
+    """What a conversion costs, in instructions of one thread; without `shuffle` through threadgroup memory."""
+    memory = BARRIER + 2.0 * (source.count + result.count)
+    if shuffle is None:
+        return memory
+    choices = len(shuffle.choices)
+    if choices == 1 and not shuffle.moves:
+        return 0.0
+    words = result.count >> len(packed := packing(shuffle, element))
+    return min(memory, words * (SHUFFLE * choices + choices - 1.0) + result.count * bool(packed))
+
+
 def convert(e: Emitter, value: Value, form: Form, source: Layout, result: Layout) -> Form:
     """The value in another layout."""
     shuffle = find_shuffle(source, result)
@@ -71,19 +87,80 @@ def convert(e: Emitter, value: Value, form: Form, source: Layout, result: Layout
         choices = len(shuffle.choices)
         if choices == 1 and not shuffle.moves:
             return form.through(shuffle.registers[0])
-        if result.count * choices <= source.count + result.count + 8 and choices <= 4:
-            return by_shuffles(e, value, form, source, shuffle, result)
+        name, element = value.name or "v", value.element
+        if price(source, result, shuffle, element) < price(source, result, None, element):
+            packed = packing(shuffle, element)
+            if packed:
+                return by_words(e, name, element, form, source.count, shuffle, result.count, packed)
+            return by_shuffles(e, name, element, form, source.count, shuffle, result.count)
     return by_memory(e, value, form, source, result)
 
 
-def by_shuffles(e: Emitter, value: Value, form: Form, source: Layout, shuffle: Shuffle, result: Layout) -> Form:
+def packing(shuffle: Shuffle, element: DType | PointerType) -> list[int]:
+    """The bits of the result's register number that tell apart what one 32-bit word of the source's holds, the lowest
+    first; none if words do not move as a whole."""
+    own, moved = shuffle.registers[0], shuffle.lanes[0]
+    bits: list[int] = []
+    while shuffle.moves and isinstance(element, DType) and element != int1 and element.nbytes << len(bits) < 4:
+        number = 1 << len(bits)
+        found = [bit for bit, column in enumerate(own) if column == number and not moved[bit]]
+        others = [c for columns in shuffle.registers for c in columns if c != number]
+        if len(found) != 1 or any(column & number for column in others):
+            break
+        bits.append(found[0])
+    return bits
+
+
+def by_words(
+    e: Emitter, name: str, element: DType | PointerType, form: Form, count: int, shuffle: Shuffle, result: int,
+    bits: list[int],
+) -> Form:  # fmt: skip
+    """Bytes and 16-bit numbers are packed, shuffled as 32-bit words, and unpacked."""
+    assert isinstance(element, DType)
+    width = len(bits)
+    plain = uint8 if element.nbytes == 1 else uint16
+    kind, word = e.type(plain), e.type(uint32)
+
+    def pack(i: Index) -> str:
+        wide = i.through(tuple(1 << bit for bit in range(width, count.bit_length() - 1)))
+        parts = []
+        for number in range(1 << width):
+            text = form.text(wide.at(number))
+            text = e.dialect.bit_cast(kind, text) if element.is_float else f"{kind}({text})"
+            shift = 8 * element.nbytes * number
+            parts.append(f"{word}({text}) << {shift}" if shift else f"{word}({text})")
+        return " | ".join(parts)
+
+    names = lambda i: {(n, False) for n, _ in form.names(i)}  # noqa: E731
+    words = e.store_in(e.name(f"{name}_words"), uint32, count >> width, Form(pack, names, False))
+    kept = [bit for bit in range(len(shuffle.registers[0])) if bit not in bits]
+    less = Shuffle(
+        (tuple(shuffle.registers[0][bit] >> width for bit in kept),
+         *(tuple(column >> width for column in columns) for columns in shuffle.registers[1:])),  # type: ignore[arg-type]
+        (tuple(shuffle.lanes[0][bit] for bit in kept), *shuffle.lanes[1:]),
+    )  # fmt: skip
+    moved = by_shuffles(e, name, uint32, words, count >> width, less, result >> width)
+    places = len(shuffle.registers[0])
+    to_word = tuple(1 << kept.index(bit) if bit in kept else 0 for bit in range(places))
+    to_shift = tuple(8 * element.nbytes << bits.index(bit) if bit in bits else 0 for bit in range(places))
+
+    def unpack(i: Index) -> str:
+        read, shift = moved.text(i.through(to_word)), str(i.through(to_shift))
+        text = f"{kind}({read})" if shift == "0" else f"{kind}({read} >> ({shift}))"
+        return text if element == plain else e.dialect.bit_cast(e.type(element), text)
+
+    return e.store_in(e.name(f"{name}_moved"), element, result, Form(unpack, lambda i: moved.names(i.through(to_word))))
+
+
+def by_shuffles(
+    e: Emitter, name: str, element: DType | PointerType, form: Form, count: int, shuffle: Shuffle, result: int
+) -> Form:
     """One shuffle for each register that another lane may ask for, then a choice among what came.
 
     Every shuffle has a statement of its own: all lanes must take part in it.
     """
-    name = value.name or "v"
     if shuffle.moves and not form.stored:  # computed once, before other lanes ask for it
-        form = e.store_in(e.name(name), value.element, source.count, form)
+        form = e.store_in(e.name(name), element, count, form)
     others = [linear(shuffle.lanes[1], "lane"), linear(shuffle.lanes[2], "warp")]
 
     def taken(number: int) -> Form:
@@ -92,13 +169,13 @@ def by_shuffles(e: Emitter, value: Value, form: Form, source: Layout, shuffle: S
             if not shuffle.moves:
                 return read
             lane = xor([*others, str(index.through(shuffle.lanes[0]))])
-            return e.dialect.shuffle(value.element, read, lane)
+            return e.dialect.shuffle(element, read, lane)
 
         return Form(text, lambda i: {(n, False) for n, _ in form.names(i)}, form.simple)
 
     parts = [taken(number) for number in shuffle.choices]
     if len(parts) > 1 and shuffle.moves:
-        parts = [e.store_in(e.name(f"{name}_part"), value.element, result.count, part) for part in parts]
+        parts = [e.store_in(e.name(f"{name}_part"), element, result, part) for part in parts]
     which = xor([linear(shuffle.registers[1], "lane"), linear(shuffle.registers[2], "warp")])
 
     def pick(index: Index) -> str:
@@ -110,7 +187,7 @@ def by_shuffles(e: Emitter, value: Value, form: Form, source: Layout, shuffle: S
     def names(index: Index) -> set[tuple[str, bool]]:
         return set().union(*(part.names(index) for part in parts))
 
-    return e.store_in(e.name(f"{name}_moved"), value.element, result.count, Form(pick, names, False))
+    return e.store_in(e.name(f"{name}_moved"), element, result, Form(pick, names, False))
 
 
 def xor(terms: list[str]) -> str:

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nitinol.compiler.analysis import uses_of
+from nitinol.compiler.gpu import convert
 from nitinol.compiler.gpu.assign import Assignment, Fragments, Style
-from nitinol.compiler.gpu.convert import find_shuffle
-from nitinol.compiler.gpu.layout import Layout, axis_bits
+from nitinol.compiler.gpu.layout import axis_bits
 from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.ir import ELEMENTWISE, Block, Function, Op, Value, walk
 
 LOOP = 8
-BARRIER = 24
-SHUFFLE = 2
 STYLES = tuple(Style(joined, run) for run in (16, 8, 4) for joined in (False, True))
 
 
@@ -27,6 +25,7 @@ def best_assignment(function: Function, warp_bits: int, fragments: Fragments) ->
     narrow = any(op.kind == "load" and op.result.shape and op.result.element.nbytes < 4 for op in walk(function.body))
     styles = [s for s in (STYLES if narrow else STYLES[:2]) if warp_bits or not s.joined]
     made = [Assignment(function, warp_bits, fragments, style) for style in styles]
+    made += [Assignment(function, warp_bits, fragments, a.style, frozenset(a.moved)) for a in made if a.moved]
     return min(made, key=lambda assignment: cost(function, assignment))
 
 
@@ -58,15 +57,16 @@ def operation(a: Assignment, op: Op, spread: bool) -> float:
         segments = a.segments(op, layout)
         if layout.sparse:
             segments /= 1 << bin(layout.copies[0]).count("1")
-        return 2 * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
+        again = layout.copies[1] != 0 and op.kind == "load"  # other simdgroups load the same: from a cache, at best
+        return (6 if again else 2) * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
     if op.kind == "reduce":
         layout = a.chosen[op]
         along = sum(1 << bit for bit in axis_bits(op.operands[0].shape)[op.attributes["axis"]])
         left = 1 << sum(1 for column in layout.registers if not column & along)
         total = float(layout.count)
         if not spread:
-            total += SHUFFLE * left * sum(1 for column in layout.lanes if column & along)
-            total += BARRIER * any(column & along for column in layout.warps)
+            total += convert.SHUFFLE * left * sum(1 for column in layout.lanes if column & along)
+            total += convert.BARRIER * any(column & along for column in layout.warps)
         return total
     return 0.0
 
@@ -76,14 +76,5 @@ def moves(a: Assignment, value: Value) -> float:
     home = a.home.get(value)
     if home is None:
         return 0.0
-    return sum(move(home, layout) for layout in a.wanted.get(value, []) if layout != home)
-
-
-def move(source: Layout, result: Layout) -> float:
-    shuffle = find_shuffle(source, result)
-    if shuffle is None or len(shuffle.choices) > 4:
-        return BARRIER + 2.0 * (source.count + result.count)
-    choices = len(shuffle.choices)
-    if choices == 1 and not shuffle.moves:
-        return 0.0
-    return float(result.count * (SHUFFLE * choices + choices - 1))
+    wanted = [layout for layout in a.wanted.get(value, []) if layout != home]
+    return sum(convert.price(home, layout, convert.find_shuffle(home, layout), value.element) for layout in wanted)
