@@ -1,5 +1,5 @@
-"""Kernels that benchmarks/cuda.py runs through official Triton as they stand here, and through Nitinol with the import
-of `triton` replaced by one of `nitinol`: one text for both.
+"""Kernels that benchmarks/nvidia.py runs through official Triton as they stand here, and through Nitinol with
+`nitinol` in place of `triton` in the imports: one text for both.
 
 Written plainly, in the style of Triton's tutorials; block sizes are the caller's. Rows fit one block, except where a
 loop is written; matrices and sequences are whole numbers of tiles.

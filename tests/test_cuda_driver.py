@@ -104,11 +104,11 @@ def test_transfers_of_all_sizes(monkeypatch: Any) -> None:
     device, _ = open_fake(monkeypatch)
     seen: list[tuple[int, int]] = []
     device.progress = lambda done, total: seen.append((done, total))
-    for size in (0, 1, 4095, (4 << 20) - 1, (4 << 20) + 1, (61 << 20) + 777, 70 << 20):
+    for size in (0, 1, 4095, (8 << 20) - 1, (8 << 20) + 1, (61 << 20) + 777, 150 << 20):
         data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
         buffer = device.wrap(data)
         np.testing.assert_array_equal(buffer.read(), data)
-    assert seen[-1] == (70 << 20, 70 << 20)
+    assert seen[-1] == (150 << 20, 150 << 20)
     assert all(0 <= done <= total for done, total in seen)
     with pytest.raises(DeviceError, match="cannot see memory"):
         buffer.as_numpy()

@@ -8,6 +8,7 @@ copies 5 to 10 GB/s out of a mapped file, a PCIe 5 link takes 50.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import mmap
 import sys
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from nitinol.runtime.cuda import CudaDevice
 
 MADV_POPULATE_READ = 22  # Linux 5.14
-PIECE = 4 << 20  # bytes; up to here the driver's own staging is quicker
+PIECE = 8 << 20  # bytes; up to here the driver's own staging is quicker
 THREADS = 8
 
 
@@ -35,7 +36,7 @@ class Stage(NamedTuple):
 
 
 class Transfers:
-    """The staging buffers of a device (64 MB, made at the first large transfer); one transfer at a time."""
+    """The staging buffers of a device (128 MB, made at the first large transfer); one transfer at a time."""
 
     def __init__(self, device: CudaDevice):
         self._device = device
@@ -113,7 +114,16 @@ class Transfers:
 
 def _map_pages(part: np.ndarray) -> None:
     """Map the pages of a file at once, not by a fault for every 16 of them; where that is not possible, nothing."""
-    if sys.platform == "linux":
+    if madvise := _madvise():
         start = part.ctypes.data & -mmap.PAGESIZE
-        size = part.ctypes.data + part.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_POPULATE_READ)
+        madvise(start, part.ctypes.data + part.nbytes - start, MADV_POPULATE_READ)
+
+
+@functools.cache
+def _madvise() -> Any:
+    """The C library's function, on Linux."""
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Nitinol on an NVIDIA GPU: beside official Triton, beside PyTorch's transformers, and beside what the GPU can do.
 
-    python benchmarks/cuda.py [--quick] [--json FILE] [--fill docs/performance.md] [kernels] [matmul] [attention]
-                              [limits] [decode] [prefill]
+    python benchmarks/nvidia.py [--quick] [--json FILE] [--fill docs/performance.md] [kernels] [matmul]
+                                [attention] [limits] [decode] [prefill]
 
 kernels, matmul, attention: the text of triton_kernels.py through both compilers, on the same tensors. Each side is one
 CUDA graph of many launches that go round among several sets of tensors, together larger than the L2 cache; events
@@ -174,21 +174,18 @@ def attention_cases(quick: bool) -> list[Case]:
 # --------------------------------------------------------------------------------------------------------- two sides
 
 
-def both_texts() -> tuple[ModuleType, ModuleType]:
-    """triton_kernels.py as modules of official Triton and of Nitinol."""
+def load_kernels(package: str) -> ModuleType:
+    """triton_kernels.py as a module that imports "triton", or "nitinol" in its place."""
     text = (Path(__file__).parent / "triton_kernels.py").read_text()
-    changed = text.replace("import triton\nimport triton.", "import nitinol as triton\nimport nitinol.")
-    found = []
-    folder = Path(tempfile.mkdtemp(prefix="nitinol-"))  # both read the source of a kernel from its file
-    for name, source in (("official_kernels", text), ("nitinol_kernels", changed)):
-        path = folder / f"{name}.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found.append(module)
-    return found[0], found[1]
+    if package != "triton":
+        text = text.replace("import triton\nimport triton.", f"import {package} as triton\nimport {package}.")
+    path = Path(tempfile.mkdtemp(prefix="nitinol-")) / f"{package}_kernels.py"  # kernels are read from their files
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Pointer:
@@ -360,7 +357,8 @@ def limits(device: Any, quick: bool) -> dict[str, float]:
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     graph = torch_graph(lambda number: torch.matmul(a, b), 10)
     run = timer(device, graph.replay, torch.cuda.current_stream().cuda_stream)
-    run()
+    for _ in range(10):  # until the clocks are up
+        run()
     seconds = statistics.median(run() for _ in range(7)) / 10
     return {"read_gb_s": measure_read_bandwidth(device), "matmul_tflop_s": 2 * size**3 / seconds / 1e12}
 
@@ -564,7 +562,7 @@ def main() -> None:
     known = document["limits"] = limits(device, given.quick)
     say(f"{title}. Limits: reading {known['read_gb_s']:.0f} GB/s, bf16 matrix product "
         f"{known['matmul_tflop_s']:.0f} TFLOP/s.")
-    official, ours = both_texts()
+    official, ours = load_kernels("triton"), load_kernels("nitinol")
     for part, cases in (("kernels", row_cases), ("matmul", matmul_cases), ("attention", attention_cases)):
         if part in parts:
             results = []
@@ -580,16 +578,20 @@ def main() -> None:
         shared = Path("/dev/shm")
         folder = given.models or (shared if shared.is_dir() else Path(tempfile.mkdtemp(prefix="nitinol-")))
         found = document["language"] = {"prompt": prompt, "models": {}, "transformers": {}}
+        if "prefill" in parts and importlib.util.find_spec("transformers"):
+            found["transformers"] = measure_transformers(preset, prompt, 4 if given.quick else 16, 3)
+            torch.cuda.empty_cache()
         for format in given.formats if "decode" in parts else ["BF16"]:
             path = model_file(folder, preset, format)
             try:
                 found["models"][format] = measure_model(path, prompt, 4 if given.quick else 64, 3)
-            except Exception as error:  # one format less, the others are still worth having
-                print(f"{format}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            if given.models is None:
-                path.unlink()
-        if "prefill" in parts and importlib.util.find_spec("transformers"):
-            found["transformers"] = measure_transformers(preset, prompt, 4 if given.quick else 16, 3)
+            except DeviceError as error:
+                print(f"{format}: {error}", file=sys.stderr, flush=True)
+            finally:
+                if given.models is None:
+                    path.unlink()
+            if not device.usable:
+                break
         say(model_table(found, known))
     if given.fill is not None:
         fill(given.fill, "cuda", "\n\n".join(tables))
