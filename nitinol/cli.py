@@ -152,6 +152,38 @@ def tokenize(
 
 
 @app.command()
+def compile(
+    kernel: Annotated[str, typer.Argument(
+        metavar="FILE.py:KERNEL", show_default=False,
+        help="A Python file and the @nitinol.jit function in it. The file is executed, as `import` would.")],
+    target: Annotated[str, typer.Option(metavar="metal|cuda|cpu", help="What to compile for.")] = "metal",
+    show: Annotated[str | None, typer.Option(
+        metavar="msl|cuda|llvm|asm|ir", show_default="msl, cuda or asm, by target",
+        help="Which text: Metal or CUDA source, LLVM IR or assembly for this CPU, or the tile IR that all targets "
+             "begin with.")] = None,
+    arg: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=TYPE", show_default="*fp32 for pointers, int32 for the rest",
+        help="A run-time parameter: *fp16 (a pointer), int32, int32:16 (divisible by 16), a number, or none. Once for "
+             "each.")] = None,
+    set: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=VALUE", show_default="the kernel's own defaults",
+        help="A tl.constexpr parameter, for example BLOCK=1024. Once for each.")] = None,
+    warps: Annotated[int, typer.Option(help="SIMD-groups (warps) that share a program on a GPU; 0: the compiler "
+                                            "chooses.")] = 0,
+    output: Annotated[Path | None, typer.Option(
+        "--output", "-o", metavar="FILE", show_default="standard output", help="Where to write the text.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what becomes of a kernel: Metal or CUDA source, machine code, or tile IR. Needs no GPU.
+
+    For example: nitinol compile softmax.py:softmax --set BLOCK=1024 --arg 'x=*fp16'
+    """
+    from nitinol.commands.compile import compile_file
+
+    compile_file(kernel, target, show, output, arg or (), set or (), warps, json)
+
+
+@app.command()
 def devices(json: Json = False) -> None:
     """List the devices that Nitinol can compute on, here and now."""
     from nitinol.commands.inspect import list_devices
@@ -186,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         if text := sentence(error):  # the help that a bare `nitinol` shows arrives as an error without a text
             print(f"nitinol: {text}", file=sys.stderr)
+        if hasattr(error, "source_line"):  # a kernel's: the line and a caret, and the calls that led there
+            print(*str(error).split("\n")[1:], sep="\n", file=sys.stderr)
         return 2
 
 
