@@ -84,26 +84,35 @@ def _pack(value: Any, element: DType) -> bytes:
 
 
 def compile_function(
-    function: Function, aliases: tuple[int, ...] = (), simdgroups: int = 4, dialect: ModuleType = metal, name: str = ""
-) -> Executable:
+    function: Function, aliases: tuple[int, ...] = (), simdgroups: int = 0, dialect: ModuleType = metal, name: str = "",
+    stages: int = 0,
+) -> Executable:  # fmt: skip
     """The kernel's source for a prepared tile IR function, which is changed in place.
 
     `aliases`: a number per parameter; pointers with equal numbers may point into the same memory (the default: all
-    differ). `simdgroups`: a power of two, how many simdgroups of 32 threads run one program instance. `name`: of the
-    kernel, if not the function's.
+    differ). `simdgroups`: a power of two, how many simdgroups of 32 threads run one program instance; 0: as many as its
+    tiles are large enough for. `name`: of the kernel, if not the function's. `stages`: how many tiles of each load that feeds products in a loop are in shared
+    memory at a time (1: none is loaded ahead; 0: as many as pay), where the dialect loads asynchronously.
 
     Raises CompilationError with the Python line for what the dialect's devices cannot do.
     """
+    from nitinol.compiler.gpu.cost import enough_simdgroups
     from nitinol.compiler.gpu.emit import Emitter, SharedPointer
     from nitinol.compiler.gpu.forms import literal
+    from nitinol.compiler.gpu.pipeline import pipeline
     from nitinol.compiler.gpu.small_dots import expand_small_dots
+    from nitinol.compiler.gpu.sums import narrow_sums
     from nitinol.compiler.gpu.tree import allocate, leaves, place_barriers, render
 
-    if simdgroups < 1 or simdgroups & (simdgroups - 1) or 32 * simdgroups > dialect.MOST_THREADS:
+    if simdgroups < 0 or simdgroups & (simdgroups - 1) or 32 * simdgroups > dialect.MOST_THREADS:
         most = dialect.MOST_THREADS // 32
         raise ValueError(f"{function.name}: {simdgroups} simdgroups; expected a power of two up to {most}")
     aliases = aliases or tuple(range(len(function.parameters)))
     expand_small_dots(function, dialect.MATRIX_SIDES)
+    if dialect.ASYNCHRONOUS:
+        pipeline(function, dialect, stages, aliases)
+    narrow_sums(function)
+    simdgroups = simdgroups or enough_simdgroups(function)
     e = Emitter(function, dialect, simdgroups.bit_length() - 1, aliases)
     name = re.sub(r"\W", "_", name or function.name)
     name = f"{name}_kernel" if name in dialect.RESERVED else name

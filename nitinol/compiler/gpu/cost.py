@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.gpu import convert
 from nitinol.compiler.gpu.assign import Assignment, Fragments, Style
-from nitinol.compiler.gpu.layout import axis_bits
+from nitinol.compiler.gpu.layout import axis_bits, bits_of
 from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.ir import ELEMENTWISE, Block, Function, Op, Value, walk
+from nitinol.language.types import PointerType
 
 LOOP = 8
 STYLES = tuple(Style(joined, run) for run in (16, 8, 4) for joined in (False, True))
@@ -27,6 +28,17 @@ def best_assignment(function: Function, warp_bits: int, fragments: Fragments) ->
     made = [Assignment(function, warp_bits, fragments, style) for style in styles]
     made += [Assignment(function, warp_bits, fragments, a.style, frozenset(a.moved)) for a in made if a.moved]
     return min(made, key=lambda assignment: cost(function, assignment))
+
+
+def enough_simdgroups(function: Function) -> int:
+    """How many simdgroups run a program if nobody says: one for each KB of its largest tile (of those that are loaded,
+    stored, multiplied, scanned or gathered), 1 to 4; more, up to 16, where a thread would have over 64 elements."""
+    kinds = ("load", "store", "dot", "scan", "gather", "atomic_rmw", "atomic_cas")
+    tiles = [v for op in walk(function.body) if op.kind in kinds for v in (*op.operands, *op.results) if v.shape]
+    places = [v for v in tiles if not isinstance(v.element, PointerType)]
+    nbytes = max((v.element.nbytes << bits_of(v.shape) for v in places), default=0)
+    elements = max((1 << bits_of(v.shape) for v in places), default=0)
+    return max(min(4, max(1, nbytes // 1024)), min(16, elements // 2048))
 
 
 def cost(function: Function, assignment: Assignment) -> float:

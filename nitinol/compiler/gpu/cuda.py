@@ -26,6 +26,7 @@ SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100
 SHARED_LIMIT = SHARED_LIMITS[90]
 SHARED_ROOMY = 32768  # up to here conversions get memory of their own; with more, fewer blocks share a multiprocessor
 MOST_THREADS = 1024
+ASYNCHRONOUS = True  # whether loads go to shared memory ahead of time (pipeline.py)
 MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
 
 TYPES = {
@@ -128,8 +129,8 @@ def to_number(pointer: str) -> str:
 
 
 FUNCTIONS = {
-    name: name for name in "exp exp2 log log2 sqrt rsqrt sin cos tanh floor ceil erf".split()
-} | {"mulhi": "mulhi"}  # fmt: skip
+    name: name for name in "exp log log2 sqrt rsqrt sin cos tanh floor ceil erf".split()
+} | {"exp2": "power_of_two", "mulhi": "mulhi"}  # fmt: skip
 
 
 def prelude(text: str, wanted: set[str]) -> list[str]:
@@ -205,8 +206,7 @@ def atomic_cas(element: DType, pointer: str, expected: str, desired: str, helper
 
 def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
     """Returns the old value."""
-    native = {"fp16": "add", "bf16": "add"}.get(element.name, "")
-    if (element.is_float and kind in ("min", "max")) or (element.bits == 16 and kind != native):
+    if element.bits == 16 or (element.is_float and kind in ("min", "max")):
         return f"atomic_update<{kind.title()}>({pointer}, {value})"
     return f"atomic_{kind}({pointer}, {value})"
 

@@ -67,6 +67,22 @@ def _mma(name: str, shape: str, accumulator: str, types: str) -> str:
     return text
 
 
+def _ldmatrix(count: int, trans: str) -> str:
+    """Functions that fill words of one matrix, or of two of half as many."""
+    name, how = f"ldmatrix_x{count}{trans}", f"ldmatrix.sync.aligned.m8n8.x{count}{trans.replace('_', '.')}.shared.b16"
+    targets = ", ".join(f"%{i}" for i in range(count))
+    text = ""
+    for arrays in (1, 2) if count > 1 else (1,):
+        each = count // arrays
+        parameters = ", ".join(f"uint (&{x})[{each}]" for x in "xy"[:arrays])
+        outputs = ", ".join(f'"=r"({x}[{i}])' for x in "xy"[:arrays] for i in range(each))
+        text += f"""INLINE void {name}({parameters}, uint address) {{
+    asm volatile("{how} {{{targets}}}, [%{count}];" : {outputs} : "r"(address) : "memory");
+}}
+"""
+    return text.rstrip()
+
+
 HELPERS = {
     "odd_float": """// The float nearest towards 0, with its last bit set if that is not the number: rounding it once more, to
 // 16 bits, gives what rounding the number would.
@@ -88,6 +104,13 @@ INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky
         name: _SHUFFLE.replace("NAME", name).replace("HOW", f"__{name.replace('shuffle', 'shfl')}_sync")
         for name in ("shuffle", "shuffle_xor", "shuffle_up", "shuffle_down")
     },
+    # One instruction, to 2 units in the last place; CUDA's exp2 takes three more for results below 2**-126.
+    "power_of_two": """INLINE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+INLINE double power_of_two(double x) { return exp2(x); }""",
     "mulhi": """INLINE int mulhi(int x, int y) { return __mulhi(x, y); }
 INLINE uint mulhi(uint x, uint y) { return __umulhi(x, y); }
 INLINE long64 mulhi(long64 x, long64 y) { return __mul64hi(x, y); }
@@ -167,4 +190,25 @@ template <typename T> INLINE uint pack(T x, T y, T z, T w) {
        for name, ptx in (("fp16", "f16"), ("bf16", "bf16"))},
     **{f"mma_{name}": _mma(f"mma_{name}", "m16n8k32", "int", f"s32.{ptx}.s32")
        for name, ptx in (("int8", "s8.s8"), ("uint8", "u8.u8"), ("int8_uint8", "s8.u8"), ("uint8_int8", "u8.s8"))},
+    "shared_address": """INLINE uint shared_address(const void *x) { return uint(__cvta_generic_to_shared(x)); }""",
+    "shared_store": """template <typename T, int N> INLINE void shared_store(uint address, Vector<T, N> x) {
+    *(Vector<T, N> *)__cvta_shared_to_generic(address) = x;
+}""",
+    "shared_load": """template <typename T> INLINE T shared_load(uint address) {
+    return *(T *)__cvta_shared_to_generic(address);
+}""",
+    "cp_async": """INLINE void cp_async(uint to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+}
+INLINE void cp_async(uint to, const void *from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}""",
+    "cp_async_commit": """INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }""",
+    "cp_async_wait": """template <int pending> INLINE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");
+}""",
+    **{
+        f"ldmatrix_x{count}{trans}": _ldmatrix(count, trans)
+        for count in (1, 2, 4) for trans in ("", "_trans")
+    },
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu import convert
+from nitinol.compiler.gpu import convert, outer
 from nitinol.compiler.gpu.forms import Form, Index, Stepped, fixed, variable
 from nitinol.compiler.gpu.layout import Layout, Map, axis_bits, bits_of
 from nitinol.compiler.gpu.tree import Access, Each, Statement
@@ -40,8 +40,12 @@ class Instruction:
     c: Fragment
 
 
-def fragments(op: Op, warp_bits: int, dialect: ModuleType) -> tuple[Layout, Layout, Layout] | None:
-    """Layouts of a, b and the accumulator in matrix instructions; None if the dialect has none for these tiles."""
+def fragments(
+    op: Op, warp_bits: int, dialect: ModuleType, by_rows: bool = False
+) -> tuple[Layout, Layout, Layout] | None:
+    """Layouts of a, b and the accumulator in matrix instructions; None if the dialect has none for these tiles.
+
+    `by_rows`: warps have rows of their own as long as there are enough."""
     instruction = dialect.matrix_instruction(op)
     if instruction is None:
         return None
@@ -50,7 +54,7 @@ def fragments(op: Op, warp_bits: int, dialect: ModuleType) -> tuple[Layout, Layo
     rows, columns = m[instruction.c.bits(0) :], n[instruction.c.bits(1) :]  # bits that number the matrices
     warps: list[tuple[str, int]] = []  # which matrices are whose: an upper bit of m or n for each warp bit
     while len(warps) < warp_bits and (rows or columns):
-        axis, bits, every = ("m", rows, m) if len(rows) >= len(columns) else ("n", columns, n)
+        axis, bits, every = ("m", rows, m) if len(rows) >= len(columns) or (by_rows and rows) else ("n", columns, n)
         warps.append((axis, every.index(bits.pop())))
     return (
         _layout(a, "mk", instruction.a, warps, warp_bits),
@@ -79,7 +83,11 @@ def _layout(
 def dot(e: Emitter, op: Op) -> None:
     layouts = e.assignment.fragments[op]
     if layouts is None:
-        return by_elements(e, op)
+        return outer.outer_products(e, op) if op.attributes.get("outer") else by_elements(e, op)
+    if e.dialect.ASYNCHRONOUS and len(op.result.shape) == 2:
+        from nitinol.compiler.gpu import mma
+
+        return mma.product(e, op)
     instruction: Instruction = e.dialect.matrix_instruction(op)
     parts = (instruction.a, instruction.b, instruction.c)
     name = op.result.name or "product"

@@ -13,8 +13,9 @@ from typing import Any
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.errors import CompilationError
-from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, memory, reduction
-from nitinol.compiler.gpu.assign import Assignment, operand_layouts
+from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, memory, mma, reduction, staging
+from nitinol.compiler.gpu.assign import operand_layouts
+from nitinol.compiler.gpu.cost import best_assignment
 from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, shifted, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
 from nitinol.compiler.gpu.sums import spread_sums
@@ -30,7 +31,8 @@ class Emitter:
 
     def __init__(self, function: Function, dialect: ModuleType, warp_bits: int, aliases: tuple[int, ...]) -> None:
         self.function, self.dialect, self.warp_bits = function, dialect, warp_bits
-        self.assignment = Assignment(function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect))
+        self.chained = mma.chained(function) if dialect.ASYNCHRONOUS else set()
+        self.assignment = best_assignment(function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect, op in self.chained))
         self.uses = uses_of(function)
         self.forms: dict[tuple[Value, Layout], Form] = {}
         self.body: list[Any] = []
@@ -346,4 +348,5 @@ HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "if": control.branch,
     "assert": effects.fail,
     "device_print": effects.print_values,
+    **staging.HANDLERS,
 }

@@ -19,6 +19,7 @@ LANGUAGE = "msl"  # the key of the source among a kernel's texts
 SHARED_LIMIT = 32768  # bytes of threadgroup memory of every Apple GPU
 SHARED_ROOMY = 16384  # up to here conversions get memory of their own; with more, fewer threadgroups share a core
 MOST_THREADS = 1024
+ASYNCHRONOUS = False  # whether loads go to threadgroup memory ahead of time (pipeline.py)
 MOST_BUFFERS = 31
 
 TYPES = {

@@ -28,7 +28,7 @@ def compile_for(
         stored = cache.get(key)
         if stored is not None:
             return pickle.loads(stored)
-    made = compile_function(source(), aliases, warps or 4, dialect(target), name)
+    made = compile_function(source(), aliases, warps, dialect(target), name)
     if key:
         cache.put(key, pickle.dumps(made))
     return made

@@ -16,6 +16,7 @@ class Scratch:
     """A piece of threadgroup memory of one conversion, reduction or dot; it lives from first to last access."""
 
     nbytes: int
+    align: int = 16
     offset: int = 0
     first: int = -1
     last: int = -1
@@ -23,7 +24,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Access:
-    """A read, write or atomic of memory. `where`: a Scratch, or a class of pointers that may meet (None: any).
+    """A read, write or atomic of memory, or a "hold": somebody else sees to its barriers. `where`: a Scratch, or a class of pointers that may meet (None: any).
 
     Accesses with one `thread` go to the same element in the same thread, and need no barrier between them.
     """
@@ -37,7 +38,7 @@ class Access:
         return "threadgroup" if isinstance(self.where, Scratch) else "device"
 
     def conflicts(self, other: Access) -> bool:
-        if self.how == other.how != "write" or self.space != other.space:
+        if self.how == other.how != "write" or "hold" in (self.how, other.how) or self.space != other.space:
             return False
         if self.thread is not None and self.thread == other.thread:
             return False
@@ -54,6 +55,7 @@ class Statement:
     lines: list[str]
     line: int | None = None
     accesses: list[Access] = field(default_factory=list)
+    clears: bool = False  # it ends with a barrier
 
 
 @dataclass
@@ -117,7 +119,7 @@ def allocate(nodes: Sequence[Node], roomy: int) -> int:
     for piece in pieces:
         alive = [p for p in placed if p.last >= piece.first]
         cursor = 0 if cursor + piece.nbytes > roomy else cursor
-        candidates = [cursor, 0, *(_aligned(p.offset + p.nbytes) for p in alive)]
+        candidates = [_aligned(x, piece.align) for x in (cursor, 0, *(p.offset + p.nbytes for p in alive))]
         for offset in candidates:
             if all(offset + piece.nbytes <= p.offset or p.offset + p.nbytes <= offset for p in alive):
                 piece.offset = offset
@@ -128,8 +130,8 @@ def allocate(nodes: Sequence[Node], roomy: int) -> int:
     return top
 
 
-def _aligned(offset: int) -> int:
-    return (offset + 15) // 16 * 16
+def _aligned(offset: int, to: int = 16) -> int:
+    return (offset + to - 1) // to * to
 
 
 # ---------------------------------------------------------------------------------------------------------- barriers
@@ -168,6 +170,8 @@ def _walk(nodes: list[Node], pending: Pending, barrier: Barrier | None) -> tuple
                     nodes.insert(index, Statement([barrier(spaces)]))
                     index, placed = index + 1, placed + 1
             pending = pending | frozenset(mine)
+            if isinstance(node, Statement) and node.clears:
+                pending = frozenset()
         index += 1
     return pending, placed
 
