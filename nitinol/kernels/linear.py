@@ -13,6 +13,7 @@ from nitinol.kernels.decode import FLOAT_FORMATS
 from nitinol.kernels.matmul import matmul_kernel, quantized_matmul_kernel
 from nitinol.kernels.matvec import matvec_kernel
 from nitinol.kernels.quantized import run_arguments
+from nitinol.runtime import get_device
 
 FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
 DECODE_COST = 12  # decoding and packing a block of weights takes as long as its products with about so many tokens
@@ -33,6 +34,8 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
     if tokens <= FEW_TOKENS and gate is None:
         return _matvec(x, weights, None, epilogue)
     if weights.format in FLOAT_FORMATS:
+        if get_device().target == "cuda":  # whose matrix instructions take halves, or float32 at a reduced precision
+            x = x.astype(weights.data.dtype)
         return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
     parts = quantize_activations(x)
     block_t = min((16, 64), key=lambda block: tl.cdiv(tokens, block) * (block + DECODE_COST))
@@ -76,15 +79,24 @@ def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
     rows = weights.shape[0]
     plain = weights.format in FLOAT_FORMATS
     values, scales, sums = (x, None, None) if plain else quantize_activations(x)
-    block_rows = 4 if plain else 1  # one row of blocks: each thread reads one long stream
+    block_rows, run, warps = matvec_blocks(plain, rows)
     block_tokens = tl.next_power_of_2(tokens)
     return launch(
         matvec_kernel, (tl.cdiv(rows, block_rows),), x=values, x_scales=scales, x_sums=sums, weights=weights, up=up,
         tokens=tokens, rows=rows, columns=columns, row_bytes=FORMATS[weights.format].nbytes(columns),
         ROWS=block_rows, TOKENS=block_tokens, EVEN=rows % block_rows == 0 and tokens == block_tokens,
         _operations=(2 if up is None else 4) * tokens * rows * columns,
-        **epilogue, **run_arguments(weights.format, columns, 64 if plain else 512),
+        _warps=warps, **epilogue, **run_arguments(weights.format, columns, run),
     )  # fmt: skip
+
+
+def matvec_blocks(plain: bool, rows: int) -> tuple[int, int, int]:
+    """Rows of a program, values of a row at a time, and warps: for F32, F16 and BF16 weights, or blocks."""
+    if get_device().target == "cpu":
+        return (4, 64, 0) if plain else (1, 512, 0)  # one row of blocks: each thread reads one long stream
+    if get_device().target == "metal":  # a program's rows share its activations; 128 programs are work for every core
+        return min(16, max(4, tl.next_power_of_2(rows // 128 + 1) // 2)), 512 if plain else 2048, 0
+    return (4, 1024, 4) if plain else (2, 2048, 4)
 
 
 def _matmul(a: Array, b: Array, epilogue: dict[str, Any]) -> Array:
@@ -93,15 +105,24 @@ def _matmul(a: Array, b: Array, epilogue: dict[str, Any]) -> Array:
     batch = max(a_batch, b_batch)
     if epilogue["out"] is None:
         epilogue = {**epilogue, "out": Output((batch, m, n), "float32")}
-    block_m, block_n = min(64, tl.next_power_of_2(m)), min(64, max(16, tl.next_power_of_2(n)))
-    block_k = min(128, max(4, tl.next_power_of_2(k)))
+    most_m, most_n, most_k, warps = matmul_blocks(a.dtype.nbytes == 2 and b.dtype.nbytes == 2 and m >= 128)
+    block_m, block_n = min(most_m, tl.next_power_of_2(m)), min(most_n, max(16, tl.next_power_of_2(n)))
+    block_k = min(most_k, max(4, tl.next_power_of_2(k)))
     return launch(
         matmul_kernel, (tl.cdiv(n, block_n), tl.cdiv(m, block_m), batch), a=Strided(a), b=Strided(b), m=m, n=n, k=k,
         a_batch=a.strides[0] if a_batch > 1 else 0, a_m=a.strides[1], a_k=a.strides[2],
         b_batch=b.strides[0] if b_batch > 1 else 0, b_k=b.strides[1], b_n=b.strides[2],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=m % block_m == 0 and n % block_n == 0,
-        EVEN_K=k % block_k == 0, _operations=2 * batch * m * n * k, **epilogue,
+        EVEN_K=k % block_k == 0, _operations=2 * batch * m * n * k, _warps=warps, **epilogue,
     )  # fmt: skip
+
+
+def matmul_blocks(halves: bool) -> tuple[int, int, int, int]:
+    """The largest blocks of m, n and k, and warps: of two half operands with 128 rows or more, or of others."""
+    target = get_device().target
+    if target == "cpu":
+        return 64, 64, 128, 0
+    return (128, 128, 64, 8) if target == "cuda" and halves else (64, 64, 32, 4)
 
 
 def _rows(name: str, x: Array, weights: Any) -> int:

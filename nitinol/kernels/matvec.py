@@ -116,16 +116,28 @@ def float_product(x, weights, row, token, columns, VALUES: tl.constexpr):
     at = tl.arange(0, VALUES)
     source = weights + row[:, None].to(tl.int64) * columns + at[None, :]
     values = x + token[:, None] * columns + at[None, :]
-    total = tl.zeros((token.shape[0], row.shape[0], VALUES), tl.float32)
+    SUMS: tl.constexpr = min(VALUES, 64)  # partial sums of a row: four vectors of a CPU; a GPU's threads share them
+    total = tl.zeros((token.shape[0], row.shape[0], SUMS), tl.float32)
     whole = columns // VALUES * VALUES
     for start in range(0, whole, VALUES):
         weight = tl.load(source + start).to(tl.float32)
-        total = tl.fma(weight[None], tl.load(values + start)[:, None, :], total)
+        total = add_products(weight[None], tl.load(values + start)[:, None, :], total)
     if whole < columns:
         inside = (whole + at < columns)[None, :]
         weight = tl.load(source + whole, mask=inside, other=0.0).to(tl.float32)
-        total = tl.fma(weight[None], tl.load(values + whole, mask=inside, other=0.0)[:, None, :], total)
+        total = add_products(weight[None], tl.load(values + whole, mask=inside, other=0.0)[:, None, :], total)
     return tl.sum(total, axis=2)
+
+
+@jit
+def add_products(left, right, total):
+    """total [tokens, rows, sums] + left * right [tokens, rows, values], folded to as many sums."""
+    sums: tl.constexpr = total.shape[2]
+    if left.shape[2] == sums:
+        return tl.fma(left, right, total)
+    products = left * right
+    count: tl.constexpr = products.shape[2] // sums
+    return total + tl.sum(tl.reshape(products, (total.shape[0], total.shape[1], count, sums)), axis=2)
 
 
 def matvec_reference(

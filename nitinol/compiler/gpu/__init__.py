@@ -91,8 +91,9 @@ def compile_function(
 
     `aliases`: a number per parameter; pointers with equal numbers may point into the same memory (the default: all
     differ). `simdgroups`: a power of two, how many simdgroups of 32 threads run one program instance; 0: as many as its
-    tiles are large enough for. `name`: of the kernel, if not the function's. `stages`: how many tiles of each load that feeds products in a loop are in shared
-    memory at a time (1: none is loaded ahead; 0: as many as pay), where the dialect loads asynchronously.
+    tiles are large enough for. `name`: of the kernel, if not the function's. `stages`: how many tiles of each load that
+    feeds products in a loop are in shared memory at a time (1: none is loaded ahead; 0: as many as pay), where the
+    dialect loads asynchronously.
 
     Raises CompilationError with the Python line for what the dialect's devices cannot do.
     """
@@ -110,7 +111,7 @@ def compile_function(
     aliases = aliases or tuple(range(len(function.parameters)))
     expand_small_dots(function, dialect.MATRIX_SIDES)
     if dialect.ASYNCHRONOUS:
-        pipeline(function, dialect, stages, aliases)
+        pipeline(function, dialect, simdgroups, stages, aliases)
     narrow_sums(function)
     simdgroups = simdgroups or enough_simdgroups(function)
     e = Emitter(function, dialect, simdgroups.bit_length() - 1, aliases)
