@@ -20,6 +20,7 @@ import numpy as np
 import nitinol.language as tl
 from nitinol.array import Output, launch
 from nitinol.language.jit import jit
+from nitinol.runtime import get_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -28,9 +29,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def prefill_attention_kernel(
     q, k, v, position, out, tokens, context, q_token, q_head, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr = tl.float32,
 ):  # fmt: skip
     """Program (m, h): tokens BLOCK_M * m ... of query head h. Query t of head h starts at t * q_token + h * q_head in
-    q and out; `position` is int32 [1], or None for 0."""
+    q and out; `position` is int32 [1], or None for 0. DOT: what queries, keys, values and weights are multiplied in."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: threads finish together
     head = tl.program_id(1).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
@@ -38,7 +40,7 @@ def prefill_attention_kernel(
     offset = 0 if position is None else tl.load(position)
     rows = row[:, None].to(tl.int64) * q_token + head * q_head + lane[None, :]
     inside = (row < tokens)[:, None] & (lane < HEAD_DIM)[None, :]
-    query = tl.load(q + rows, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)
+    query = (tl.load(q + rows, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)).to(DOT)
     keys = k + (head // GROUP) * context * HEAD_DIM
     values = v + (head // GROUP) * context * HEAD_DIM
     place = offset + row
@@ -63,12 +65,13 @@ def attend(
     query, keys, values, start, place, length, top, total, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys and values: the new maximum, sum of weights and weighted values.
+    """One block of keys and values: the new maximum, sum of weights and weighted values. Keys and values are multiplied
+    in the query's type.
 
     MASKED: only keys below `length` are read, and only those up to its `place` count for a query.
     """
     at = start + tl.arange(0, BLOCK_N)
-    key = load_block(keys, at, length, HEAD_DIM, BLOCK_D, MASKED)
+    key = load_block(keys, at, length, HEAD_DIM, BLOCK_D, MASKED).to(query.dtype)
     scores = tl.dot(query, tl.trans(key))
     if MASKED:
         scores = tl.where(at[None, :] <= place[:, None], scores, float("-inf"))
@@ -76,20 +79,20 @@ def attend(
     weights = tl.exp2(scores - highest[:, None])
     shrink = tl.exp2(top - highest)
     total = total * shrink + tl.sum(weights, axis=1)
-    value = load_block(values, at, length, HEAD_DIM, BLOCK_D, MASKED)
-    return highest, total, tl.dot(weights, value, acc * shrink[:, None])
+    value = load_block(values, at, length, HEAD_DIM, BLOCK_D, MASKED).to(query.dtype)
+    return highest, total, tl.dot(weights.to(query.dtype), value, acc * shrink[:, None])
 
 
 @jit
 def load_block(base, at, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows `at` of keys or values as float32 [BLOCK_N, BLOCK_D], zeros where there are none."""
+    """Rows `at` of keys or values [BLOCK_N, BLOCK_D], zeros where there are none."""
     lane = tl.arange(0, BLOCK_D)
     pointers = base + at[:, None].to(tl.int64) * HEAD_DIM + lane[None, :]
     if MASKED:
-        return tl.load(pointers, mask=(at < length)[:, None] & (lane < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+        return tl.load(pointers, mask=(at < length)[:, None] & (lane < HEAD_DIM)[None, :], other=0.0)
     if HEAD_DIM != BLOCK_D:
-        return tl.load(pointers, mask=(lane < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
-    return tl.load(pointers).to(tl.float32)
+        return tl.load(pointers, mask=(lane < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @jit
@@ -169,10 +172,10 @@ def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: f
     heads = width // head_dim
     arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": float(scale)}
     if tokens > 1:
-        constants = prefill_constants(heads // kv_heads, head_dim, tokens)
+        constants, warps = prefill_blocks(heads // kv_heads, head_dim, tokens, k_cache)
         return launch(
             prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), out=Output(q.shape, "float32"),
-            tokens=tokens, q_token=width, q_head=head_dim, **arguments, **constants,
+            tokens=tokens, q_token=width, q_head=head_dim, _warps=warps, **arguments, **constants,
         )  # fmt: skip
     constants = decode_constants(heads // kv_heads, head_dim, kv_heads)
     splits = constants["SPLITS"]
@@ -201,11 +204,11 @@ def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
             f"causal_attention: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected "
             "[heads, T, head_dim] and twice [kv_heads, T, head_dim], heads a multiple of kv_heads"
         )
-    constants = prefill_constants(heads // kv_heads, head_dim, tokens)
+    constants, warps = prefill_blocks(heads // kv_heads, head_dim, tokens, k)
     return launch(
         prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), q=q, k=k, v=v, position=None,
         out=Output(q.shape, "float32"), tokens=tokens, context=tokens, q_token=head_dim, q_head=tokens * head_dim,
-        scale=float(head_dim**-0.5 if scale is None else scale), **constants,
+        scale=float(head_dim**-0.5 if scale is None else scale), _warps=warps, **constants,
     )  # fmt: skip
 
 
@@ -218,13 +221,22 @@ def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def prefill_blocks(group: int, head_dim: int, tokens: int, keys: Any) -> tuple[dict[str, Any], int]:
+    """The constants and the warps for the current device: CUDA's matrix instructions take halves as they are."""
+    constants: dict[str, Any] = prefill_constants(group, head_dim, tokens)
+    if get_device().target != "cuda" or keys.dtype.nbytes != 2:
+        return constants, 0
+    return constants | {"BLOCK_M": 16 if tokens <= 16 else 128, "DOT": keys.dtype}, 4 if tokens <= 16 else 8
+
+
 def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]:
-    """Constexpr arguments: about 16 programs, whatever the number of threads."""
+    """Constexpr arguments: about 16 programs on a CPU, whatever the number of threads; more on a GPU."""
     check_head(head_dim)
+    programs = {"cpu": 16, "metal": 64}.get(get_device().target, 256)
     return {
         "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,
-        "SPLITS": tl.next_power_of_2(max(1, 16 // kv_heads)),
+        "SPLITS": tl.next_power_of_2(max(1, programs // kv_heads)),
     }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
     rows = weights.shape[0]
     plain = weights.format in FLOAT_FORMATS
     values, scales, sums = (x, None, None) if plain else quantize_activations(x)
-    block_rows, run, warps = matvec_blocks(plain, rows)
+    block_rows, run, warps = matvec_blocks(plain)
     block_tokens = tl.next_power_of_2(tokens)
     return launch(
         matvec_kernel, (tl.cdiv(rows, block_rows),), x=values, x_scales=scales, x_sums=sums, weights=weights, up=up,
@@ -90,12 +90,12 @@ def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
     )  # fmt: skip
 
 
-def matvec_blocks(plain: bool, rows: int) -> tuple[int, int, int]:
+def matvec_blocks(plain: bool) -> tuple[int, int, int]:
     """Rows of a program, values of a row at a time, and warps: for F32, F16 and BF16 weights, or blocks."""
     if get_device().target == "cpu":
         return (4, 64, 0) if plain else (1, 512, 0)  # one row of blocks: each thread reads one long stream
-    if get_device().target == "metal":  # a program's rows share its activations; 128 programs are work for every core
-        return min(16, max(4, tl.next_power_of_2(rows // 128 + 1) // 2)), 512 if plain else 2048, 0
+    if get_device().target == "metal":  # the rows of a program share its activations
+        return 16, 512 if plain else 2048, 0
     return (4, 1024, 4) if plain else (2, 2048, 4)
 
 
