@@ -275,3 +275,17 @@ def test_the_next_kernel_reads_what_went_around_the_caches():
         return launch(scaled, (x.size // 4096,), x=array, out=out, n=x.size, BLOCK=4096)
 
     np.testing.assert_array_equal(nitinol.compile(twice)(array).numpy(), 4 * x.reshape(-1, 64).T.reshape(-1))
+
+
+@jit
+def gathered_pairs(x, at, out, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None]
+    found = tl.gather(tl.load(x + i), tl.load(at + i), axis=1)
+    tl.store(out + tl.arange(0, N // 2), tl.split(tl.reshape(found, (N // 2, 2)))[1])
+
+
+def test_a_run_of_gathered_lanes_goes_on_in_the_next_rows():
+    x = np.random.default_rng().standard_normal(64).astype(np.float32)
+    out = np.full(32, np.nan, np.float32)
+    gathered_pairs[(1,)](x, np.zeros(64, np.int32), out, N=64)
+    np.testing.assert_array_equal(out, x[1::2])

@@ -324,6 +324,10 @@ def copy_stored(g: Generator, source: Stored, place: Stored) -> None:
 
 def gather(g: Generator, op: Op, index: Index, axis: int, width: int) -> Lanes:
     """Elements of a stored tile at positions that another tile holds, along one axis."""
+    if width > op.result.shape[axis]:  # the run goes on in the next row
+        from nitinol.compiler.cpu.views import pieces
+
+        return pieces(g, op.result, index, width)
     source, positions = op.operands
     stored = g.tiles[source]
     along = op.attributes["axis"]
