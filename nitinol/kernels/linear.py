@@ -80,13 +80,16 @@ def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
     plain = weights.format in FLOAT_FORMATS
     values, scales, sums = (x, None, None) if plain else quantize_activations(x)
     block_rows, run, warps = matvec_blocks(plain)
+    blocks = run_arguments(weights.format, columns, run)
+    if get_device().target == "metal":  # a simdgroup for 16 bytes of a row in each lane: all of them share the rows
+        warps = min(4, max(1, blocks["VALUES"] // (128 if plain else 512)))
     block_tokens = tl.next_power_of_2(tokens)
     return launch(
         matvec_kernel, (tl.cdiv(rows, block_rows),), x=values, x_scales=scales, x_sums=sums, weights=weights, up=up,
         tokens=tokens, rows=rows, columns=columns, row_bytes=FORMATS[weights.format].nbytes(columns),
         ROWS=block_rows, TOKENS=block_tokens, EVEN=rows % block_rows == 0 and tokens == block_tokens,
         _operations=(2 if up is None else 4) * tokens * rows * columns,
-        _warps=warps, **epilogue, **run_arguments(weights.format, columns, run),
+        _warps=warps, **epilogue, **blocks,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def carry(e: Emitter, variables: Sequence[Value], values: Sequence[Value], sums:
     for number, (argument, value) in enumerate(zip(variables, values)):
         layout = e.home(argument)
         form = e.form(value, layout)
-        if number in sums:
+        if number in sums and value not in e.parts:
             form = first_part(e, value, form, sums[number])
         base = argument.name or value.name or "carried"
         forms.append(e.store_in(e.name(base), argument.element, layout.count, form))
@@ -100,6 +100,7 @@ def for_loop(e: Emitter, op: Op) -> None:
 def loop_sum(e: Emitter, op: Op, result: Value, form: Form, layout: Layout, threads: Threads) -> Form:
     """The whole of a sum after its loop, or still its parts if another sum is all that wants it."""
     if goes_on(e, result):
+        e.parts.add(result)
         return form
     running = Running(e, op, [form], layout.count)
     between_threads(e, op, running, layout, threads)

@@ -76,6 +76,8 @@ def price(source: Layout, result: Layout, shuffle: Shuffle | None, element: DTyp
     choices = len(shuffle.choices)
     if choices == 1 and not shuffle.moves:
         return 0.0
+    if choices > 4:
+        return memory
     words = result.count >> len(packed := packing(shuffle, element))
     return min(memory, words * (SHUFFLE * choices + choices - 1.0) + result.count * bool(packed))
 

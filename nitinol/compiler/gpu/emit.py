@@ -50,6 +50,7 @@ class Emitter:
         self.aliases = dict(zip(function.parameters, aliases))
         found = self.assignment
         self.spread, self.spread_loops = spread_sums(function, self.uses, found.home, found.wanted, found.chosen)
+        self.parts: set[Value] = set()  # sums of loops whose parts still lie in several threads
         self.note_blocks(function.body)
 
     # ----------------------------------------------------------------------------------------------- small parts

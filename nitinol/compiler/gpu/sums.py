@@ -1,7 +1,8 @@
 """Sums that stay spread over threads: lanes and simdgroups are added up once, when the sum is wanted, not in a loop.
 
 In `for ...: total = total + sum(tile)` each thread adds the part of the sum that it has, and the parts meet after the
-loop. A sum of a sum is one sum over more threads. The order of additions is not promised by a reduction; this is a
+loop; so too in `total = total * factor + sum(tile)`, as in an online softmax, and from one loop to the next. A sum
+of a sum is one sum over more threads. The order of additions is not promised by a reduction; this is a
 loop's too.
 """
 
@@ -46,12 +47,19 @@ def spread_sums(
                 spread.add(op)
             elif loop is not None and user.kind == "add" and user in block.ops:
                 other = user.operands[user.operands[0] is op.result]
+                same = [other, user.result]
+                scaling = other.op
+                if scaling is not None and scaling.kind == "mul" and only_use(other) is user:
+                    other = next((v for v in scaling.operands if v in block.arguments), other)
+                    same.append(other)
+                else:
+                    scaling = user
                 number = block.arguments.index(other) if other in block.arguments else 0
                 last = block.terminator
                 if (
-                    number and only_use(other) is user and only_use(user.result) is last
+                    number and only_use(other) is scaling and only_use(user.result) is last
                     and last.operands.index(user.result) == number - 1
-                    and home[other] == home[user.result] == home[op.result]
+                    and all(home[value] == home[op.result] for value in same)
                 ):  # fmt: skip
                     spread.add(op)
                     loops.setdefault(loop, {})[number - 1] = op
@@ -98,10 +106,19 @@ def sum_threads(e: Emitter, op: Op) -> Threads:
 
 
 def goes_on(e: Emitter, value: Value) -> bool:
-    """Whether a loop's sum goes into one other sum, which adds up the parts of both."""
+    """Whether a loop's sum goes into one other sum, which adds up the parts of both, or on in another loop."""
     users = e.uses.get(value, [])
     others = any(layout != e.home(value) for layout in e.assignment.wanted.get(value, []))
-    return len(users) == 1 and not others and is_sum(users[0]) and e.assignment.chosen[users[0]] == e.home(value)
+    if len(users) != 1 or others:
+        return False
+    user, made = users[0], value.op
+    if user.kind != "for" or made is None:
+        return is_sum(user) and e.assignment.chosen[user] == e.home(value)
+    number, sums = user.operands.index(value) - 3, e.spread_loops
+    if number not in sums.get(user, {}) or e.home(user.results[number]) != e.home(value):
+        return False
+    return sum_threads(e, sums[user][number]) == sum_threads(e, sums[made][made.results.index(value)])
+
 
 
 # ------------------------------------------------------------------------------------------- before layouts are chosen
