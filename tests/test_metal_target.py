@@ -289,8 +289,7 @@ def test_products_of_every_kind(dtypes):
             product, f"product_{number}", SIMDGROUPS[number % 3], a=memory[0], b=memory[1], c=c, M=m, N=n, K=k,
             TRANSPOSED=transposed, STEP=min(k, 32),
         )  # fmt: skip
-        matrices = one in ("f4", "f2", "bf") and m >= 8
-        assert ("simdgroup_multiply_accumulate" in made.source) == matrices
+        assert ("simdgroup_multiply_accumulate" in made.source) == (m >= 8)
         cases.append((made, [getattr(v, "array", v) for v in values], a, b, c))
     library = Library([made for made, *_ in cases])
     softmetal.set_validation(True)
@@ -301,6 +300,19 @@ def test_products_of_every_kind(dtypes):
         else:  # k roundings of partial sums of products of standard normals
             k = a.shape[1]
             np.testing.assert_allclose(c, a.astype(np.float64) @ b.astype(np.float64), rtol=0, atol=8 * k * 2.0**-23)
+
+
+@pytest.mark.parametrize("one, two, k", [("i1", "i1", 2048), ("u1", "i1", 1024), ("i1", "u1", 512), ("u1", "u1", 512)])
+def test_sums_of_bytes_are_exact_at_the_extremes(one, two, k):
+    """Matrices of halves add up floats: long sums must be cut before 2**24."""
+    a, b = (np.full(shape, np.iinfo(kind).min or 255, kind) for shape, kind in (((8, k), one), ((k, 8), two)))
+    c = np.full((8, 8), 77, np.int32)
+    made = launch(product, a=a, b=b, c=c, M=8, N=8, K=k, TRANSPOSED=False, STEP=k)
+    assert "simdgroup_multiply_accumulate" in made.source
+    np.testing.assert_array_equal(c, a.astype(np.int64) @ b.astype(np.int64))
+    a[0, 0] = b[0, 0] = 1  # odd sums: the next float would be one off
+    launch(product, a=a, b=b, c=c, M=8, N=8, K=k, TRANSPOSED=False, STEP=k)
+    np.testing.assert_array_equal(c, a.astype(np.int64) @ b.astype(np.int64))
 
 
 @jit

@@ -109,7 +109,7 @@ def compile_function(
         most = dialect.MOST_THREADS // 32
         raise ValueError(f"{function.name}: {simdgroups} simdgroups; expected a power of two up to {most}")
     aliases = aliases or tuple(range(len(function.parameters)))
-    expand_small_dots(function, dialect.MATRIX_SIDES)
+    expand_small_dots(function, dialect.MATRIX_SIDES, dialect.BYTES_AS_HALVES)
     if dialect.ASYNCHRONOUS:
         pipeline(function, dialect, simdgroups, stages, aliases)
     narrow_sums(function)

@@ -147,6 +147,7 @@ def prelude(text: str, wanted: set[str]) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------- matrices
 
+BYTES_AS_HALVES = False
 MATRIX_SIDES = (16, 8, 8)  # rows, columns, products in a sum: fewer are rewritten or padded
 _C = Fragment(((1, 0), (0, 3)), ((1, 1), (1, 2), (0, 0), (0, 1), (0, 2)))
 HALVES = Instruction(  # m16n8k16

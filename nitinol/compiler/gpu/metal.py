@@ -216,6 +216,7 @@ float erf(float x) {
 
 # The 8x8 matrices of a simdgroup, two neighbours of a row per lane, as observed on Apple GPUs (MLX relies on it too).
 MATRIX_SIDES = (8, 8, 8)  # rows, columns, products in a sum
+BYTES_AS_HALVES = True  # they take no integers
 _MATRIX = Fragment(((1, 0),), ((1, 1), (0, 0), (0, 1), (1, 2), (0, 2)))
 
 

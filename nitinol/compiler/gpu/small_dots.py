@@ -4,28 +4,33 @@ With too few rows, as in decoding, a dot is bound by the memory that b comes fro
 sum(a[:, :, None] * b[None, :, :], axis=1) each thread multiplies what it has of b by the few values of a that it needs,
 and nothing is staged. With enough rows but too few columns or too short a sum, floats are padded: columns are repeated,
 the sum goes on with zeros.
+
+Where matrix instructions take no bytes, they take them as halves, which hold -2048 to 2048 exactly, and add up floats,
+which are exact as long as every partial sum stays below 2**24: 1024 products of int8 (128 * 128 each), 512 of int8 and
+uint8 (128 * 255), 256 of uint8 (255 * 255). Longer sums are cut into such pieces, whose sums are added as integers.
 """
 
 from __future__ import annotations
 
 from nitinol.compiler.analysis import replace_uses
 from nitinol.compiler.ir import Block, Function, Op, Value, create
-from nitinol.language.types import DType, TileType, Type, float32, int1, int32, with_element, with_shape
+from nitinol.language.types import DType, TileType, Type, float16, float32, int1, int8, int32, with_element, with_shape
 
 
-def expand_small_dots(function: Function, sides: tuple[int, int, int]) -> None:
-    """Rewrites dots with less than `sides` rows, columns or products in a sum, in place."""
-    _block(function.body, function.body, sides)
+def expand_small_dots(function: Function, sides: tuple[int, int, int], bytes_as_halves: bool) -> None:
+    """Rewrites dots with less than `sides` rows, columns or products in a sum, in place, and with `bytes_as_halves`
+    those of bytes."""
+    _block(function.body, function.body, sides, bytes_as_halves)
 
 
-def _block(block: Block, body: Block, sides: tuple[int, int, int]) -> None:
+def _block(block: Block, body: Block, sides: tuple[int, int, int], bytes_as_halves: bool) -> None:
     index = 0
     while index < len(block.ops):
         op = block.ops[index]
         for region in op.regions:
-            _block(region, body, sides)
+            _block(region, body, sides, bytes_as_halves)
         if op.kind == "dot":
-            made = _Rewrite(op, sides).ops
+            made = _Rewrite(op, sides, bytes_as_halves).ops
             if made:
                 block.ops[index : index + 1] = made
                 made[-1].result.name = op.result.name
@@ -37,13 +42,15 @@ def _block(block: Block, body: Block, sides: tuple[int, int, int]) -> None:
 class _Rewrite:
     """`ops`: what one dot becomes, the last of them its result; none if it stays."""
 
-    def __init__(self, op: Op, sides: tuple[int, int, int]) -> None:
+    def __init__(self, op: Op, sides: tuple[int, int, int], bytes_as_halves: bool) -> None:
         self.ops: list[Op] = []
-        self.location = op.location
+        self.location, self.sides = op.location, sides
         a, b, acc = op.operands
         m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
         if m < sides[0]:
             self.products(a, b, acc)
+        elif bytes_as_halves and acc.element == int32:
+            self.halves(a, b, acc)
         elif (n < sides[1] or k < sides[2]) and acc.element == float32 and a.element == b.element:
             self.padded(a, b, acc, max(n, sides[1]), max(k, sides[2]))
 
@@ -81,7 +88,28 @@ class _Rewrite:
         total = self.reduce(self.add("mul", wide, with_shape(acc.element, shape)), len(batch) + 1, "add")
         self.add("add", [total, acc], acc.type)
 
-    def padded(self, a: Value, b: Value, acc: Value, columns: int, depth: int) -> None:
+    def halves(self, a: Value, b: Value, acc: Value) -> None:
+        *batch, m, k = a.shape
+        n = b.shape[-1]
+        largest = [128 if v.element == int8 else 255 for v in (a, b)]
+        piece = min(k, 1 << ((1 << 24) // (largest[0] * largest[1])).bit_length() - 1)
+        a, b = (self.add("cast", [v], with_element(v.type, float16)) for v in (a, b))
+        if piece < k:  # [..., k / piece, m, piece] @ [..., k / piece, piece, n]
+            a = self.add("reshape", [a], with_shape(float16, (*batch, m, k // piece, piece)))
+            order = (*range(len(batch)), len(batch) + 1, len(batch), len(batch) + 2)
+            a = self.add("trans", [a], with_shape(float16, (*batch, k // piece, m, piece)), perm=order)
+            b = self.add("reshape", [b], with_shape(float16, (*batch, k // piece, piece, n)))
+        zero = self.fill(0.0, with_shape(float32, (*a.shape[:-1], n)))
+        if n < self.sides[1] or piece < self.sides[2]:
+            total = self.padded(a, b, zero, max(n, self.sides[1]), max(piece, self.sides[2]))
+        else:
+            total = self.add("dot", [a, b, zero], zero.type)
+        total = self.add("cast", [total], with_element(total.type, int32))
+        if piece < k:
+            total = self.reduce(total, len(batch), "add")
+        self.add("add", [acc, total], acc.type)
+
+    def padded(self, a: Value, b: Value, acc: Value, columns: int, depth: int) -> Value:
         *batch, m, k = a.shape
         n = b.shape[-1]
         if k < depth:
@@ -94,7 +122,8 @@ class _Rewrite:
         total = self.add("dot", [a, b, zero], zero.type)
         if n < columns:
             total = self.add("reshape", [total], with_shape(float32, (*batch, m, columns // n, n)))
-            self.add("add", [self.reduce(total, len(batch) + 1, ""), acc], acc.type)
+            total = self.add("add", [self.reduce(total, len(batch) + 1, ""), acc], acc.type)
+        return total
 
     def lengthen(self, value: Value, axis: int, extent: int) -> Value:
         """Zeros behind a tile."""
