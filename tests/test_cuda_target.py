@@ -190,6 +190,7 @@ class BFloat16:
 
 PRODUCTS = [(8, 8, 8), (16, 64, 32), (64, 32, 16), (32, 32, 64), (128, 128, 256), (64, 128, 384), (128, 64, 64)]
 PRODUCTS += [(1, 64, 32), (4, 16, 128), (2, 2, 2), (16, 4, 16), (32, 1, 2), (256, 16, 128), (16, 256, 64)]
+PRODUCTS += [(64, 64, 128), (64, 256, 64), (256, 128, 192)]
 
 
 def operands(rng, m, n, k, dtypes):
@@ -236,7 +237,7 @@ def test_the_compiler_takes_products(dtypes):
 @pytest.mark.parametrize("dtypes", KINDS)
 def test_products_of_every_kind(device, dtypes):
     rng = np.random.default_rng()
-    for m, n, k in PRODUCTS * 2:
+    for m, n, k in PRODUCTS * 3:
         warps, step = int(rng.choice(WARPS)), min(k, int(rng.choice([16, 32, 64])))
         made, values, a, b, c = product_case(rng, m, n, k, dtypes, warps, step)
         device.run(made, (1, 1, 1), values)
@@ -429,7 +430,8 @@ def test_the_compiler_takes_products_with_weights_of_every_format():
 def test_weights_of_every_format_are_multiplied(device):
     for made, values, out, expected in matvec_cases(np.random.default_rng()):
         device.run(made, (2, 1, 1), values)
-        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 * np.sqrt(512))  # fp32 sums of 512 products
+        atol = 1e-5 * np.sqrt(512)  # fp32 sums of 512 products
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=atol, err_msg=f"{made.name}\n{made.source}")
 
 
 def attention_case(rng, dtype, warps):

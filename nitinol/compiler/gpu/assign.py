@@ -60,7 +60,9 @@ class Assignment:
         self.wanted: dict[Value, list[Layout]] = {}
         self.chosen: dict[Op, Layout] = {}
         self.fragments: dict[Op, tuple[Layout, Layout, Layout] | None] = {}
-        self.spilled: dict[tuple[Op, int], Layout] = {}  # operands of dots that go to shared memory from there
+        self.spilled: dict[Value, bool] = {}  # operands of dots that go to shared memory; whether for warp groups
+        self.spilled_from: dict[Value, Layout] = {}
+        self.in_memory: set[tuple[Op, int]] = set()  # operands of dots that are read from there
         self.scalar = blocked((), warp_bits, 0)
         self.large = loads.large_loads(function) - follow
         self.moved: set[Op] = set()  # large loads that went where they are wanted
@@ -397,13 +399,21 @@ class Assignment:
 
     def operand_of_matrices(self, op: Op, number: int, fragment: Layout) -> Layout:
         """Where an operand of a dot is wanted: as a fragment, or where it is, from where it goes to shared memory."""
-        home = self.home_of(op.operands[number])
-        if number == 2 or home is None or not op.attributes.get("from_memory"):
+        value = op.operands[number]
+        home = self.home_of(value)
+        if number == 2 or not op.attributes.get("from_memory"):
             return fragment
-        shuffle = convert.find_shuffle(home, fragment)
-        if shuffle is not None and not shuffle.moves and len(shuffle.choices) == 1:
+        if number == 1 and op.attributes.get("warpgroups"):
+            home = home or self.default(value.shape)
+        elif home is None:
             return fragment
-        self.spilled[op, number] = home
+        else:
+            shuffle = convert.find_shuffle(home, fragment)
+            if shuffle is not None and not shuffle.moves and len(shuffle.choices) == 1:
+                return fragment
+        self.spilled[value] = self.spilled.get(value, False) or bool(op.attributes.get("warpgroups"))
+        self.in_memory.add((op, number))
+        self.spilled_from[value] = home = self.spilled_from.get(value, home)
         return home
 
     def move_up(self, op: Op) -> None:

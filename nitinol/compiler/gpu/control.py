@@ -9,6 +9,7 @@ from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
 from nitinol.compiler.gpu.layout import Layout, identity
 from nitinol.compiler.gpu.reduction import Running, between_threads
 from nitinol.compiler.gpu.sums import Threads, first_part, goes_on, sum_threads
+from nitinol.compiler.gpu import staging
 from nitinol.compiler.gpu.tree import Nest
 from nitinol.compiler.ir import Block, Op, Value
 
@@ -89,7 +90,16 @@ def for_loop(e: Emitter, op: Op) -> None:
     advance = f"{name}++" if step == "1" else f"{name} += {step}"
     kind = e.type(counter.element)
     head = f"for ({kind} {name} = {lower}; {name} < {upper}; {advance}) {{"
-    e.nodes.append(Nest(head, body, "}", True, location.line if location else None))
+    loop = Nest(head, body, "}", True, location.line if location else None)
+    if "unfinished" in op.attributes:  # what waits for the products stands where there is no way round the loop
+        outer, e.nodes = e.nodes, [loop]
+        staging.finish(e, op, variables)
+        outer.append(Nest(f"if ({lower} < {upper}) {{", e.nodes, "}", False, loop.line))
+        e.nodes = outer
+    else:
+        e.nodes.append(loop)
+        if "stages" in op.attributes:
+            staging.finish(e, op, variables)
     for number, (result, form, argument) in enumerate(zip(op.results, variables, carried)):
         layout = e.home(argument)
         if number in sums:

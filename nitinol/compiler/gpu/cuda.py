@@ -27,6 +27,7 @@ SHARED_LIMIT = SHARED_LIMITS[90]
 SHARED_ROOMY = 32768  # up to here conversions get memory of their own; with more, fewer blocks share a multiprocessor
 MOST_THREADS = 1024
 ASYNCHRONOUS = True  # whether loads go to shared memory ahead of time (pipeline.py)
+WARP_GROUPS = True  # wgmma, of compute capability 9.0 only
 MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
 
 TYPES = {
@@ -171,6 +172,18 @@ def matrix_instruction(op: Op) -> Instruction | None:
     if a.element in (int8, uint8) and b.element in (int8, uint8) and acc.element == int32:
         return BYTES if m >= 16 and n >= 8 and k >= 32 else None
     return None
+
+
+def by_warp_groups(op: Op, warps: int) -> bool:
+    """Whether a dot goes to wgmma, which four warps issue together for 64 rows each (compute capability 9.0)."""
+    a, b, acc = op.operands
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    fits = a.element == b.element and a.element in (float16, bfloat16) and acc.element == float32
+    groups = warps // 4
+    return (
+        WARP_GROUPS and fits and len(a.shape) == 2 and k >= 16 and m >= 64 and groups > 0
+        and n >= 16 * max(1, groups // (m // 64)) * (2 if groups > m // 64 else 1)
+    )  # fmt: skip
 
 
 def matrix_declare(element: DType, name: str, count: int, values: int) -> str:

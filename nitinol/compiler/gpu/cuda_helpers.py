@@ -67,6 +67,28 @@ def _mma(name: str, shape: str, accumulator: str, types: str) -> str:
     return text
 
 
+def _wgmma(name: str, ptx: str, n: int, where: str) -> str:
+    """c[at], c[at + 1], ... += a b for 64 rows and n columns; a in shared memory or in registers."""
+    count = n // 2
+    cells = ", ".join(f'"+f"(c[at + {i // 4}][{i % 4}])' for i in range(count))
+    targets = ", ".join(f"%{i}" for i in range(count))
+    if where == "memory":
+        head = f"template <int A_TURNED, int B_TURNED, int C> INLINE void {name}(float (&c)[C][4], int at, ulong64 a, ulong64 b)"
+        given, turned, inputs = f"%{count}", f"%{count + 2}, %{count + 3}", '"l"(a), "l"(b), "n"(A_TURNED), "n"(B_TURNED)'
+        second, one = f"%{count + 1}", f"%{count + 4}"
+    else:
+        head = f"template <int B_TURNED, int C> INLINE void {name}(float (&c)[C][4], int at, const uint (&a)[4], ulong64 b)"
+        given = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        turned, inputs = f"%{count + 5}", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B_TURNED)'
+        second, one = f"%{count + 4}", f"%{count + 6}"
+    return f"""{head} {{
+    asm volatile("{{ .reg .pred p; setp.ne.b32 p, {one}, 0; "
+        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{targets}}}, {given}, {second}, p, 1, 1, {turned}; }}"
+        : {cells}
+        : {inputs}, "r"(1));
+}}"""
+
+
 def _ldmatrix(count: int, trans: str) -> str:
     """Functions that fill words of one matrix, or of two of half as many."""
     name, how = f"ldmatrix_x{count}{trans}", f"ldmatrix.sync.aligned.m8n8.x{count}{trans.replace('_', '.')}.shared.b16"
@@ -210,5 +232,34 @@ INLINE void cp_async(uint to, const void *from, bool inside) {
     **{
         f"ldmatrix_x{count}{trans}": _ldmatrix(count, trans)
         for count in (1, 2, 4) for trans in ("", "_trans")
+    },
+    # Matrix instructions of four warps, asynchronous: between the fence and the wait nobody may touch accumulators.
+    "fence_shared": """// What this thread wrote to shared memory is seen by matrix instructions.
+INLINE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }""",
+    "wgmma_fence": """INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }""",
+    "wgmma_commit": """INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }""",
+    "wgmma_wait": """template <int pending> INLINE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(pending) : "memory");
+}""",
+    "settle": """// The compiler keeps reads of c behind this, and writes before it.
+template <int C> INLINE void settle(float (&c)[C][4]) {
+#pragma unroll
+    for (int i = 0; i < C; i++)
+        asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3]) :: "memory");
+}
+template <int C> INLINE void settle(float (&c)[C]) {
+#pragma unroll
+    for (int i = 0; i < C; i++) asm volatile("" : "+f"(c[i]) :: "memory");
+}""",
+    "uniform": "INLINE uint uniform(uint x) { return __shfl_sync(0xffffffffu, x, 0); }",
+    "descriptor": """// Where and how a matrix lies in shared memory: offsets between its parts in bytes, and the swizzle.
+INLINE ulong64 descriptor(uint address, uint leading, uint stride, uint swizzle) {
+    return ulong64(address >> 4 & 0x3fff) | ulong64(leading >> 4) << 16 | ulong64(stride >> 4) << 32
+        | ulong64(swizzle) << 62;
+}""",
+    **{
+        f"wgmma_{name}_{n}_{where}": _wgmma(f"wgmma_{name}_{n}_{where}", ptx, n, where)
+        for name, ptx in (("fp16", "f16"), ("bf16", "bf16")) for n in (8, 16, 32, 64, 128, 256)
+        for where in ("memory", "registers")
     },
 }

@@ -19,6 +19,7 @@ from nitinol.compiler.gpu.cost import best_assignment
 from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, shifted, variable
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
 from nitinol.compiler.gpu.sums import spread_sums
+from nitinol.compiler.gpu.pipeline import Stage
 from nitinol.compiler.gpu.tree import Access, Each, Scratch, Statement, accesses
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
@@ -34,6 +35,7 @@ class Emitter:
         self.chained = mma.chained(function) if dialect.ASYNCHRONOUS else set()
         self.assignment = best_assignment(function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect, op in self.chained))
         self.uses = uses_of(function)
+        self.stages: dict[Value, Stage] = {}  # tiles that products find in shared memory
         self.forms: dict[tuple[Value, Layout], Form] = {}
         self.body: list[Any] = []
         self.nodes = self.body
@@ -222,11 +224,11 @@ class Emitter:
         for value in values:
             home = self.assignment.home.get(value)
             self.depth[value] = self.loops
-            if home is None:
-                continue
-            for layout in self.assignment.wanted.get(value, []):
+            for layout in self.assignment.wanted.get(value, []) if home is not None else ():
                 if layout != home:
                     self.forms[value, layout] = convert.convert(self, value, self.forms[value, home], home, layout)
+            if value in self.assignment.spilled:
+                self.stages[value] = staging.put(self, value)
 
     # ------------------------------------------------------------------------------------------------ operations
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu import dot, staging
+from nitinol.compiler.gpu import dot
 from nitinol.compiler.gpu.forms import fixed, linear
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, compose, view_map
-from nitinol.compiler.gpu.pipeline import Stage, staged
+from nitinol.compiler.gpu.pipeline import PANEL_BYTES, Stage, staged
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Function, Op, constant_of, walk
 from nitinol.language.types import DType
@@ -69,7 +69,6 @@ def source(e: Emitter, op: Op, number: int, name: str) -> tuple[Source, list[Acc
     assert isinstance(value.element, DType)
     made = Source(layout, fragment, value.element)
     found = staged(value)
-    home = e.assignment.spilled.get((op, number))
     if found is not None:
         read, turned = found
         made.stage = read.attributes["stage"]
@@ -78,8 +77,8 @@ def source(e: Emitter, op: Op, number: int, name: str) -> tuple[Source, list[Acc
         view = view_map("trans", made.stage.shape, value.shape, {"perm": (1, 0)}) if turned else None
         made.columns = compose(made.stage.columns, view) if view else made.stage.columns
         return made, []
-    if home is not None:
-        made.stage = staging.put(e, value, e.form(value, home), home)
+    if (op, number) in e.assignment.in_memory:
+        made.stage = e.stages[value]
         made.base, made.columns = made.stage.name, made.stage.columns
         return made, [Access("read", made.stage.piece)]
     width = len(fragment.registers)
@@ -100,7 +99,10 @@ def product(e: Emitter, op: Op) -> None:
     assert isinstance(acc.element, DType)
     e.say(e.dialect.matrix_declare(acc.element, c, layout.count >> width, 1 << width))
     dot.fill(e, layout, width, dot.setter(e, c, e.form(acc, layout), width, acc.element, constant_of(acc) == 0))
-    lines = loops(e, op, a, b, c, layouts)
+    if op.attributes.get("warpgroups"):
+        lines = warp_groups(e, op, a, b, c)
+    else:
+        lines = loops(e, op, a, b, c)
     e.say(*lines, accesses=[*reads, *more])
     result = e.declare(e.name(name), op.result.element, layout.count)
 
@@ -112,7 +114,7 @@ def product(e: Emitter, op: Op) -> None:
     e.forms[op.result, layout] = result
 
 
-def loops(e: Emitter, op: Op, a: Source, b: Source, c: str, layouts: tuple[Layout, Layout, Layout]) -> list[str]:
+def loops(e: Emitter, op: Op, a: Source, b: Source, c: str) -> list[str]:
     """For each step along k: fragments from shared memory, then an instruction for each matrix of the accumulator."""
     rows, columns = (axis_bits(op.operands[0].shape), axis_bits(op.operands[1].shape))
     m = outer(a, rows[0])
@@ -216,3 +218,56 @@ def element_by_element(
     head = loop(e, letter, len(parts[letter]))
     body = [*head, "{", *("    " + t for t in lines), "}"]
     return [f"const uint {base} = {operand.base};"], [declare, *body]
+
+
+# ------------------------------------------------------------------------------------------------- four warps at once
+
+MOST_COLUMNS = 256  # of one instruction
+
+
+def warp_groups(e: Emitter, op: Op, a: Source, b: Source, c: str) -> list[str]:
+    """wgmma: each group of four warps multiplies 64 rows at a time, b (and a, if it is there) from shared memory."""
+    rows, columns = axis_bits(op.operands[0].shape), axis_bits(op.operands[1].shape)
+    m, n, k = outer(a, rows[0][6:]), outer(b, columns[1]), outer(a, rows[1])
+    width = min(8 << len(n), MOST_COLUMNS)
+    across = n[(width // 8).bit_length() - 1 :]  # more columns than one instruction takes
+    lines, texts, turned = [], [], []
+    for operand, steps in ((a, {"m": m, "k": k}), (b, {"n": across, "k": outer(b, columns[0])})):
+        if operand.stage is None:
+            bits = len(k)
+            texts.append(f"{operand.array}[{'k' if bits else '0'}{f' | m << {bits}' if m else ''}]")
+            continue
+        name = e.name("matrix")
+        offsets = {step: linear(operand.bytes_of(tuple(columns)), step) for step, columns in steps.items()}
+        group = linear(operand.bytes_of(operand.layout.warps[2:]), "group")
+        start = operand.base if group == "0" else f"{operand.base} + ({group})"
+        leading, stride, swizzle, along_k = shape_of_memory(operand)
+        lines.append(f"const ulong64 {name} = descriptor(uniform({start}), {leading}, {stride}, {swizzle});")
+        texts.append(" + ".join([name, *(f"(({text}) >> 4)" for text in offsets.values() if text != "0")]))
+        turned.append("0" if along_k else "1")
+    if any("(group" in line or "group " in line for line in lines):
+        lines.insert(0, "const int group = warp >> 2;")
+    kind = a.element.name
+    where = "registers" if a.stage is None else "memory"
+    at = " + ".join([*([f"(m << {len(n)})"] if m else []), *([f"n * {width // 8}"] if across else [])]) or "0"
+    call = f"wgmma_{kind}_{width}_{where}<{', '.join(turned)}>({c}, {at}, {', '.join(texts)});"
+    pending = int(op.attributes.get("unfinished", False))
+    body, pad = [], ""
+    for name, steps in (("k", k), ("m", m), ("n", across)):
+        if steps:
+            body += [pad + text for text in loop(e, name, len(steps))]
+            pad += "    "
+    return [
+        "{", *("    " + t for t in lines), f"    settle({c});", "    wgmma_fence();", *("    " + t for t in body),
+        f"    {pad}{call}", "    wgmma_commit();", f"    wgmma_wait<{pending}>();", f"    settle({c});", "}",
+    ]  # fmt: skip
+
+
+def shape_of_memory(operand: Source) -> tuple[int, int, int, bool]:
+    """For a matrix descriptor: bytes from panel to panel, bytes from 8 rows to the next 8, the number of the swizzle;
+    and whether neighbours in memory are neighbours along k."""
+    assert operand.stage is not None
+    stage = operand.stage
+    row = min(stage.element.nbytes * stage.shape[stage.inner], PANEL_BYTES)
+    fragment = operand.bytes_of(operand.layout.registers[:1])[0]  # the bit that fragments pack is one of k
+    return row * stage.shape[1 - stage.inner], 8 * row, {128: 1, 64: 2, 32: 3}[row], fragment == stage.element.nbytes

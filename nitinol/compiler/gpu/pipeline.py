@@ -8,7 +8,9 @@ A pass over the tile IR. Of each loop, the loads whose tiles only products take 
     stage_commit                     what was started since the last one is one group
     stage_wait                       until all but `pending` groups are there, for all threads
     stage_read slot -> tile          the tile, in shared memory: only `dot` takes it
-    stage_close                      behind the loop
+
+The loop itself has the attribute `stages`. Where a product by warp groups only adds to an accumulator that the loop
+carries, it need not be over when the next iteration begins (`unfinished`): the tensor cores go on through the barrier.
 """
 
 from __future__ import annotations
@@ -82,12 +84,14 @@ def staged(value: Value) -> tuple[Op, bool] | None:
     return (op, turned) if op is not None and op.kind == "stage_read" else None
 
 
-def pipeline(function: Function, dialect: ModuleType, count: int, aliases: Sequence[int]) -> None:
+def pipeline(function: Function, dialect: ModuleType, warps: int, count: int, aliases: Sequence[int]) -> None:
     """Rewrites all loops, in place. `count`: tiles of each load in shared memory; 0: as many as pay, 1: no loads ahead."""
     for op in walk(function.body):
         if op.kind == "dot":
             matrices = dialect.matrix_instruction(op) is not None
             op.attributes["from_memory" if matrices and len(op.result.shape) == 2 else "outer"] = True
+            if matrices and dialect.by_warp_groups(op, warps):
+                op.attributes["warpgroups"] = True
     if count == 1:
         return
     groups = dict(zip(function.parameters, aliases))
@@ -101,9 +105,9 @@ def _block(function: Function, block: Block, dialect: ModuleType, count: int, gr
         for region in op.regions:
             _block(function, region, dialect, count, groups)
         if op.kind == "for":
-            before, after = _Loop(function, op, dialect, count, groups).rewrite()
-            block.ops[index : index + 1] = [*before, op, *after]
-            index += len(before) + len(after)
+            before = _Loop(function, op, dialect, count, groups).rewrite()
+            block.ops[index:index] = before
+            index += len(before)
         index += 1
 
 
@@ -125,18 +129,24 @@ class _Loop:
                 if not variable.shape and (step not in self.inside or constant_of(step) is not None):
                     self.steps[variable] = step
 
-    def rewrite(self) -> tuple[list[Op], list[Op]]:
-        """Operations to put before and behind the loop."""
+    def rewrite(self) -> list[Op]:
+        """Operations to put before the loop."""
         stages = {op: stage for op in self.body.ops if (stage := self.stage(op)) is not None}
         count = self.affordable(list(stages.values()))
         if not stages or count < 2:
-            return [], []
+            return []
         loop, body, self.location = self.loop, self.body, self.loop.location
         for stage in stages.values():
             stage.count = count
-        everything = list(stages.values())
+        everything = loop.attributes["stages"] = list(stages.values())
         before = [create("stage_open", [], [], self.location, stages=everything)]
-        for number in range(count - 1):
+        distance = count - 1  # iterations ahead
+        going = self.unfinished(stages) if count > 2 else None
+        if going is not None:
+            going.attributes["unfinished"] = True
+            loop.attributes["unfinished"] = body.arguments.index(going.operands[2]) - 1
+            distance -= 1  # the product before the last may still read its tiles
+        for number in range(distance):
             slot = self.constant(before, number, int32)
             before += self.copies(stages, number, self.starts(), slot)
         zero = self.constant(before, 0, int32)
@@ -145,11 +155,9 @@ class _Loop:
         loop.operands.append(zero)
         loop.results.append(Value(int32, loop, "slot"))
 
-        top = [create("stage_wait", [], [], self.location, pending=count - 2)]
-        last, one, nought = (self.constant(top, n, int32) for n in (count - 1, 1, 0))
-        back = self.add(top, "select", [self.add(top, "eq", [slot, nought], int1), last,
-                                        self.add(top, "sub", [slot, one], int32)], int32)  # fmt: skip
-        top += self.copies(stages, count - 1, {v: v for v in body.arguments}, back)
+        fence = any(op.attributes.get("warpgroups") for op in body.ops)
+        top = [create("stage_wait", [], [], self.location, pending=distance - 1, fence=fence)]
+        top += self.copies(stages, distance, {v: v for v in body.arguments}, self.turned(top, slot, distance, count))
         ending = body.ops.pop()
         rest: list[Op] = []
         for op in body.ops:
@@ -160,11 +168,32 @@ class _Loop:
                     user.operands = [read.result if v is op.result else v for v in user.operands]
                 op = read
             rest.append(op)
-        following = self.add(rest, "select", [self.add(rest, "eq", [slot, last], int1), nought,
-                                              self.add(rest, "add", [slot, one], int32)], int32)  # fmt: skip
-        ending.operands.append(following)
+        ending.operands.append(self.turned(rest, slot, 1, count))
         body.ops = [*top, *rest, ending]
-        return before, [create("stage_close", [], [], self.location, stages=everything)]
+        return before
+
+    def turned(self, ops: list[Op], slot: Value, distance: int, count: int) -> Value:
+        """The slot that comes `distance` later in the round of `count`."""
+        later = self.add(ops, "add", [slot, self.constant(ops, distance, int32)], int32)
+        back = self.add(ops, "sub", [later, self.constant(ops, count, int32)], int32)
+        inside = self.add(ops, "lt", [later, self.constant(ops, count, int32)], int1)
+        return self.add(ops, "select", [inside, later, back], int32)
+
+    def unfinished(self, stages: dict[Op, Stage]) -> Op | None:
+        """A product of nothing but tiles that are loaded ahead, whose result only the next iteration takes."""
+        products = [op for op in self.body.ops if op.kind == "dot"]
+        if len(products) != 1 or not products[0].attributes.get("warpgroups"):
+            return None
+        a, b, acc = products[0].operands
+        for value in (a, b):
+            while value.op is not None and value.op.kind == "trans":
+                value = value.op.operands[0]
+            if value.op not in stages:
+                return None
+        carried, following = self.body.arguments[1:], self.body.terminator.operands
+        fits = acc in carried and following[carried.index(acc)] is products[0].result
+        alone = len(self.uses.get(acc, [])) == len(self.uses.get(products[0].result, [])) == 1
+        return products[0] if fits and alone else None
 
     def affordable(self, stages: list[Stage]) -> int:
         """How many tiles of each load fit: by default 4, or 3 where two blocks then share a multiprocessor."""

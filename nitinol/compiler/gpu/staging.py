@@ -68,23 +68,34 @@ def stage_commit(e: Emitter, op: Op) -> None:
 
 
 def stage_wait(e: Emitter, op: Op) -> None:
-    e.nodes.append(Statement([f"cp_async_wait<{op.attributes['pending']}>();", "__syncthreads();"], e.line, clears=True))
+    lines = [f"cp_async_wait<{op.attributes['pending']}>();", "__syncthreads();"]
+    if op.attributes["fence"]:
+        lines.insert(1, "fence_shared();")
+    e.nodes.append(Statement(lines, e.line, clears=True))
 
 
 def stage_read(e: Emitter, op: Op) -> None:
     """Nothing: products read what they need."""
 
 
-def stage_close(e: Emitter, op: Op) -> None:
-    e.say("cp_async_wait<0>();", accesses=[Access("write", stage.piece) for stage in op.attributes["stages"]])
+def finish(e: Emitter, loop: Op, variables: list[Form]) -> None:
+    """Behind a loop whose loads were made ahead: nothing is on its way any more, and the memory may be used again."""
+    lines = ["cp_async_wait<0>();"]
+    if (number := loop.attributes.get("unfinished")) is not None:
+        lines += ["wgmma_wait<0>();", f"settle({variables[number].variable});"]
+    e.say(*lines, accesses=[Access("write", stage.piece) for stage in loop.attributes["stages"]])
 
 
-def put(e: Emitter, value: Value, form: Form, layout: Layout) -> Stage:
-    """A tile from registers, in vectors of up to 16 bytes."""
+def put(e: Emitter, value: Value) -> Stage:
+    """An operand of products from registers, in vectors of up to 16 bytes."""
+    layout = e.assignment.spilled_from[value]
+    form, fence = e.form(value, layout), e.assignment.spilled[value]
     element = value.element
     bits = axis_bits(value.shape)
     first = layout.registers[0] if layout.registers else 1
     inner = next((axis for axis in (0, 1) if first.bit_length() - 1 in bits[axis]), 1)
+    if fence and value.shape[inner] * value.element.nbytes < 32:  # rows too short for a swizzle
+        inner = 1 - inner
     stage = Stage(value.shape, element, inner)  # type: ignore[arg-type]
     opened(e, stage)
     width, most = 0, (COPY_BYTES // stage.element.nbytes).bit_length() - 1
@@ -108,12 +119,14 @@ def put(e: Emitter, value: Value, form: Form, layout: Layout) -> Stage:
         e.each(layout.count, lambda _: lines(index), [form], [access], step=1 << width)
     else:
         e.each(layout.count, lines, [form], [access])
+    if fence:
+        e.say("fence_shared();", accesses=[access])
     return stage
 
 
 HANDLERS = {
     "stage_open": stage_open, "stage_copy": stage_copy, "stage_commit": stage_commit, "stage_wait": stage_wait,
-    "stage_read": stage_read, "stage_close": stage_close,
+    "stage_read": stage_read,
 }  # fmt: skip
 
 assert LANE_BITS == 5

@@ -114,6 +114,10 @@ def allocate(nodes: Sequence[Node], roomy: int) -> int:
                 piece.first = number if piece.first < 0 else piece.first
                 piece.last = number
                 pieces[piece] = None
+    for first, last in _loops(nodes, 0)[1]:  # what a loop finds written before it, it finds again next time
+        for piece in pieces:
+            if piece.first < first <= piece.last < last:
+                piece.last = last
     top = cursor = 0
     placed: list[Scratch] = []
     for piece in pieces:
@@ -128,6 +132,22 @@ def allocate(nodes: Sequence[Node], roomy: int) -> int:
         top = max(top, cursor)
         placed.append(piece)
     return top
+
+
+def _loops(nodes: Sequence[Node], number: int) -> tuple[int, list[tuple[int, int]]]:
+    """The number of the leaf behind the nodes, and those of the first and last leaf of each loop, inner loops first."""
+    found: list[tuple[int, int]] = []
+    for node in nodes:
+        if not isinstance(node, Nest):
+            number += 1
+            continue
+        start = number
+        for part in (node.body, node.otherwise or []):
+            number, inner = _loops(part, number)
+            found += inner
+        if node.loop:
+            found.append((start, number - 1))
+    return number, found
 
 
 def _aligned(offset: int, to: int = 16) -> int:
