@@ -111,7 +111,7 @@ def test_quantized_array() -> None:
     weights = QuantizedArray(blocks, "Q8_0", (4, 64))
     assert weights.shape == (4, 64) and weights.dtype == "Q8_0" and weights.data.shape == (4, 68)
     out = launch(column_kernel, (1,), x=weights, out=Output((5,), "uint8"), stride=68, n=5, BLOCK=8)
-    np.testing.assert_array_equal(out.numpy()[:4], blocks.as_numpy()[::68])
+    np.testing.assert_array_equal(out.numpy()[:4], blocks.read()[::68])
     plain = QuantizedArray(device.wrap(floats(6)), "F32", (2, 3))
     assert plain.data.dtype.name == "fp32"
     with pytest.raises(ValueError, match="24 bytes"):

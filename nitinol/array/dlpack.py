@@ -14,10 +14,10 @@ import numpy as np
 from nitinol.array.array import Array
 from nitinol.array.graph import Value, View
 from nitinol.language.types import DTYPES, DType, bfloat16
-from nitinol.runtime import get_device
+from nitinol.runtime import get_device, open_device
 from nitinol.runtime.device import Buffer
 
-CPU = 1  # kDLCPU
+CPU, CUDA = 1, 2  # kDLCPU, kDLCUDA
 _CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
 _NAME, _USED = b"dltensor", b"used_dltensor"
 
@@ -74,8 +74,6 @@ def _delete_unused(capsule: int) -> None:
 def to_dlpack(array: Array) -> Any:
     """A capsule that shares the array's memory; evaluates first."""
     buffer, view = array.buffer, array.view
-    if not buffer.device.host_memory:
-        raise BufferError(f"an array on device {buffer.device.name!r} cannot be exported by DLPack yet; use .numpy()")
     if buffer.read_only:
         raise BufferError("an array on read-only memory cannot be exported by DLPack, which promises writable memory; "
                           "export a copy: array.copy()")  # fmt: skip
@@ -85,13 +83,20 @@ def to_dlpack(array: Array) -> Any:
     kind = "bfloat" if view.dtype == bfloat16 else view.dtype.kind
     tensor = managed.tensor
     tensor.data = buffer.address + view.offset * view.dtype.nbytes
-    tensor.device_type, tensor.device_id, tensor.ndim = CPU, 0, len(view.shape)
+    tensor.device_type, tensor.device_id = dlpack_device(array)
+    tensor.ndim = len(view.shape)
     tensor.code, tensor.bits, tensor.lanes = _CODES[kind], 8 * view.dtype.nbytes, 1
     tensor.shape, tensor.strides, tensor.byte_offset = shape, strides, 0
     managed.deleter = _delete
     address = ctypes.addressof(managed)
     _exported[address] = (managed, shape, strides, array)
     return _capsule_new(address, _NAME, ctypes.cast(_delete_unused, ctypes.c_void_p))
+
+
+def dlpack_device(array: Array) -> tuple[int, int]:
+    """What DLPack calls the place of an array: memory that the host sees is the CPU's."""
+    device = array.buffer.device
+    return (CPU, 0) if device.host_memory else (CUDA, getattr(device, "index", 0))
 
 
 class _Owner:
@@ -106,14 +111,16 @@ class _Owner:
 
 
 def from_dlpack(tensor: Any) -> Array:
-    """An Array on the memory of a tensor of another library (torch, NumPy, JAX, ... on the CPU), without a copy."""
+    """An Array on the memory of a tensor of another library (torch, NumPy, JAX, ...), without a copy where that is
+    memory of an NVIDIA GPU, or of the CPU and the current device is the CPU."""
     if isinstance(tensor, Array):
         return tensor
     if not hasattr(tensor, "__dlpack__"):
         raise TypeError(f"from_dlpack: {type(tensor).__name__} has no __dlpack__ method; expected a tensor")
     place = tensor.__dlpack_device__()
-    if int(place[0]) != CPU:
-        raise ValueError(f"from_dlpack: the tensor is on device {tuple(map(int, place))}, expected the CPU, (1, 0)")
+    if int(place[0]) not in (CPU, CUDA):
+        raise ValueError(f"from_dlpack: the tensor is on device {tuple(map(int, place))}, expected the CPU, (1, 0), or "
+                         "CUDA, (2, ...)")  # fmt: skip
     capsule = tensor.__dlpack__()
     address = _capsule_pointer(capsule, _NAME)
     found = _Managed.from_address(address).tensor
@@ -129,15 +136,15 @@ def from_dlpack(tensor: Any) -> Array:
     reach = [(n - 1) * s for n, s in zip(shape, strides)] if size else []
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1 if size else 0
     start = (found.data or 0) + found.byte_offset + low * dtype.nbytes
-    buffer = _foreign(start, (high - low) * dtype.nbytes, owner)
+    buffer = _foreign(start, (high - low) * dtype.nbytes, owner, int(place[0]))
     value = Value((high - low,), dtype, None, buffer)
     return Array(View(value, dtype, shape, strides, -low))
 
 
-def _foreign(address: int, nbytes: int, owner: _Owner) -> Buffer:
-    """Another library's memory for the current device: as it is for the CPU, else a copy."""
-    device = get_device()
-    if device.target == "cpu":
+def _foreign(address: int, nbytes: int, owner: _Owner, place: int) -> Buffer:
+    """Another library's memory: as it is on its own device, else a copy on the current one."""
+    device = open_device("cuda") if place == CUDA else get_device()
+    if place == CUDA or device.target == "cpu":
         return Buffer(device, address, nbytes, owner=owner)
     buffer = device.allocate(nbytes)
     if nbytes:

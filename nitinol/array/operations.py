@@ -13,7 +13,7 @@ from nitinol.array.creation import (
     uniform,
     zeros,
 )
-from nitinol.array.dlpack import from_dlpack, to_dlpack
+from nitinol.array.dlpack import dlpack_device, from_dlpack, to_dlpack
 from nitinol.array.elementwise import (
     abs,
     add,

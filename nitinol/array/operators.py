@@ -221,4 +221,4 @@ class Operators:
         return _functions().to_dlpack(self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
+        return _functions().dlpack_device(self)

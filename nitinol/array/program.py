@@ -218,14 +218,19 @@ class Program:
             function, signature, values, positions = self._resolve(step)
             if function is None:
                 function = tile_ir(step.node.kernel, signature)  # type: ignore[attr-defined]
-            views = [a for a in step.arguments if isinstance(a, View)]
-            for position, view in zip(positions, views):
-                values[position] = self.memory(view)
+            views = [(i, a) for i, a in enumerate(step.arguments) if isinstance(a, View)]
+            host = {view.value: self._host_memory(view.value) for _, view in views}
+            for position, (_, view) in zip(positions, views):
+                values[position] = elements(host[view.value], view)
             interpreter.run(function, step.grid, values)
+            if not self.device.host_memory:
+                for value in {view.value for i, view in views if i in step.writes}:
+                    self.buffers[value].write(host[value])
 
-    def memory(self, view: View) -> np.ndarray:
-        """The elements of a view in place, in the dtype that holds them in memory."""
-        return as_numpy(self.buffers[view.value], view)
+    def _host_memory(self, value: Value) -> np.ndarray:
+        """A value's bytes, in place where the host sees them."""
+        buffer = self.buffers[value]
+        return buffer.as_numpy() if self.device.host_memory else buffer.read()
 
 
 _executables: dict[Any, Any] = {}
@@ -240,15 +245,19 @@ class _Pointer:
 
 def as_numpy(buffer: Buffer, view: View) -> np.ndarray:
     """The elements of a view, in place where the host sees the device's memory; bf16 as uint16, int1 as uint8."""
+    if buffer.device.host_memory or not view.size:
+        return elements(buffer.as_numpy() if view.size else np.empty(0, np.uint8), view)
+    low, high = (place * view.dtype.nbytes for place in view.span())
+    return elements(buffer.view(low, high - low).read(), view, low)
+
+
+def elements(memory: np.ndarray, view: View, start: int = 0) -> np.ndarray:
+    """A view's elements in a value's bytes, of which those from `start` on are given."""
     dtype = memory_dtype(view.dtype)
-    strides = tuple(s * dtype.itemsize for s in view.strides)
     if not view.size:
         return np.empty(view.shape, dtype)
-    offset = view.offset * dtype.itemsize
-    if buffer.device.host_memory:
-        return np.ndarray(view.shape, dtype, buffer.as_numpy(), offset, strides)
-    low, high = (place * dtype.itemsize for place in view.span())
-    return np.ndarray(view.shape, dtype, buffer.view(low, high - low).read(), offset - low, strides)
+    strides = tuple(s * dtype.itemsize for s in view.strides)
+    return np.ndarray(view.shape, dtype, memory, view.offset * dtype.itemsize - start, strides)
 
 
 def _record(step: Step) -> Record:

@@ -55,6 +55,7 @@ class CudaDevice:
 
     def __init__(self, index: int = 0):
         self.closed, self._lost = True, ""
+        self.index = index
         self.cu, nvrtc = bindings()
         self._handle = find_gpu(self.cu, index)
         self.description = call(self.cu.cuDeviceGetName, 128, self._handle).split(b"\0")[0].decode()
