@@ -188,7 +188,7 @@ class Compiled:
         if path.exists():
             facts = json.loads(path.read_text())
         else:
-            program, choices = self.checked(preprocess(text, macros))
+            program, choices = self.checked(self.preprocessed)
             facts = {
                 "kernels": [k.json() for k in program.kernels],
                 "constants": [vars(c) for c in program.constants],
@@ -198,6 +198,10 @@ class Compiled:
         self.choices = facts["choices"]
         self.kernels = [Kernel(**{**k, "arguments": [Argument(**a) for a in k["arguments"]]}) for k in facts["kernels"]]
         self.constants = [Constant(**c) for c in facts["constants"]]
+
+    @functools.cached_property
+    def preprocessed(self) -> str:
+        return preprocess(self.source, self.macros)
 
     def flags(self, instrumented: bool) -> list[str]:
         return [*flags(instrumented), "-include-pch", str(header(instrumented))]
@@ -251,8 +255,7 @@ class Compiled:
         """Machine code of kernel `number`, compiled if it is not there."""
         path, wanted = self.library_path(number, values, instrumented), self.wanted(number, values)
         if not path.exists():
-            pre = preprocess(self.source, self.macros)
-            program = source.rewrite(pre, values, instrumented, self.choices)
+            program = source.rewrite(self.preprocessed, values, instrumented, self.choices)
             unit = [("-", [*self.flags(instrumented), *mixed.RANGES])]
             try:
                 mixed.settled(self.text(program, wanted), lambda t: build(path, unit, t))

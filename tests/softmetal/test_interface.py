@@ -183,6 +183,32 @@ def test_a_missing_barrier_between_dispatches_is_found(runner, barrier):
     assert not texts if barrier else "another threadgroup or dispatch" in texts[0]
 
 
+@pytest.mark.parametrize("barrier", [True, False])
+def test_a_missing_barrier_between_indirect_commands_is_found(runner, barrier):
+    d = Metal.MTLIndirectCommandBufferDescriptor.alloc().init()
+    d.setCommandTypes_(Metal.MTLIndirectCommandTypeConcurrentDispatch)
+    d.setMaxKernelBufferBindCount_(1)
+    commands = DEVICE.newIndirectCommandBufferWithDescriptor_maxCommandCount_options_(d, 2, 0)
+    b = buffer(np.zeros(64, "f"))
+    for i, name in enumerate(("add_one", "twice")):
+        c = commands.indirectComputeCommandAtIndex_(i)
+        c.setComputePipelineState_(made(described(runner, name, supportIndirectCommandBuffers=True))[0])
+        c.setKernelBuffer_offset_atIndex_(b, 0, 0)
+        c.concurrentDispatchThreadgroups_threadsPerThreadgroup_(three(2), three(32))
+        if i and barrier:
+            c.setBarrier()
+    softmetal.set_validation(True)
+    submitted = runner.queue.commandBuffer()
+    encoder = submitted.computeCommandEncoder()
+    encoder.useResource_usage_(b, Metal.MTLResourceUsageRead | Metal.MTLResourceUsageWrite)
+    encoder.executeCommandsInBuffer_withRange_(commands, (0, 2))
+    encoder.endEncoding()
+    submitted.commit()
+    submitted.waitUntilCompleted()
+    texts = softmetal.reports()
+    assert not texts if barrier else "another threadgroup or dispatch" in texts[0]
+
+
 def test_indirect_command_buffer(runner):
     d = Metal.MTLIndirectCommandBufferDescriptor.alloc().init()
     d.setCommandTypes_(
