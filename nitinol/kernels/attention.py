@@ -232,7 +232,7 @@ def prefill_blocks(group: int, head_dim: int, tokens: int, keys: Any) -> tuple[d
 def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]:
     """Constexpr arguments: about 16 programs on a CPU, whatever the number of threads; more on a GPU."""
     check_head(head_dim)
-    programs = {"cpu": 16, "metal": 64}.get(get_device().target, 256)
+    programs = {"cpu": 16, "metal": 32}.get(get_device().target, 256)
     return {
         "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,

@@ -77,29 +77,31 @@ def matmul(a: Array, b: Array) -> Array:
 def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
     tokens, columns = x.shape
     rows = weights.shape[0]
-    plain = weights.format in FLOAT_FORMATS
-    values, scales, sums = (x, None, None) if plain else quantize_activations(x)
-    block_rows, run, warps = matvec_blocks(plain)
-    blocks = run_arguments(weights.format, columns, run)
-    if get_device().target == "metal":  # a simdgroup for 16 bytes of a row in each lane: all of them share the rows
-        warps = min(4, max(1, blocks["VALUES"] // (128 if plain else 512)))
+    values, scales, sums = (x, None, None) if weights.format in FLOAT_FORMATS else quantize_activations(x)
+    block_rows, run, warps = matvec_blocks(weights.format, columns)
     block_tokens = tl.next_power_of_2(tokens)
     return launch(
         matvec_kernel, (tl.cdiv(rows, block_rows),), x=values, x_scales=scales, x_sums=sums, weights=weights, up=up,
         tokens=tokens, rows=rows, columns=columns, row_bytes=FORMATS[weights.format].nbytes(columns),
         ROWS=block_rows, TOKENS=block_tokens, EVEN=rows % block_rows == 0 and tokens == block_tokens,
         _operations=(2 if up is None else 4) * tokens * rows * columns,
-        _warps=warps, **epilogue, **blocks,
+        _warps=warps, **epilogue, **run,
     )  # fmt: skip
 
 
-def matvec_blocks(plain: bool) -> tuple[int, int, int]:
-    """Rows of a program, values of a row at a time, and warps: for F32, F16 and BF16 weights, or blocks."""
-    if get_device().target == "cpu":
-        return (4, 64, 0) if plain else (1, 512, 0)  # one row of blocks: each thread reads one long stream
-    if get_device().target == "metal":  # the rows of a program share its activations
-        return 16, 512 if plain else 2048, 0
-    return (4, 1024, 4) if plain else (2, 2048, 4)
+def matvec_blocks(format: str, columns: int) -> tuple[int, dict[str, Any], int]:
+    """Rows of a program, the constexpr arguments of its runs along a row, and warps, on the current device."""
+    plain, target = format in FLOAT_FORMATS, get_device().target
+    if target == "cpu":  # one row of blocks: each thread reads one long stream
+        rows, values, warps = (4, 64, 0) if plain else (1, 512, 0)
+    elif target == "metal":  # the rows of a program share its activations
+        rows, values, warps = (16, 512, 0) if plain else (16, 2048, 0)
+    else:
+        rows, values, warps = (1, 1024, 4) if plain else (1 if format == "Q8_0" else 4, 4096, 4)
+    run = run_arguments(format, columns, values)
+    if target == "metal":  # as many simdgroups as share a row with 16 bytes in each lane: none repeats activations
+        warps = min(4, max(1, run["VALUES"] // (128 if plain else 512)))
+    return rows, run, warps
 
 
 def _matmul(a: Array, b: Array, epilogue: dict[str, Any]) -> Array:
@@ -125,7 +127,7 @@ def matmul_blocks(halves: bool) -> tuple[int, int, int, int]:
     target = get_device().target
     if target == "cpu":
         return 64, 64, 128, 0
-    return (128, 128, 64, 8) if target == "cuda" and halves else (64, 64, 32, 4)
+    return (128, 256, 64, 8) if target == "cuda" and halves else (64, 64, 32, 4)
 
 
 def _rows(name: str, x: Array, weights: Any) -> int:

@@ -70,7 +70,7 @@ def operation(a: Assignment, op: Op, spread: bool) -> float:
         if layout.sparse:
             segments /= 1 << bin(layout.copies[0]).count("1")
         again = layout.copies[1] != 0 and op.kind == "load"  # other simdgroups load the same: from a cache, at best
-        return (6 if again else 2) * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
+        return (10 if again else 2) * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
     if op.kind == "reduce":
         layout = a.chosen[op]
         along = sum(1 << bit for bit in axis_bits(op.operands[0].shape)[op.attributes["axis"]])
