@@ -101,6 +101,7 @@ def compile_function(
     from nitinol.compiler.gpu.emit import Emitter, SharedPointer
     from nitinol.compiler.gpu.forms import literal
     from nitinol.compiler.gpu.pipeline import pipeline
+    from nitinol.compiler.gpu.quotients import share_inverses
     from nitinol.compiler.gpu.small_dots import expand_small_dots
     from nitinol.compiler.gpu.sums import narrow_sums
     from nitinol.compiler.gpu.tree import allocate, leaves, place_barriers, render
@@ -111,6 +112,7 @@ def compile_function(
     aliases = aliases or tuple(range(len(function.parameters)))
     expand_small_dots(function, dialect.MATRIX_SIDES, dialect.BYTES_AS_HALVES)
     if dialect.ASYNCHRONOUS:
+        share_inverses(function)
         pipeline(function, dialect, simdgroups, stages, aliases)
     narrow_sums(function)
     simdgroups = simdgroups or enough_simdgroups(function)

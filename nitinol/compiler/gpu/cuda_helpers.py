@@ -126,6 +126,16 @@ INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky
         name: _SHUFFLE.replace("NAME", name).replace("HOW", f"__{name.replace('shuffle', 'shfl')}_sync")
         for name in ("shuffle", "shuffle_xor", "shuffle_up", "shuffle_down")
     },
+    "quotient_by": """// x / d by way of 1 / d; not plain where a step may over- or underflow, as where inverse() gives NaN.
+INLINE float quotient_by(float x, float d, float inverse, bool &plain) {
+    float q = x * inverse, size = fabs(q);
+    plain &= (size <= 0x1p60f) & ((size >= 0x1p-60f) | (x == 0.0f));
+    return fma(fma(-q, d, x), inverse, q);
+}""",
+    "inverse": """INLINE float inverse(float d) {
+    float size = fabs(d);
+    return size >= 0x1p-40f && size <= 0x1p40f ? 1.0f / d : NAN;
+}""",
     # One instruction, to 2 units in the last place; CUDA's exp2 takes three more for results below 2**-126.
     "power_of_two": """INLINE float power_of_two(float x) {
     float y;
@@ -133,6 +143,10 @@ INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky
     return y;
 }
 INLINE double power_of_two(double x) { return exp2(x); }""",
+    "opaque": """INLINE int opaque(int x) {
+    asm("" : "+r"(x));
+    return x;
+}""",
     "mulhi": """INLINE int mulhi(int x, int y) { return __mulhi(x, y); }
 INLINE uint mulhi(uint x, uint y) { return __umulhi(x, y); }
 INLINE long64 mulhi(long64 x, long64 y) { return __mul64hi(x, y); }

@@ -99,6 +99,8 @@ def expression(op: Op, a: list[str], dialect: ModuleType, index: bool, helpers: 
 
 def _float(op: Op, element: DType, name: str, a: list[str], dialect: ModuleType, helpers: set[str]) -> str:
     kind = op.kind
+    if kind == "div" and len(a) == 1:
+        return f"inverse({bare(a[0])})"
     if kind in ("add", "sub", "mul", "div"):
         return lean(a[0], _OPERATORS[kind], a[1])
     if kind == "neg":
@@ -133,6 +135,8 @@ def _integer(kind: str, element: DType, name: str, a: list[str], dialect: Module
         return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
     if kind in ("div", "rem") or kind in ("and", "or", "xor", "shr"):
         text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
+        if kind == "shr" and element.bits == 8:
+            text = dialect.byte_shift(text)
     elif kind in ("min", "max"):
         return f"{kind}({bare(a[0])}, {bare(a[1])})"
     elif kind == "mulhi":

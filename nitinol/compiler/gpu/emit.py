@@ -13,10 +13,21 @@ from typing import Any
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.errors import CompilationError
-from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, memory, mma, reduction, staging
+from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, memory, mma, quotients, reduction, staging
 from nitinol.compiler.gpu.assign import operand_layouts
 from nitinol.compiler.gpu.cost import best_assignment
-from nitinol.compiler.gpu.forms import Form, Index, closed, expression, fixed, linear, literal, shifted, variable
+from nitinol.compiler.gpu.forms import (
+    Form,
+    Index,
+    closed,
+    expression,
+    fixed,
+    joined,
+    linear,
+    literal,
+    shifted,
+    variable,
+)
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
 from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.gpu.pipeline import Stage
@@ -150,7 +161,7 @@ class Emitter:
         parts = [p for p in parts if p != "0"]
         if overlap:
             parts = [f"({p})" for p in parts]
-        return (" ^ " if overlap else " | ").join(parts[::-1]) or "0"
+        return (" ^ ".join(parts[::-1]) if overlap else joined(parts[::-1])) or "0"
 
     def owner(self, layout: Layout) -> list[str]:
         """Conditions under which a thread is the one that acts for an element that several hold."""
@@ -243,7 +254,9 @@ class Emitter:
 
     def operation(self, op: Op) -> None:
         kind = op.kind
-        if kind in ELEMENTWISE:
+        if kind == "div" and len(op.operands) == 3:
+            quotients.divide(self, op)
+        elif kind in ELEMENTWISE:
             for layout in self.assignment.versions(op.result):
                 operands = [self.form(v, layout if v.shape else None) for v in op.operands]
                 self.define(op.result, layout, self.elementwise(op, operands))

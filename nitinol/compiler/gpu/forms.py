@@ -39,7 +39,7 @@ class Index:
         covered = 0
         for column in self.columns:
             covered |= column
-        return f"({text}) ^ {self.constant}" if covered & self.constant else f"{text} | {self.constant}"
+        return f"({text}) ^ {self.constant}" if covered & self.constant else joined([text, str(self.constant)])
 
 
 class Stepped(Index):
@@ -59,7 +59,7 @@ def fixed(number: int) -> Index:
 
 
 def linear(columns: Map, name: str, first: int = 0) -> str:
-    """C for a linear map of the bits of `name` (bit `first` is the first): shifted and masked runs, or-ed together.
+    """C for a linear map of the bits of `name` (bit `first` is the first): shifted and masked runs, added.
 
     Bits above the last column are zero in the variable, so the mask of the topmost run is left out.
     """
@@ -89,7 +89,12 @@ def linear(columns: Map, name: str, first: int = 0) -> str:
         if not top or (start and not (shift < 0 and start == -shift)):
             text = f"{text} & {((1 << count) - 1) << low}"
         parts.append(text)
-    return (" ^ ".join if odd else " | ".join)(parts + odd) or "0"
+    return (" ^ ".join(parts + odd) if odd else joined(parts)) or "0"
+
+
+def joined(parts: list[str]) -> str:
+    """Numbers that have no bits in common, together: as a sum, which compilers take apart for addresses."""
+    return " + ".join(f"({part})" if " " in part and len(parts) > 1 else part for part in parts)
 
 
 @dataclass(frozen=True)

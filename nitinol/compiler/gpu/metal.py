@@ -155,6 +155,11 @@ def narrow_number(element: DType, value: float, text: str) -> str:
     return f"{type_name(element)}({text})"
 
 
+def byte_shift(text: str) -> str:
+    """A byte's shift to the right."""
+    return text
+
+
 def zero(element: DType) -> str:
     return f"{type_name(element)}(0)"
 
