@@ -6,6 +6,7 @@ every simdgroup has; else a trip through threadgroup memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ class Shuffle:
         return self.lanes != ((0,) * len(self.lanes[0]), own, (0,) * len(self.lanes[2]))
 
 
+@functools.lru_cache(65536)
 def find_shuffle(source: Layout, result: Layout) -> Shuffle | None:
     """How each thread gets its elements of `result` from `source` within its simdgroup; None if it cannot."""
     count = len(source.registers)

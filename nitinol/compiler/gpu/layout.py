@@ -13,6 +13,7 @@ asks memory once for what a simdgroup wants.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ def apply(columns: Map, number: int) -> int:
     return image
 
 
+@functools.lru_cache(65536)
 def compose(outer: Map, inner: Map) -> Map:
     """First `inner`, then `outer`."""
     return tuple(apply(outer, column) for column in inner)
@@ -39,6 +41,7 @@ def identity(bits: int) -> Map:
     return tuple(1 << i for i in range(bits))
 
 
+@functools.lru_cache(65536)
 def solve(columns: Map, image: int) -> int | None:
     """A number with that image, with as few high bits as possible; None if there is none."""
     basis: list[tuple[int, int]] = []  # (image, number), each with a leading bit of its own
