@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from nitinol.compiler.gpu import dot, layout, metal
 from nitinol.compiler.gpu.convert import find_shuffle
 from nitinol.compiler.gpu.forms import Index, linear
 from nitinol.compiler.gpu.layout import Layout, axis_bits, blocked, compose, independent, solve, view_map
+from nitinol.compiler.gpu.loads import spread
 from nitinol.compiler.gpu.tree import Access, Each, Nest, Scratch, Statement, allocate, place_barriers
 from nitinol.compiler.ir import create
 from nitinol.language.types import TileType, float16, float32
@@ -127,6 +129,7 @@ def test_shuffles_bring_every_element(rng):
         source, result = random_layout(rng, bits), random_layout(rng, bits)
         if rng.random() < 0.7:
             result = Layout(bits, *independent_parts(rng, source))
+        source = replace(source, sparse=bool(source.copies[0]) and rng.random() < 0.5)
         shuffle = find_shuffle(source, result)
         reach = [independent((*source.registers, *source.lanes, w ^ v)) for v, w in zip(source.warps, result.warps)]
         if shuffle is None:  # then some simdgroup lacks an element
@@ -144,9 +147,24 @@ def test_shuffles_bring_every_element(rng):
                     )
                     at, who = (value, who) if target == "at" else (at, value)
                 assert source.place(at, who, warp) == result.place(register, lane, warp)
+                assert not (source.sparse and who & source.copies[0])  # only owners have anything
                 base = layout.apply(shuffle.registers[0], register)
                 assert base ^ at in shuffle.choices
     assert found > 50
+
+
+def test_a_spread_load_asks_once_and_reaches_all_lanes(rng):
+    for _ in range(300):
+        wanted = random_layout(rng, int(rng.integers(0, 9)))
+        order = [int(bit) for bit in rng.permutation(wanted.bits)]
+        made = spread(wanted, order, int(rng.choice([1, 2, 4])))
+        copies = made.copies[0]
+        assert made.sparse == (copies != 0) and made.count <= wanted.count
+        for warp in range(4):
+            asked = [made.place(r, lane, warp) for r in range(made.count) for lane in range(32) if not lane & copies]
+            assert len(asked) == len(set(asked))
+            assert set(asked) == {wanted.place(r, lane, warp) for r in range(wanted.count) for lane in range(32)}
+        assert find_shuffle(made, wanted) is not None
 
 
 def independent_parts(rng, source):

@@ -222,6 +222,71 @@ def test_reductions_stay_in_a_simdgroup_if_rows_do(rows, columns, simdgroups, ba
 
 
 @jit
+def loop_sums(x, out, rows, scale, start, N: tl.constexpr, SCALED: tl.constexpr, TWICE: tl.constexpr):
+    columns = tl.arange(0, N)
+    total = tl.zeros((2,), tl.float32) + start
+    for row in range(0, rows):
+        tile = tl.load(x + row * 2 * N + tl.arange(0, 2)[:, None] * N + columns[None, :])
+        if SCALED:
+            total = total * scale + tl.sum(tile, axis=1)
+        else:
+            total += tl.sum(tile, axis=1)
+    if TWICE:
+        for row in range(0, rows):
+            total += tl.sum(tl.load(x + row * 2 * N + tl.arange(0, 2)[:, None] * N + columns[None, :]), axis=1)
+    tl.store(out + tl.arange(0, 2), total)
+
+
+@pytest.mark.parametrize("scaled, twice", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_sums_in_loops_meet_after_the_loop(rows, scaled, twice):
+    n, scale, start = 256, 0.75, 10.0
+    x = np.random.default_rng().integers(-50, 50, (max(rows, 1), 2, n)).astype(np.float32)  # sums are exact
+    out = np.full(2, np.nan, np.float32)
+    softmetal.set_validation(True)
+    made = launch(loop_sums, simdgroups=4, x=x, out=out, rows=rows, scale=scale, start=start, N=n, SCALED=scaled,
+                  TWICE=twice)  # fmt: skip
+    expected = np.full(2, start)
+    for row in range(rows):
+        expected = expected * (scale if scaled else 1) + x[row].sum(axis=1, dtype=np.float64)
+    if twice:
+        expected += x[:rows].sum(axis=(0, 2), dtype=np.float64)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-3)
+    loops = re.findall(r"^    for \(int row.*?^    }$", made.source, re.M | re.S)  # none where rows is 1
+    assert len(loops) == (0 if rows == 1 else 1 + twice)
+    assert not any("simd_" in text or "barrier" in text for text in loops)
+    if twice and loops:
+        assert "simd_" not in made.source[: made.source.index(loops[1])]  # nor between them
+    assert made.barriers <= 2
+
+
+@jit
+def sums_of_tiles(x, out, rows, N: tl.constexpr):
+    at = tl.arange(0, N)
+    total = tl.zeros((N,), tl.float32)
+    for row in range(0, rows):
+        total += tl.load(x + row * N + at)
+    tl.store(out, tl.sum(total, axis=0))
+
+
+def test_tiles_of_which_the_sum_is_wanted_are_summed_at_once():
+    x = np.random.default_rng().integers(-50, 50, (7, 1024)).astype(np.float32)
+    out = np.full(1, np.nan, np.float32)
+    made = launch(sums_of_tiles, simdgroups=1, x=x, out=out, rows=7, N=1024)
+    assert out[0] == x.sum(dtype=np.float64)
+    assert not re.search(r"float total\w*\[", made.source)  # one number per thread, not 32
+
+
+@pytest.mark.parametrize("block, dtype, simdgroups", [
+    (16, "f4", 1), (256, "f4", 1), (512, "f4", 2), (1024, "f4", 4), (8192, "f4", 4), (32768, "f4", 16), (1024, "i1", 1),
+])  # fmt: skip
+def test_the_largest_tile_chooses_the_number_of_simdgroups(block, dtype, simdgroups):
+    x = np.zeros(block, dtype)
+    made = launch(copy, x=x, out=x.copy(), N=block, simdgroups=0)
+    assert made.simdgroups == simdgroups
+
+
+@jit
 def transpose(x, out, M: tl.constexpr, N: tl.constexpr):
     m, n = tl.arange(0, M), tl.arange(0, N)
     tile = tl.load(x + m[:, None] * N + n[None, :])
