@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,15 @@ def gpu_missing() -> str:
         return f"there is no NVIDIA GPU: {problem}"
 
 
-def compile_source(executable: Executable, architecture: str = "sm_90a") -> bytes:
-    """Machine code of a kernel; AssertionError with the compiler's words and the source."""
+def compile_source(executable: Executable, architecture: str = "sm_90a", words: list[str] | None = None) -> bytes:
+    """Machine code of a kernel; AssertionError with the compiler's words and the source. `words` takes them too."""
     program = checked(nvrtc.nvrtcCreateProgram(executable.source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={architecture}".encode(), *(o.encode() for o in executable.options)]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
     checked(nvrtc.nvrtcGetProgramLog(program, log))
+    if words is not None:
+        words.append(log.decode())
     assert int(error) == 0, f"{log.decode()}\n{executable.source}"
     code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
     checked(nvrtc.nvrtcGetCUBIN(program, code))
@@ -86,7 +89,9 @@ class Device:
             self.functions[id(executable)] = (function, module, executable)
         return self.functions[id(executable)][0]
 
-    def launch(self, executable: Executable, grid: Sequence[int], addresses: Sequence[int], values: Sequence[Any]) -> None:
+    def launch(
+        self, executable: Executable, grid: Sequence[int], addresses: Sequence[int], values: Sequence[Any]
+    ) -> None:
         """Without waiting: `addresses` of all buffers, status and log included; `values` for the scalars."""
         data = executable.arguments(values, grid)
         count = len(executable.pointers)
@@ -110,7 +115,8 @@ class Device:
                 checked(driver.cuMemcpyHtoD(int(memory) + shift, array.ctypes.data, array.nbytes))
                 buffers[id(array)] = (array, memory, shift)
             addresses.append(int(buffers[id(array)][1]) + buffers[id(array)][2])
-        extra = [checked(driver.cuMemAlloc(n)) for n in [4] * bool(executable.asserts) + [LOG_BYTES] * bool(executable.prints)]
+        sizes = [4] * bool(executable.asserts) + [LOG_BYTES] * bool(executable.prints)
+        extra = [checked(driver.cuMemAlloc(nbytes)) for nbytes in sizes]
         for memory in extra:
             checked(driver.cuMemsetD8(memory, 0, 4))
         self.launch(executable, grid, [*addresses, *(int(m) for m in extra)], values)
@@ -122,7 +128,7 @@ class Device:
             checked(driver.cuMemcpyDtoH(array.ctypes.data, int(memory) + shift, array.nbytes))
             checked(driver.cuMemFree(memory))
         told = []
-        for memory, nbytes in zip(extra, [4] * bool(executable.asserts) + [LOG_BYTES]):
+        for memory, nbytes in zip(extra, sizes):
             told.append(np.empty(nbytes, np.uint8))
             checked(driver.cuMemcpyDtoH(told[-1].ctypes.data, memory, nbytes))
             checked(driver.cuMemFree(memory))
@@ -136,9 +142,11 @@ def executable(function: ir.Function, name: str, warps: int = 4, aliases: tuple[
     return compile_function(prepare(function), aliases, warps, cuda, name)
 
 
-def compiled(kernel: Any, name: str = "", warps: int = 4, **arguments: Any) -> tuple[Executable, list[Any]]:
+def compiled(
+    kernel: Any, name: str = "", warps: int = 4, dialect: ModuleType = cuda, stages: int = 0, **arguments: Any
+) -> tuple[Executable, list[Any]]:
     """The kernel's executable for these arguments, and the values of its run-time parameters."""
     bound = kernel.bind((), arguments)
     signature, _ = specialise(kernel, bound)
-    made = compile_function(tile_ir(kernel, signature), simdgroups=warps, dialect=cuda, name=name)
+    made = compile_function(tile_ir(kernel, signature), (), warps, dialect, name, stages)
     return made, [bound[parameter] for parameter, _, _ in signature.parameters]

@@ -12,6 +12,7 @@ from random_programs import FLOATS, INTEGERS, random_program
 
 import nitinol.language as tl
 from nitinol.compiler import interpreter
+from nitinol.compiler.gpu import cuda
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
 from nitinol.kernels import attention, matvec
@@ -231,6 +232,39 @@ def test_the_compiler_takes_products(dtypes):
     rng = np.random.default_rng()
     for m, n, k in PRODUCTS[3:6]:
         compile_source(product_case(rng, m, n, k, dtypes, int(rng.choice(WARPS)), min(k, 64))[0])
+
+
+def large_product(**options):
+    a, c = np.zeros(128 * 128 + 8, np.float16)[:16384].reshape(128, 128), np.zeros((128, 128), np.float32)
+    while a.ctypes.data % 16:  # copies go 16 bytes at a time
+        a = np.zeros((128, 128), np.float16)
+    return compiled(
+        product, "product", 4, a=a, b=a, c=c, K=128, M=128, N=128, A_TURNED=False, B_TURNED=False, STEP=64, **options
+    )[0]
+
+
+def test_products_go_through_the_instructions_that_a_gpu_has():
+    hopper, ampere = large_product(), large_product(dialect=cuda.for_capability(86))
+    assert "wgmma_fp16_128_memory<0, 1>" in hopper.source and "ldmatrix" not in hopper.source
+    assert "mma_fp16(" in ampere.source and "ldmatrix_x4_trans(" in ampere.source and "wgmma" not in ampere.source
+    assert ampere.threadgroup_bytes <= 99 * 1024 and hopper.threadgroup_bytes <= 227 * 1024
+    for made in (hopper, ampere):
+        assert "cp_async(" in made.source
+    assert "cp_async(" not in large_product(stages=1).source
+    with pytest.raises(ValueError, match=r"7\.5 is too old"):
+        cuda.for_capability(75)
+
+
+@needs_compiler
+def test_the_compiler_takes_older_architectures():
+    assert b"product" in compile_source(large_product(dialect=cuda.for_capability(80)), "sm_80")
+
+
+@needs_compiler
+def test_products_by_warp_groups_are_not_serialised():
+    log: list[str] = []
+    compile_source(large_product(), "sm_90a", log)
+    assert "serialized" not in log[0]
 
 
 @needs_gpu

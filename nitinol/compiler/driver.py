@@ -80,7 +80,7 @@ def _compile(
         from nitinol.compiler import cpu
 
         return cpu.compile_function(name, source, aliases, key)
-    if target in ("metal", "cuda"):
+    if target.partition(":")[0] in ("metal", "cuda"):
         from nitinol.compiler.gpu.target import compile_for
 
         return compile_for(target, name, source, aliases, key, warps, stages)

@@ -111,11 +111,11 @@ def compile_function(
         raise ValueError(f"{function.name}: {simdgroups} simdgroups; expected a power of two up to {most}")
     aliases = aliases or tuple(range(len(function.parameters)))
     expand_small_dots(function, dialect.MATRIX_SIDES, dialect.BYTES_AS_HALVES)
+    narrow_sums(function)
+    simdgroups = simdgroups or enough_simdgroups(function)
     if dialect.ASYNCHRONOUS:
         share_inverses(function)
         pipeline(function, dialect, simdgroups, stages, aliases)
-    narrow_sums(function)
-    simdgroups = simdgroups or enough_simdgroups(function)
     e = Emitter(function, dialect, simdgroups.bit_length() - 1, aliases)
     name = re.sub(r"\W", "_", name or function.name)
     name = f"{name}_kernel" if name in dialect.RESERVED else name

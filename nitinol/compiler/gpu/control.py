@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nitinol.compiler.gpu import staging
 from nitinol.compiler.gpu.forms import Form, Index, fixed, variable
 from nitinol.compiler.gpu.layout import Layout, identity
 from nitinol.compiler.gpu.reduction import Running, between_threads
 from nitinol.compiler.gpu.sums import Threads, first_part, goes_on, sum_threads
-from nitinol.compiler.gpu import staging
 from nitinol.compiler.gpu.tree import Nest
 from nitinol.compiler.ir import Block, Op, Value
 

@@ -6,8 +6,10 @@ compiler. Products go through `mma.sync` (mma.py); the fragments are those of th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -42,6 +44,18 @@ RESERVED = metal.RESERVED | frozenset(
     at blockDim blockIdx cbrt double exp10 fabs gridDim long64 memcpy pow rcbrt schar sinpi threadIdx tgamma typedef
     ulong64 unroll warpSize""".split()
 )
+
+
+@functools.cache
+def for_capability(capability: int) -> ModuleType:
+    """This dialect for GPUs of another compute capability than 9.0, 86 for 8.6."""
+    if capability < 80:
+        raise ValueError(f"compute capability {capability / 10} is too old: kernels need 8.0 or newer")
+    module = ModuleType(f"{__name__}_{capability}")
+    module.__dict__.update(globals())
+    module.__dict__["SHARED_LIMIT"] = SHARED_LIMITS.get(capability, min(SHARED_LIMITS.values()))
+    module.__dict__["WARP_GROUPS"] = capability == 90
+    return module
 
 
 class Unsupported(Exception):
@@ -180,13 +194,13 @@ def matrix_instruction(op: Op) -> Instruction | None:
 
 
 def by_warp_groups(op: Op, warps: int) -> bool:
-    """Whether a dot goes to wgmma, which four warps issue together for 64 rows each (compute capability 9.0)."""
+    """Whether a dot can go to wgmma, which four warps issue together for 64 rows."""
     a, b, acc = op.operands
     (m, k), n = a.shape[-2:], b.shape[-1]
     fits = a.element == b.element and a.element in (float16, bfloat16) and acc.element == float32
     groups = warps // 4
     return (
-        WARP_GROUPS and fits and len(a.shape) == 2 and k >= 16 and m >= 64 and groups > 0
+        fits and len(a.shape) == 2 and k >= 16 and m >= 64 and groups > 0
         and n >= 16 * max(1, groups // (m // 64)) * (2 if groups > m // 64 else 1)
     )  # fmt: skip
 

@@ -73,17 +73,19 @@ def _wgmma(name: str, ptx: str, n: int, where: str) -> str:
     cells = ", ".join(f'"+f"(c[at + {i // 4}][{i % 4}])' for i in range(count))
     targets = ", ".join(f"%{i}" for i in range(count))
     if where == "memory":
-        head = f"template <int A_TURNED, int B_TURNED, int C> INLINE void {name}(float (&c)[C][4], int at, ulong64 a, ulong64 b)"
-        given, turned, inputs = f"%{count}", f"%{count + 2}, %{count + 3}", '"l"(a), "l"(b), "n"(A_TURNED), "n"(B_TURNED)'
+        parameters, operand = "int A_TURNED, int B_TURNED, int C", "ulong64 a"
+        given, turned = f"%{count}", f"%{count + 2}, %{count + 3}"
+        inputs = '"l"(a), "l"(b), "n"(A_TURNED), "n"(B_TURNED)'
         second, one = f"%{count + 1}", f"%{count + 4}"
     else:
-        head = f"template <int B_TURNED, int C> INLINE void {name}(float (&c)[C][4], int at, const uint (&a)[4], ulong64 b)"
+        parameters, operand = "int B_TURNED, int C", "const uint (&a)[4]"
         given = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         turned, inputs = f"%{count + 5}", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B_TURNED)'
         second, one = f"%{count + 4}", f"%{count + 6}"
-    return f"""{head} {{
+    return f"""template <{parameters}> INLINE void {name}(float (&c)[C][4], int at, {operand}, ulong64 b) {{
     asm volatile("{{ .reg .pred p; setp.ne.b32 p, {one}, 0; "
-        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{targets}}}, {given}, {second}, p, 1, 1, {turned}; }}"
+        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{targets}}}, {given}, {second}, "
+        "p, 1, 1, {turned}; }}"
         : {cells}
         : {inputs}, "r"(1));
 }}"""
@@ -106,8 +108,8 @@ def _ldmatrix(count: int, trans: str) -> str:
 
 
 HELPERS = {
-    "odd_float": """// The float nearest towards 0, with its last bit set if that is not the number: rounding it once more, to
-// 16 bits, gives what rounding the number would.
+    "odd_float": """// The float nearest towards 0, with its last bit set if that is not the number:
+// rounding it once more, to 16 bits, gives what rounding the number would.
 INLINE float sticky(float near, bool exact) { return exact ? near : __int_as_float(__float_as_int(near) | 1); }
 INLINE float odd_float(int x) { float f = __int2float_rz(x); return sticky(f, int(f) == x); }
 INLINE float odd_float(uint x) { float f = __uint2float_rz(x); return sticky(f, uint(f) == x); }
@@ -126,7 +128,8 @@ INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky
         name: _SHUFFLE.replace("NAME", name).replace("HOW", f"__{name.replace('shuffle', 'shfl')}_sync")
         for name in ("shuffle", "shuffle_xor", "shuffle_up", "shuffle_down")
     },
-    "quotient_by": """// x / d by way of 1 / d; not plain where a step may over- or underflow, as where inverse() gives NaN.
+    "quotient_by": """// x / d by way of 1 / d; not plain where a step may over- or underflow,
+// as where inverse() gives NaN.
 INLINE float quotient_by(float x, float d, float inverse, bool &plain) {
     float q = x * inverse, size = fabs(q);
     plain &= (size <= 0x1p60f) & ((size >= 0x1p-60f) | (x == 0.0f));
@@ -237,7 +240,8 @@ template <typename T> INLINE uint pack(T x, T y, T z, T w) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
 }
 INLINE void cp_async(uint to, const void *from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+    int nbytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(nbytes) : "memory");
 }""",
     "cp_async_commit": """INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }""",
     "cp_async_wait": """template <int pending> INLINE void cp_async_wait() {
@@ -266,7 +270,7 @@ template <int C> INLINE void settle(float (&c)[C]) {
     for (int i = 0; i < C; i++) asm volatile("" : "+f"(c[i]) :: "memory");
 }""",
     "uniform": "INLINE uint uniform(uint x) { return __shfl_sync(0xffffffffu, x, 0); }",
-    "descriptor": """// Where and how a matrix lies in shared memory: offsets between its parts in bytes, and the swizzle.
+    "descriptor": """// Where and how a matrix lies in shared memory: bytes between its parts, and the swizzle.
 INLINE ulong64 descriptor(uint address, uint leading, uint stride, uint swizzle) {
     return ulong64(address >> 4 & 0x3fff) | ulong64(leading >> 4) << 16 | ulong64(stride >> 4) << 32
         | ulong64(swizzle) << 62;

@@ -54,10 +54,11 @@ def fragments(
     rows, columns = m[instruction.c.bits(0) :], n[instruction.c.bits(1) :]  # bits that number the matrices
     warps: list[tuple[str, int]] = []  # which matrices are whose: an upper bit of m or n for each warp bit
     if op.attributes.get("warpgroups"):  # four warps have 16 rows each of 64
-        warps = [("m", 4), ("m", 5)]
+        warps, by_rows = [("m", 4), ("m", 5)], True
         rows = rows[2:]
     while len(warps) < warp_bits and (rows or columns):
-        axis, bits, every = ("m", rows, m) if len(rows) >= len(columns) or ((by_rows or warps[:1] == [("m", 4)]) and rows) else ("n", columns, n)
+        by_m = len(rows) >= len(columns) or (by_rows and bool(rows))
+        axis, bits, every = ("m", rows, m) if by_m else ("n", columns, n)
         warps.append((axis, every.index(bits.pop())))
     return (
         _layout(a, "mk", instruction.a, warps, warp_bits),

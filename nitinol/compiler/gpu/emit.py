@@ -29,8 +29,8 @@ from nitinol.compiler.gpu.forms import (
     variable,
 )
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
-from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.gpu.pipeline import Stage
+from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.gpu.tree import Access, Each, Scratch, Statement, accesses
 from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
@@ -44,7 +44,9 @@ class Emitter:
     def __init__(self, function: Function, dialect: ModuleType, warp_bits: int, aliases: tuple[int, ...]) -> None:
         self.function, self.dialect, self.warp_bits = function, dialect, warp_bits
         self.chained = mma.chained(function) if dialect.ASYNCHRONOUS else set()
-        self.assignment = best_assignment(function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect, op in self.chained))
+        self.assignment = best_assignment(
+            function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect, op in self.chained)
+        )
         self.uses = uses_of(function)
         self.stages: dict[Value, Stage] = {}  # tiles that products find in shared memory
         self.forms: dict[tuple[Value, Layout], Form] = {}
@@ -235,8 +237,8 @@ class Emitter:
         for value in values:
             home = self.assignment.home.get(value)
             self.depth[value] = self.loops
-            for layout in self.assignment.wanted.get(value, []) if home is not None else ():
-                if layout != home:
+            for layout in self.assignment.wanted.get(value, []):
+                if home is not None and layout != home:
                     self.forms[value, layout] = convert.convert(self, value, self.forms[value, home], home, layout)
             if value in self.assignment.spilled:
                 self.stages[value] = staging.put(self, value)

@@ -199,7 +199,8 @@ def fragments_from_shared(
     function = f"ldmatrix_x{1 << (len(words) + pairs)}" + ("" if straight else "_trans")
     target = f"{name}[{letter}]" if steps else f"{name}[0]"
     targets = f"{target}, {name}[{letter} + 1]" if pairs else target
-    fetch = [*loop(e, letter, len(steps), 2 if pairs else 1), "    " * bool(steps) + f"{function}({targets}, {address});"]
+    fetch = loop(e, letter, len(steps), 2 if pairs else 1)
+    fetch.append("    " * bool(steps) + f"{function}({targets}, {address});")
     return [f"const uint {base}_tile = {operand.base}, {base} = {hoisted};"], [declare, *fetch]
 
 
@@ -232,13 +233,14 @@ def warp_groups(e: Emitter, op: Op, a: Source, b: Source, c: str) -> list[str]:
     width = min(8 << len(n), MOST_COLUMNS)
     across = n[(width // 8).bit_length() - 1 :]  # more columns than one instruction takes
     lines, texts, turned = [], [], []
-    for operand, steps in ((a, {"m": m, "k": k}), (b, {"n": across, "k": outer(b, columns[0])})):
+    numbers = ({"m": m, "k": k}, {"n": across, "k": outer(b, columns[0])})
+    for operand, steps in zip((a, b), numbers):
         if operand.stage is None:
             bits = len(k)
             texts.append(f"{operand.array}[{'k' if bits else '0'}{f' | m << {bits}' if m else ''}]")
             continue
         name = e.name("matrix")
-        offsets = {step: linear(operand.bytes_of(tuple(columns)), step) for step, columns in steps.items()}
+        offsets = {step: linear(operand.bytes_of(tuple(bits)), step) for step, bits in steps.items()}
         group = linear(operand.bytes_of(operand.layout.warps[2:]), "group")
         start = operand.base if group == "0" else f"{operand.base} + ({group})"
         leading, stride, swizzle, along_k = shape_of_memory(operand)
@@ -253,9 +255,9 @@ def warp_groups(e: Emitter, op: Op, a: Source, b: Source, c: str) -> list[str]:
     call = f"wgmma_{kind}_{width}_{where}<{', '.join(turned)}>({c}, {at}, {', '.join(texts)});"
     pending = int(op.attributes.get("unfinished", False))
     body, pad = [], ""
-    for name, steps in (("k", k), ("m", m), ("n", across)):
-        if steps:
-            body += [pad + text for text in loop(e, name, len(steps))]
+    for step, own in (("k", k), ("m", m), ("n", across)):
+        if own:
+            body += [pad + text for text in loop(e, step, len(own))]
             pad += "    "
     return [
         "{", *("    " + t for t in lines), f"    settle({c});", "    wgmma_fence();", *("    " + t for t in body),

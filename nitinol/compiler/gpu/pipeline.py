@@ -85,27 +85,30 @@ def staged(value: Value) -> tuple[Op, bool] | None:
 
 
 def pipeline(function: Function, dialect: ModuleType, warps: int, count: int, aliases: Sequence[int]) -> None:
-    """Rewrites all loops, in place. `count`: tiles of each load in shared memory; 0: as many as pay, 1: no loads ahead."""
+    """Rewrites all loops, in place; notes for each product by what it is to be made (attributes `from_memory`, `outer`,
+    `warpgroups`). `count`: tiles of each load in shared memory; 0: as many as pay, 1: no loads ahead."""
     for op in walk(function.body):
         if op.kind == "dot":
             matrices = dialect.matrix_instruction(op) is not None
             op.attributes["from_memory" if matrices and len(op.result.shape) == 2 else "outer"] = True
-            if matrices and dialect.by_warp_groups(op, warps):
+            if matrices and dialect.WARP_GROUPS and dialect.by_warp_groups(op, warps):
                 op.attributes["warpgroups"] = True
     if count == 1:
         return
     groups = dict(zip(function.parameters, aliases))
-    _block(function, function.body, dialect, count, groups)
+    _block(function, function.body, dialect, warps, count, groups)
 
 
-def _block(function: Function, block: Block, dialect: ModuleType, count: int, groups: dict[Value, int]) -> None:
+def _block(
+    function: Function, block: Block, dialect: ModuleType, warps: int, count: int, groups: dict[Value, int]
+) -> None:
     index = 0
     while index < len(block.ops):
         op = block.ops[index]
         for region in op.regions:
-            _block(function, region, dialect, count, groups)
+            _block(function, region, dialect, warps, count, groups)
         if op.kind == "for":
-            before = _Loop(function, op, dialect, count, groups).rewrite()
+            before = _Loop(function, op, dialect, warps, count, groups).rewrite()
             block.ops[index:index] = before
             index += len(before)
         index += 1
@@ -116,8 +119,10 @@ class _Impossible(Exception):
 
 
 class _Loop:
-    def __init__(self, function: Function, loop: Op, dialect: ModuleType, count: int, groups: dict[Value, int]) -> None:
-        self.loop, self.dialect, self.count, self.groups = loop, dialect, count, groups
+    def __init__(
+        self, function: Function, loop: Op, dialect: ModuleType, warps: int, count: int, groups: dict[Value, int]
+    ) -> None:
+        self.loop, self.dialect, self.warps, self.count, self.groups = loop, dialect, warps, count, groups
         self.body = loop.regions[0]
         self.uses = uses_of(function)
         self.widths = Widths(function)
@@ -132,7 +137,8 @@ class _Loop:
     def rewrite(self) -> list[Op]:
         """Operations to put before the loop."""
         stages = {op: stage for op in self.body.ops if (stage := self.stage(op)) is not None}
-        count = self.affordable(list(stages.values()))
+        going = self.unfinished(stages)
+        count = self.affordable(list(stages.values()), going is not None)
         if not stages or count < 2:
             return []
         loop, body, self.location = self.loop, self.body, self.loop.location
@@ -141,8 +147,7 @@ class _Loop:
         everything = loop.attributes["stages"] = list(stages.values())
         before = [create("stage_open", [], [], self.location, stages=everything)]
         distance = count - 1  # iterations ahead
-        going = self.unfinished(stages) if count > 2 else None
-        if going is not None:
+        if going is not None and count > 3:
             going.attributes["unfinished"] = True
             loop.attributes["unfinished"] = body.arguments.index(going.operands[2]) - 1
             distance -= 1  # the product before the last may still read its tiles
@@ -195,11 +200,16 @@ class _Loop:
         alone = len(self.uses.get(acc, [])) == len(self.uses.get(products[0].result, [])) == 1
         return products[0] if fits and alone else None
 
-    def affordable(self, stages: list[Stage]) -> int:
-        """How many tiles of each load fit: by default 4, or 3 where two blocks then share a multiprocessor."""
+    def affordable(self, stages: list[Stage], going: bool) -> int:
+        """How many tiles of each load fit.
+
+        By default 3, or 2 where with 3 no two blocks share a multiprocessor. Products that go on into the next
+        iteration (`going`) want 4, unless two small blocks hide each other's waits.
+        """
         each = sum(stage.nbytes for stage in stages)
         room = self.dialect.SHARED_LIMIT - self.dialect.SHARED_ROOMY
-        count = self.count or (3 if 3 * each <= room // 2 else 4)
+        shared = 3 * each <= room // 2
+        count = self.count or (4 if going and (self.warps > 4 or not shared) else 3 if shared else 2)
         while count > 1 and each * count > room:
             count -= 1
         return count

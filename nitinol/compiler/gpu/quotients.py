@@ -22,7 +22,7 @@ FEWER = 2  # divisors at least by this power of two
 
 
 def share_inverses(function: Function) -> None:
-    """Divisions by values that are spread over a tile get a third operand, the inverse (div with one operand); in place."""
+    """Divisions by values that are spread over a tile get a third operand, the inverse (div of one operand)."""
     _block(function.body)
 
 

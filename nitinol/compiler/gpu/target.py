@@ -17,7 +17,7 @@ def compile_for(
     target: str, name: str, source: Callable[[], Function], aliases: tuple[int, ...] = (), key: str = "",
     warps: int = 0, stages: int = 0,
 ) -> Executable:  # fmt: skip
-    """The executable of a kernel for "metal" or "cuda".
+    """The executable of a kernel for "metal", or "cuda": for compute capability 9.0, "cuda:86" for 8.6 and so on.
 
     `source` gives its tile IR; it is not asked if the result is in the cache on disk under `key`, which must identify
     the kernel and its specialisation ("": not cached). `aliases`, `warps`, `stages`: see `compile_function`.
@@ -28,7 +28,7 @@ def compile_for(
         stored = cache.get(key)
         if stored is not None:
             return pickle.loads(stored)
-    made = compile_function(source(), aliases, warps, dialect(target), name)
+    made = compile_function(source(), aliases, warps, dialect(target), name, stages)
     if key:
         cache.put(key, pickle.dumps(made))
     return made
@@ -40,6 +40,7 @@ def dialect(target: str) -> ModuleType:
         from nitinol.compiler.gpu import metal
 
         return metal
-    from nitinol.compiler.gpu import cuda  # type: ignore[attr-defined]
+    from nitinol.compiler.gpu import cuda
 
-    return cuda
+    capability = target.partition(":")[2]
+    return cuda.for_capability(int(capability)) if capability else cuda

@@ -24,7 +24,8 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Access:
-    """A read, write or atomic of memory, or a "hold": somebody else sees to its barriers. `where`: a Scratch, or a class of pointers that may meet (None: any).
+    """A read, write or atomic of memory, or a "hold": somebody else sees to its barriers. `where`: a Scratch, or a
+    class of pointers that may meet (None: any).
 
     Accesses with one `thread` go to the same element in the same thread, and need no barrier between them.
     """
