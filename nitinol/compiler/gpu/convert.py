@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu.forms import Form, Index, linear, shifted, variable
+from nitinol.compiler.gpu.forms import Form, Index, Words, linear, shifted, variable
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
 from nitinol.compiler.gpu.tree import Access
+from nitinol.compiler.gpu.words import single_bytes
 from nitinol.compiler.ir import Op, Value
-from nitinol.language.types import DType, PointerType, int1, uint8, uint16, uint32
+from nitinol.language.types import DType, PointerType, int1, int8, uint8, uint16, uint32
 
 if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
@@ -136,7 +137,10 @@ def by_words(
         return " | ".join(parts)
 
     names = lambda i: {(n, False) for n, _ in form.names(i)}  # noqa: E731
-    words = e.store_in(e.name(f"{name}_words"), uint32, count >> width, Form(pack, names, False))
+    if width == 2 and form.words is not None and form.words.bits == (0, 1):
+        words = form.words.form
+    else:
+        words = e.store_in(e.name(f"{name}_words"), uint32, count >> width, Form(pack, names, False))
     kept = [bit for bit in range(len(shuffle.registers[0])) if bit not in bits]
     less = Shuffle(
         (tuple(shuffle.registers[0][bit] >> width for bit in kept),
@@ -144,6 +148,8 @@ def by_words(
         (tuple(shuffle.lanes[0][bit] for bit in kept), *shuffle.lanes[1:]),
     )  # fmt: skip
     moved = by_shuffles(e, name, uint32, words, count >> width, less, result >> width)
+    if element in (int8, uint8) and width == 2:
+        return single_bytes(Words((bits[0], bits[1]), moved), element, e.dialect)
     places = len(shuffle.registers[0])
     to_word = tuple(1 << kept.index(bit) if bit in kept else 0 for bit in range(places))
     to_shift = tuple(8 * element.nbytes << bits.index(bit) if bit in bits else 0 for bit in range(places))

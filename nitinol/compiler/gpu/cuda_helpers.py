@@ -163,6 +163,21 @@ INLINE ulong64 mulhi(ulong64 x, ulong64 y) { return __umul64hi(x, y); }""",
 }""",
     "nan_min": "template <typename T> INLINE T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
     "nan_max": "template <typename T> INLINE T nan_max(T x, T y) { return x != x ? x : y != y ? y : fmax(x, y); }",
+    # Sums and differences of the bytes of words: the carry into a byte's top bit is kept out of the next byte.
+    "add_bytes": """INLINE uint add_bytes(uint x, uint y) {
+    return ((x & 0x7f7f7f7fu) + (y & 0x7f7f7f7fu)) ^ ((x ^ y) & 0x80808080u);
+}""",
+    "sub_bytes": """INLINE uint sub_bytes(uint x, uint y) {
+    return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
+}""",
+    **{
+        f"dot4_{a}{b}": f"""INLINE int dot4_{a}{b}(uint x, uint y, int z) {{
+    int sum;
+    asm("dp4a.{a}32.{b}32 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+    return sum;
+}}"""
+        for a in "su" for b in "su"
+    },
     "log_value": f"""INLINE void log_value(uint *log, uint site, uint3 group, uint place, ulong64 value) {{
     uint record = atomicAdd(log, 1u);
     if (record >= {LOG_RECORDS}) return;

@@ -13,7 +13,19 @@ from typing import Any
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.errors import CompilationError
-from nitinol.compiler.gpu import control, convert, dot, effects, elementwise, memory, mma, quotients, reduction, staging
+from nitinol.compiler.gpu import (
+    control,
+    convert,
+    dot,
+    effects,
+    elementwise,
+    memory,
+    mma,
+    quotients,
+    reduction,
+    staging,
+    words,
+)
 from nitinol.compiler.gpu.assign import operand_layouts
 from nitinol.compiler.gpu.cost import best_assignment
 from nitinol.compiler.gpu.forms import (
@@ -66,6 +78,7 @@ class Emitter:
         found = self.assignment
         self.spread, self.spread_loops = spread_sums(function, self.uses, found.home, found.wanted, found.chosen)
         self.parts: set[Value] = set()  # sums of loops whose parts still lie in several threads
+        self.byte_products = words.byte_products(function, self.uses)
         self.note_blocks(function.body)
 
     # ----------------------------------------------------------------------------------------------- small parts
@@ -195,12 +208,18 @@ class Emitter:
     def define(self, value: Value, layout: Layout, form: Form) -> None:
         """Notes how a value is written; computes it into a variable unless it can stand where it is used."""
         if self.needs_variable(value):
-            form = self.store_in(self.name(value.name or "v"), value.element, layout.count, form)
+            name = self.name(value.name or "v")
+            if form.words is not None:
+                form = words.store(self, name, value.element, layout.count, form.words)
+            else:
+                form = self.store_in(name, value.element, layout.count, form)
         self.forms[value, layout] = form
 
     def needs_variable(self, value: Value) -> bool:
         op = value.op
         assert op is not None
+        if value in self.byte_products:
+            return False
         if isinstance(value.element, PointerType) and op.kind == "addptr":
             return self.final_uses(value, self.block_of[op]) != 1
         return bool(value.name) or self.final_uses(value, self.block_of[op]) != 1
@@ -288,6 +307,9 @@ class Emitter:
         def make(*texts: str) -> str:
             return elementwise.expression(op, list(texts), self.dialect, index, self.helpers)
 
+        packed = words.computed(op, operands, self.dialect, self.helpers)
+        if packed is not None:
+            return words.single_bytes(packed, op.result.element, self.dialect)
         form = expression(make, *operands)
         form = Form(form.text, form.names, closed(form.text(fixed(0))))
         if op.kind == "addptr":
@@ -321,12 +343,15 @@ class Emitter:
         cut = part_bit(op.kind, result.shape, op.attributes)
         pick = tuple(int(bit == cut) for bit in range(layout.bits))
 
-        def text(index: Index) -> str:
+        def text(index: Index, parts: Sequence[Form] = parts) -> str:
             which = self.place(layout, index, pick)
             if which in ("0", "1"):
                 return parts[int(which)].operand(index)
             return f"{f'({which})' if ' ' in which else which} ? {parts[1].operand(index)} : {parts[0].operand(index)}"
 
+        packed = words.chosen(parts, layout, cut, text)
+        if packed is not None:
+            return words.single_bytes(packed, result.element, self.dialect)
         return Form(text, lambda i: parts[0].names(i) | parts[1].names(i), False)
 
     def registers(self, source: Layout, result: Layout, view: Map) -> Map:

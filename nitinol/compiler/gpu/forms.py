@@ -26,6 +26,10 @@ class Index:
         """The same with the constant part changed by xor."""
         return Index(self.columns, self.constant ^ number)
 
+    def mapped(self, map_: Callable[[int], int]) -> Index:
+        """The same with a linear function's images."""
+        return Index(tuple(map_(column) for column in self.columns), map_(self.constant))
+
     @property
     def plain(self) -> bool:
         return self.constant == 0 and self.columns == identity(len(self.columns))
@@ -103,7 +107,7 @@ class Form:
 
     `simple`: needs no parentheses as an operand. `parts`: base and offset of a pointer expression. `variable`: the
     name if it is a variable, which may be assigned to. `stored`: is or reads a variable, so that its text may be
-    repeated.
+    repeated. `words`: the 32-bit words in which bytes lie four together.
     """
 
     text: Callable[[Index], str]
@@ -112,6 +116,7 @@ class Form:
     parts: tuple[Form, Form] | None = None
     variable: str = ""
     stored: bool = False
+    words: Words | None = None
 
     def operand(self, index: Index) -> str:
         text = self.text(index)
@@ -124,7 +129,7 @@ class Form:
         parts = None if self.parts is None else (self.parts[0].through(map_), self.parts[1].through(map_))
         return Form(
             lambda i: self.text(i.through(map_)), lambda i: self.names(i.through(map_)), self.simple, parts,
-            stored=self.stored,
+            stored=self.stored, words=self.words and self.words.through(map_),
         )  # fmt: skip
 
 
@@ -135,7 +140,50 @@ def shifted(form: Form, map_: Map, constant: int) -> Form:
         return i.through(map_).at(constant)
 
     parts = None if form.parts is None else tuple(shifted(p, map_, constant) for p in form.parts)
-    return Form(lambda i: form.text(index(i)), lambda i: form.names(index(i)), form.simple, parts)  # type: ignore[arg-type]
+    words = form.words and form.words.through(map_, constant)
+    return Form(lambda i: form.text(index(i)), lambda i: form.names(index(i)), form.simple, parts, words=words)  # type: ignore[arg-type]
+
+
+def squeeze(number: int, bits: tuple[int, int]) -> int:
+    """A number without two of its bits."""
+    for bit in sorted(bits, reverse=True):
+        number = number >> (bit + 1) << bit | number & ((1 << bit) - 1)
+    return number
+
+
+def unsqueeze(number: int, bits: tuple[int, int]) -> int:
+    """A number with two more bits, of 0."""
+    for bit in sorted(bits):
+        number = number >> bit << (bit + 1) | number & ((1 << bit) - 1)
+    return number
+
+
+@dataclass(frozen=True)
+class Words:
+    """`form`'s registers are 32-bit words of four bytes each, numbered as the bytes' registers without the two `bits`,
+    which number the bytes of a word, the lower one first."""
+
+    bits: tuple[int, int]
+    form: Form
+
+    def number(self, index: Index) -> Index:
+        """The word of a byte."""
+        return index.mapped(lambda number: squeeze(number, self.bits))
+
+    def first(self, index: Index) -> Index:
+        """The first byte of a word."""
+        return index.mapped(lambda number: unsqueeze(number, self.bits))
+
+    def through(self, map_: Map, constant: int = 0) -> Words | None:
+        """The words of a view whose register i is the register map_(i) ^ constant; None if it takes words apart."""
+        wanted = [1 << bit for bit in self.bits]
+        bits = tuple(map_.index(column) for column in wanted if map_.count(column) == 1)
+        others = [constant, *(column for column in map_ if column not in wanted)]
+        if len(bits) < 2 or any(column & sum(wanted) for column in others):
+            return None
+        view = tuple(squeeze(column, self.bits) for column in map_ if column not in wanted)
+        form = shifted(self.form, view, squeeze(constant, self.bits)) if constant else self.form.through(view)
+        return Words((bits[0], bits[1]), form)
 
 
 def variable(name: str, count: int) -> Form:

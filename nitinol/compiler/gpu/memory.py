@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.analysis import base_pointer
-from nitinol.compiler.gpu import convert
+from nitinol.compiler.gpu import convert, words
 from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, expression, literal, variable
 from nitinol.compiler.gpu.layout import Layout
 from nitinol.compiler.gpu.tree import Access
-from nitinol.compiler.ir import Op
-from nitinol.language.types import DType, PointerType, int1
+from nitinol.compiler.ir import Op, constant_of
+from nitinol.language.types import DType, PointerType, int1, uint32
 
 if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
@@ -89,7 +89,19 @@ def load(e: Emitter, op: Op) -> None:
         lines.append("    " + " ".join(f"{name}[{i.at(n)}] = {default(i.at(n))};" for n in range(size)))
         return [*lines, "}"]
 
-    if width:
+    def word(i: Index) -> str:
+        constant = 0 if other is None else constant_of(op.operands[2])
+        if constant is not None:
+            return words.repeated(constant)
+        assert other is not None
+        return words.together(other, (0, 1), e.dialect).operand(i.mapped(lambda n: n >> 2))
+
+    if words.loads_words(element, layout, width):
+        target, form = words.loaded(e, name, element, layout.count)
+        declaration = e.type(uint32) + (f" {name}[{layout.count >> 2}];" if layout.count > 4 else f" {name};")
+        lines = words.load_lines(e, target, pointer, mask, word, width)
+        vectors(e, layout, max(2, width), lines, reads, access, name, declaration)
+    elif width:
         vectors(e, layout, width, wide, reads, access, name, declaration)
     else:
         e.each(layout.count, single, reads, [access], defines=[name], declaration=declaration)
@@ -134,6 +146,10 @@ def store(e: Emitter, op: Op) -> None:
         return [f"{guard(i)}{cell(pointer, i)} = {text(i)};"]
 
     def wide(i: Index) -> list[str]:
+        if width > 2 and value.words is not None and value.words.bits == (0, 1):
+            first = i.mapped(lambda n: n >> 2)
+            parts = [value.words.form.text(first.at(n)) for n in range(1 << width - 2)]
+            return [guard(i) + e.dialect.wide_store(uint32, pointer.text(i), parts)]
         values = [text(i.at(n)) for n in range(1 << width)]
         return [guard(i) + e.dialect.wide_store(element, pointer.text(i), values)]
 

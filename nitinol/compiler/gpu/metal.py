@@ -173,6 +173,8 @@ FUNCTIONS = {
     name: f"precise::{name}" for name in "exp exp2 log log2 sqrt rsqrt sin cos tanh".split()
 } | {"floor": "floor", "ceil": "ceil", "erf": "erf", "mulhi": "mulhi"}  # fmt: skip
 
+BYTES = {"s": "char4", "u": "uchar4"}
+
 # Division by 0 gives 0 and leaves the dividend as remainder; the smallest integer by -1 wraps.
 HELPERS = {
     "quotient": """template <typename T> T quotient(T x, T y) {
@@ -183,6 +185,20 @@ HELPERS = {
 }""",
     "nan_min": "template <typename T> T nan_min(T x, T y) { return x != x ? x : y != y ? y : fmin(x, y); }",
     "nan_max": "template <typename T> T nan_max(T x, T y) { return x != x ? x : y != y ? y : fmax(x, y); }",
+    # Sums and differences of the bytes of words: the carry into a byte's top bit is kept out of the next byte.
+    "add_bytes": """uint add_bytes(uint x, uint y) {
+    return ((x & 0x7f7f7f7fu) + (y & 0x7f7f7f7fu)) ^ ((x ^ y) & 0x80808080u);
+}""",
+    "sub_bytes": """uint sub_bytes(uint x, uint y) {
+    return ((x | 0x80808080u) - (y & 0x7f7f7f7fu)) ^ ((x ^ ~y) & 0x80808080u);
+}""",
+    **{
+        f"dot4_{a}{b}": f"""int dot4_{a}{b}(uint x, uint y, int z) {{
+    int4 products = int4(as_type<{BYTES[a]}>(x)) * int4(as_type<{BYTES[b]}>(y));
+    return z + products.x + products.y + products.z + products.w;
+}}"""
+        for a in "su" for b in "su"
+    },
     "log_value": f"""void log_value(device atomic_uint *log, uint site, uint3 group, uint place, ulong value) {{
     uint record = atomic_fetch_add_explicit(log, 1u, memory_order_relaxed);
     if (record >= {LOG_RECORDS}) return;

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu import convert, elementwise, sums
-from nitinol.compiler.gpu.forms import Form, Index, closed, fixed, variable
+from nitinol.compiler.gpu import convert, elementwise, sums, words
+from nitinol.compiler.gpu.forms import Form, Index, closed, fixed, squeeze, variable
 from nitinol.compiler.gpu.layout import Layout, axis_bits
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import ELEMENTWISE, Op, Value, combine_kind
@@ -140,6 +140,11 @@ def reduce(e: Emitter, op: Op) -> None:
     result_layout = e.assignment.home[op.results[0]]
     assert result_layout is not None
     own = sum(1 << bit for bit, column in enumerate(layout.registers) if column & along)
+    if op.operands[0] in e.byte_products:
+        fours = words.four_products(e, op.operands[0], layout, own)
+        if fours is not None:
+            running.forms, running.count, own = [fours.form], layout.count >> 2, squeeze(own, fours.bits)
+        running.own()
     if own:
         running.fold(own)
     threads = sums.sum_threads(e, op)

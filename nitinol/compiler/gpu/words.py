@@ -1,0 +1,208 @@
+"""Bytes that lie in registers four to a 32-bit word: what is done to each of them is done to the word.
+
+A form may have `words` (forms.py): two bits of its register number tell the four bytes of a word apart, the others
+number the words. Wide loads make words, views and shuffles of whole words keep them, bitwise operations, shifts by
+constants, sums and differences compute on them, and sums of four products take them as they are. Everything else reads
+single bytes, by a shift: words save instructions and change no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from nitinol.compiler.gpu.forms import Form, Index, Words, expression, literal, variable
+from nitinol.compiler.gpu.layout import Layout
+from nitinol.compiler.ir import Function, Op, Value, combine_kind, constant_of, walk
+from nitinol.language.types import DType, PointerType, int8, int32, uint8, uint16, uint32
+
+if TYPE_CHECKING:
+    from nitinol.compiler.gpu.emit import Emitter
+
+_BITWISE = {"and": "&", "or": "|", "xor": "^"}
+_BYTES = (int8, uint8)
+
+
+def repeated(value: int) -> str:
+    """A word of four equal bytes."""
+    return f"0x{(value & 255) * 0x01010101:08x}u"
+
+
+def single_bytes(words: Words, element: DType | PointerType, dialect: ModuleType) -> Form:
+    """The bytes one by one, as int8 or uint8."""
+    byte = dialect.type_name(uint8)
+
+    def text(i: Index) -> str:
+        shift = str(i.mapped(lambda n: (n >> words.bits[0] & 1) * 8 | (n >> words.bits[1] & 1) * 16))
+        word = words.form.operand(words.number(i))
+        text = f"{byte}({word})" if shift == "0" else f"{byte}({word} >> {f'({shift})' if ' ' in shift else shift})"
+        return text if element == uint8 else dialect.bit_cast(dialect.type_name(int8), text)
+
+    return Form(text, lambda i: words.form.names(words.number(i)), stored=words.form.stored, words=words)
+
+
+def together(form: Form, bits: tuple[int, int], dialect: ModuleType) -> Form:
+    """The words of a form, put together from single bytes if it has no such words."""
+    if form.words is not None and form.words.bits == bits:
+        return form.words.form
+    kind, byte = dialect.type_name(uint32), dialect.type_name(uint8)
+
+    def text(i: Index) -> str:
+        first, parts = Words(bits, form).first(i), []
+        for number in range(4):
+            one = form.text(first.at((number & 1) << bits[0] | (number >> 1) << bits[1]))
+            parts.append(f"{kind}({byte}({one}))" + (f" << {8 * number}" if number else ""))
+        return " | ".join(parts)
+
+    def names(i: Index) -> set[tuple[str, bool]]:
+        return {(name, False) for name, _ in form.names(Words(bits, form).first(i))}
+
+    return Form(text, names, False)
+
+
+def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set[str]) -> Words | None:
+    """The words of an elementwise operation's result; None if it goes by single bytes."""
+    kind, element = op.kind, op.result.element
+    found = next((form.words for form in operands if form.words is not None), None)
+    if found is None or element not in _BYTES or any(v.element not in _BYTES for v in op.operands):
+        return None
+    if kind in ("cast", "bitcast"):
+        return found
+    bits, constants = found.bits, [constant_of(v) for v in op.operands]
+    if kind in ("shl", "shr"):
+        count = constants[1]
+        if not isinstance(count, int) or not 0 <= count < 8 or operands[0].words is None:
+            return None
+        if kind == "shr" and element == int8:
+            return None
+        sign, mask = ("<<", 255 << count) if kind == "shl" else (">>", 255 >> count)
+        return Words(bits, expression(lambda x: f"{x} {sign} {count} & {repeated(mask)}", operands[0].words.form))
+    if kind == "sub" and constants[1] is not None:
+        kind, constants[1] = "add", -constants[1]
+    words = [
+        together(form, bits, dialect) if constant is None else literal(repeated(int(constant)))
+        for form, constant in zip(operands, constants)
+    ]
+    if kind in _BITWISE:
+        return Words(bits, expression(lambda x, y: f"{x} {_BITWISE[kind]} {y}", *words))
+    if kind == "not":
+        return Words(bits, expression(lambda x: f"~{x}", *words))
+    if kind in ("add", "sub"):
+        helpers.add(f"{kind}_bytes")
+        return Words(bits, expression(lambda x, y: f"{kind}_bytes({x}, {y})", *words, simple=True))
+    return None
+
+
+def chosen(
+    parts: Sequence[Form], layout: Layout, cut: int, text: Callable[[Index, Sequence[Form]], str]
+) -> Words | None:
+    """The words of two joined tiles, told apart by the bit `cut` of the place; `text`: of the one that is chosen."""
+    first, second = (part.words for part in parts)
+    if first is None or second is None or first.bits != second.bits:
+        return None
+    if any(layout.registers[bit] >> cut & 1 for bit in first.bits):
+        return None
+    forms = [Form(lambda i, w=w: w.form.text(w.number(i)), lambda i, w=w: w.form.names(w.number(i)), w.form.simple)  # type: ignore[misc]
+             for w in (first, second)]  # fmt: skip
+
+    def names(i: Index) -> set[tuple[str, bool]]:
+        return first.form.names(i) | second.form.names(i)
+
+    return Words(first.bits, Form(lambda i: text(first.first(i), forms), names, False))
+
+
+def store(e: Emitter, name: str, element: DType | PointerType, count: int, words: Words) -> Form:
+    """Declares a variable of words and computes it."""
+    return single_bytes(Words(words.bits, e.store_in(name, uint32, count >> 2, words.form)), element, e.dialect)
+
+
+# ----------------------------------------------------------------------------------------------------------- loads
+
+
+def loads_words(element: DType, layout: Layout, width: int) -> bool:
+    """Whether a load of 2**width neighbours at a time makes words, of two halves if it must."""
+    return element in _BYTES and width > 0 and len(layout.registers) >= 2
+
+
+def load_lines(
+    e: Emitter, target: Form, pointer: Form, mask: Form | None, default: Callable[[Index], str], width: int
+) -> Callable[[Index], list[str]]:
+    """Lines that load into the variable `target` of words, 2**max(2, width) bytes; `default`: a word where the mask is
+    not set."""
+    size = 1 << max(0, width - 2)
+    half, word = e.type(PointerType(uint16)), e.type(PointerType(uint32))
+
+    def cells(i: Index) -> list[str]:
+        return [target.text(i.mapped(lambda n: n >> 2).at(number)) for number in range(size)]
+
+    def defaults(i: Index) -> list[str]:
+        return [default(i.at(number << 2)) for number in range(size)]
+
+    def whole(i: Index) -> list[str]:
+        if size == 1:
+            kind, read, parts = e.type(uint32), f"*({word})({pointer.text(i)})", ["wide"]
+        else:
+            kind, read, parts = e.dialect.wide_load(uint32, size, pointer.text(i))
+        made = [f"{kind} wide = {read};", " ".join(f"{c} = {p};" for c, p in zip(cells(i), parts))]
+        if size == 1:
+            made = [f"{cells(i)[0]} = {read};"]
+        if mask is None:
+            return made
+        other = " ".join(f"{c} = {d};" for c, d in zip(cells(i), defaults(i)))
+        return [f"if ({mask.text(i)}) {{", *("    " + line for line in made), "} else {", "    " + other, "}"]
+
+    def halves(i: Index) -> list[str]:
+        parts = []
+        for number in (0, 2):
+            read = f"{e.type(uint32)}(*({half})({pointer.text(i.at(number))}))"
+            if mask is not None:
+                other = f"{default(i)} {'>> 16' if number else '& 0xffff'}"
+                read = f"({mask.operand(i.at(number))} ? {read} : {other})"
+            parts.append(read)
+        return [f"{cells(i)[0]} = {parts[0]} | {parts[1]} << 16;"]
+
+    return halves if width == 1 else whole
+
+
+def loaded(e: Emitter, name: str, element: DType, count: int) -> tuple[Form, Form]:
+    """The variable of words, and the bytes in it."""
+    target = variable(name, count >> 2)
+    return target, single_bytes(Words((0, 1), target), element, e.dialect)
+
+
+# ------------------------------------------------------------------------------------------------- sums of products
+
+
+def byte_products(function: Function, uses: dict[Value, list[Op]]) -> set[Value]:
+    """Products of bytes in int32 of which only a sum is wanted."""
+    found = set()
+    for op in walk(function.body):
+        if op.kind == "reduce" and combine_kind(op) == "add":
+            product = op.operands[0]
+            made = product.op
+            if made is not None and made.kind == "mul" and uses.get(product) == [op] and product.element == int32:
+                casts = [v.op for v in made.operands]
+                if all(c is not None and c.kind == "cast" and c.operands[0].element in _BYTES for c in casts):
+                    found.add(product)
+    return found
+
+
+def four_products(e: Emitter, product: Value, layout: Layout, along: int) -> Words | None:
+    """Sums of four products each, of bytes in words; None if the bytes of words lie across the sum.
+
+    `along`: the registers' bits that are summed. The words of the result are int32.
+    """
+    made = product.op
+    assert made is not None
+    values = [cast.op.operands[0] for cast in made.operands]  # type: ignore[union-attr]
+    if any((value, layout) not in e.forms for value in values):
+        return None  # the product is moved
+    forms = [e.form(value, layout) for value in values]
+    found = [f.words.bits for f in forms if f.words is not None and all(along >> bit & 1 for bit in f.words.bits)]
+    if not found:
+        return None
+    name = f"dot4_{''.join('s' if value.element == int8 else 'u' for value in values)}"
+    e.helpers.add(name)
+    words = [together(form, found[0], e.dialect) for form in forms]
+    return Words(found[0], expression(lambda a, b: f"{name}({a}, {b}, 0)", *words, simple=True))
