@@ -128,12 +128,15 @@ INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky
         name: _SHUFFLE.replace("NAME", name).replace("HOW", f"__{name.replace('shuffle', 'shfl')}_sync")
         for name in ("shuffle", "shuffle_xor", "shuffle_up", "shuffle_down")
     },
-    "quotient_by": """// x / d by way of 1 / d; not plain where a step may over- or underflow,
-// as where inverse() gives NaN.
-INLINE float quotient_by(float x, float d, float inverse, bool &plain) {
-    float q = x * inverse, size = fabs(q);
-    plain &= (size <= 0x1p60f) & ((size >= 0x1p-60f) | (x == 0.0f));
+    "quotient_by": """// x / d by way of 1 / d
+INLINE float quotient_by(float x, float d, float inverse) {
+    float q = x * inverse;
     return fma(fma(-q, d, x), inverse, q);
+}""",
+    "ordinary": """// Whether no step of quotient_by can over- or underflow; inverse() gives NaN where one might.
+INLINE bool ordinary(float x, float inverse) {
+    float size = fabs(x);
+    return (size <= 0x1p60f) & ((size >= 0x1p-60f) | (x == 0.0f)) & (inverse == inverse);
 }""",
     "inverse": """INLINE float inverse(float d) {
     float size = fabs(d);

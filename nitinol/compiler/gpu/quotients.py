@@ -62,17 +62,14 @@ def divide(e: Emitter, op: Op) -> None:
         plain = e.name("plain")
         e.say(f"bool {plain} = true;")
         out = e.declare(e.name(op.result.name or "quotient"), float32, layout.count)
-
-        def fast(i: Index, x=x, d=d, inverse=inverse, out=out, plain=plain) -> list[str]:
-            return [f"{out.text(i)} = quotient_by({x.text(i)}, {d.text(i)}, {inverse.text(i)}, {plain});"]
-
-        def slow(i: Index, x=x, d=d, out=out) -> list[str]:
-            return [f"{out.text(i)} = {x.operand(i)} / {d.operand(i)};"]
-
-        e.each(layout.count, fast, [x, d, inverse], defines=[out.variable, plain])
+        check = f"{plain} &= ordinary({{}}, {{}});"
+        e.each(layout.count, lambda i, x=x, n=inverse, check=check: [check.format(x.text(i), n.text(i))],  # type: ignore[misc]
+               [x, inverse], defines=[plain])  # fmt: skip
         index = Index(tuple(1 << bit for bit in range(len(layout.registers))))
-        lines = [f"if (!{plain}) {{"]
-        if layout.count > 1:
-            lines += [e.dialect.UNROLL, f"for (int r = 0; r < {layout.count}; r++)"]
-        e.say(*lines, *(f"    {text}" for text in slow(index)), "}")
+        a, b, c = (form.text(index) for form in (x, d, inverse))
+        loop = [e.dialect.UNROLL, f"for (int r = 0; r < {layout.count}; r++)"] if layout.count > 1 else []
+        e.say(
+            f"if ({plain}) {{", *loop, f"    {out.text(index)} = quotient_by({a}, {b}, {c});",
+            "} else {", *loop, f"    {out.text(index)} = {x.operand(index)} / {d.operand(index)};", "}",
+        )  # fmt: skip
         e.forms[op.result, layout] = out
