@@ -48,8 +48,9 @@ def dot(
     """The matrix product of [..., M, K] and [..., K, N], added to `acc` [..., M, N] if given.
 
     fp32, fp16 and bf16 operands accumulate in fp32, fp64 in fp64, int8 and uint8 in int32; every extent from 1
-    upwards is allowed, and int8 may meet uint8 (both beyond Triton). Precision hints are accepted: sums of fp32
-    products are never computed in less than fp32. `out_dtype` fp16 rounds the fp32 result.
+    upwards is allowed, and int8 may meet uint8 (both beyond Triton). fp32 operands are multiplied as such, unless
+    `input_precision` is "tf32": then a target may drop all but 10 bits of their mantissas. `out_dtype` fp16 rounds the
+    fp32 result.
     """
     a, b = tile(input, "dot"), tile(other, "dot")
     floats = (float16, bfloat16, float32, float64)
@@ -80,7 +81,8 @@ def dot(
             raise TypeError(f"dot: acc must be {with_shape(result, shape)}, found {c.type}")
         result = c.dtype if acc is not None and isinstance(c.dtype, DType) else result
         c = cast(c, internal)
-    return cast(emit("dot", (a, b, c), c.type), result)
+    hint = {"tf32": True} if a.dtype == float32 and getattr(input_precision, "value", input_precision) == "tf32" else {}
+    return cast(emit("dot", (a, b, c), c.type, **hint), result)
 
 
 def _operands(input: Any, what: str) -> tuple[tensor, ...]:

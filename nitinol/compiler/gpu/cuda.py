@@ -181,6 +181,17 @@ BYTES = Instruction(  # m16n8k32
     _C,
 )
 
+HALF_BYTES = Instruction(  # m16n8k16 of bytes
+    Fragment(((1, 0), (1, 1), (0, 3)), ((1, 2), (1, 3), (0, 0), (0, 1), (0, 2))),
+    Fragment(((0, 0), (0, 1)), ((0, 2), (0, 3), (1, 0), (1, 1), (1, 2))),
+    _C,
+)
+FLOATS = Instruction(  # m16n8k8, of floats cut to 10 bits of mantissa
+    Fragment(((0, 3), (1, 2)), ((1, 0), (1, 1), (0, 0), (0, 1), (0, 2))),
+    Fragment(((0, 2),), ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))),
+    _C,
+)
+
 
 def matrix_instruction(op: Op) -> Instruction | None:
     """mma.sync for a dot, if it has these types and at least this size."""
@@ -189,7 +200,9 @@ def matrix_instruction(op: Op) -> Instruction | None:
     if a.element == b.element and a.element in (float16, bfloat16) and acc.element == float32:
         return HALVES if m >= 16 and n >= 8 and k >= 16 else None
     if a.element in (int8, uint8) and b.element in (int8, uint8) and acc.element == int32:
-        return BYTES if m >= 16 and n >= 8 and k >= 32 else None
+        return (BYTES if k >= 32 else HALF_BYTES) if m >= 16 and n >= 8 and k >= 16 else None
+    if op.attributes.get("tf32"):
+        return FLOATS if m >= 16 and n >= 8 and k >= 8 else None
     return None
 
 
@@ -224,9 +237,9 @@ def matrix_get(matrix: str, number: int) -> str:
     return f"{matrix}[{number}]"
 
 
-def matrix_product(c: str, a: str, b: str, elements: Sequence[DType]) -> str:
+def matrix_product(c: str, a: str, b: str, elements: Sequence[DType], instruction: Instruction) -> str:
     names = "_".join(dict.fromkeys(e.name for e in elements))
-    return f"mma_{names}({c}, {a}, {b});"
+    return f"mma_{names}_{1 << instruction.a.bits(1)}({c}, {a}, {b});"
 
 
 # ---------------------------------------------------------------------------------------------------------- atomics

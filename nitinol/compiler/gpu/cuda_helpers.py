@@ -51,20 +51,19 @@ _SHUFFLE = """template <typename T> INLINE T NAME(T x, int lane) {
     else return T(HOW(0xffffffffu, uint(x), lane));
 }"""
 
-_MMA = """INLINE void NAME(ACC (&c)[4], const uint (&a)[4], const uint (&b)[2]) {
-    asm("mma.sync.aligned.SHAPE.row.col.TYPES {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+R"(c[0]), "+R"(c[1]), "+R"(c[2]), "+R"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}"""
-
-
-def _mma(name: str, shape: str, accumulator: str, types: str) -> str:
-    register = {"float": "f", "int": "r"}[accumulator]
-    values = {"NAME": name, "ACC": accumulator, "SHAPE": shape, "TYPES": types, "+R": f"+{register}"}
-    text = _MMA
-    for key, value in values.items():
-        text = text.replace(key, value)
-    return text
+def _mma(name: str, shape: str, types: str, words: int) -> str:
+    """One warp's product of matrices, with a in `words` registers and b in half as many."""
+    kind, register = ("float", "f") if types.startswith("f32") else ("int", "r")
+    c = ", ".join(f'"+{register}"(c[{i}])' for i in range(4))
+    given = ", ".join(f'"r"(bits_as<uint>({x}[{i}]))' for x, n in (("a", words), ("b", words // 2)) for i in range(n))
+    numbers = [f"%{4 + i}" for i in range(words + words // 2)]
+    a, b = ", ".join(numbers[:words]), ", ".join(numbers[words:])
+    return f"""template <typename A, typename B>
+INLINE void {name}({kind} (&c)[4], const A (&a)[{words}], const B (&b)[{words // 2}]) {{
+    asm("mma.sync.aligned.{shape}.row.col.{types} {{%0, %1, %2, %3}}, {{{a}}}, {{{b}}}, {{%0, %1, %2, %3}};"
+        : {c}
+        : {given});
+}}"""
 
 
 def _wgmma(name: str, ptx: str, n: int, where: str) -> str:
@@ -237,16 +236,22 @@ INLINE double atomic_add(double *cell, double x) { return atomicAdd(cell, x); }"
         old = found;
     }
 }""",
-    "pack": """template <typename T> INLINE uint pack(T x, T y) {
+    "pack": """template <typename T> INLINE uint pack(T x) { return bits_as<uint>(x); }
+template <typename T> INLINE uint pack(T x, T y) {
     return uint(bits_as<ushort>(x)) | uint(bits_as<ushort>(y)) << 16;
 }
 template <typename T> INLINE uint pack(T x, T y, T z, T w) {
     return uint(uchar(x)) | uint(uchar(y)) << 8 | uint(uchar(z)) << 16 | uint(uchar(w)) << 24;
 }""",
-    **{f"mma_{name}": _mma(f"mma_{name}", "m16n8k16", "float", f"f32.{ptx}.{ptx}.f32")
-       for name, ptx in (("fp16", "f16"), ("bf16", "bf16"))},
-    **{f"mma_{name}": _mma(f"mma_{name}", "m16n8k32", "int", f"s32.{ptx}.s32")
-       for name, ptx in (("int8", "s8.s8"), ("uint8", "u8.u8"), ("int8_uint8", "s8.u8"), ("uint8_int8", "u8.s8"))},
+    **{
+        f"mma_{name}_{k}": _mma(f"mma_{name}_{k}", f"m16n8k{k}", types, words)
+        for name, k, types, words in (
+            ("fp16", 16, "f32.f16.f16.f32", 4), ("bf16", 16, "f32.bf16.bf16.f32", 4),
+            ("fp32", 8, "f32.tf32.tf32.f32", 4),
+            *((name, k, f"s32.{ptx}.s32", k // 8) for k in (16, 32) for name, ptx in (
+                ("int8", "s8.s8"), ("uint8", "u8.u8"), ("int8_uint8", "s8.u8"), ("uint8_int8", "u8.s8"))),
+        )
+    },
     "shared_address": """INLINE uint shared_address(const void *x) { return uint(__cvta_generic_to_shared(x)); }""",
     "shared_store": """template <typename T, int N> INLINE void shared_store(uint address, Vector<T, N> x) {
     *(Vector<T, N> *)__cvta_shared_to_generic(address) = x;

@@ -166,7 +166,8 @@ def product(
             lines += [pad + e.dialect.UNROLL, f"{pad}for (int {axis} = 0; {axis} < {1 << bits[axis]}; {axis}++)"]
             pad += "    "
     a, b, c = cell(names[0], "kmi"), cell(names[1], "nki"), cell(names[2], "nmi")
-    return [*lines, pad + e.dialect.matrix_product(c, a, b, [v.element for v in op.operands[:2]])]
+    elements, instruction = [v.element for v in op.operands[:2]], e.dialect.matrix_instruction(op)
+    return [*lines, pad + e.dialect.matrix_product(c, a, b, elements, instruction)]
 
 
 def by_elements(e: Emitter, op: Op) -> None:

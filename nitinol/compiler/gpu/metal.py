@@ -267,7 +267,7 @@ def matrix_get(matrix: str, number: int) -> str:
     return f"{matrix}.thread_elements()[{number}]"
 
 
-def matrix_product(c: str, a: str, b: str, elements: Sequence[DType]) -> str:
+def matrix_product(c: str, a: str, b: str, elements: Sequence[DType], instruction: Instruction) -> str:
     return f"simdgroup_multiply_accumulate({c}, {a}, {b}, {c});"
 
 

@@ -139,7 +139,8 @@ def loops(e: Emitter, op: Op, a: Source, b: Source, c: str) -> list[str]:
 
     left = cell(a.array, "k", "m") if a.stage is None else _one(a.array, "m", bits)
     right = cell(b.array, "n", "k") if b.stage is None else _one(b.array, "n", bits)
-    instruction = e.dialect.matrix_product(cell(c, "n", "m"), left, right, [v.element for v in op.operands[:2]])
+    instruction = e.dialect.matrix_product(cell(c, "n", "m"), left, right, [v.element for v in op.operands[:2]],
+                                           e.dialect.matrix_instruction(op))  # fmt: skip
     inside += [*loop(e, "m", bits["m"]), *(["    " * bool(bits["m"]) + t for t in loop(e, "n", bits["n"])])]
     inside.append("    " * (bool(bits["m"]) + bool(bits["n"])) + instruction)
     head = loop(e, "k", bits["k"])
