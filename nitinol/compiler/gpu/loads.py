@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, bits_of, view_map
 from nitinol.compiler.ir import ELEMENTWISE, Function, Op, Value, walk
+from nitinol.language.types import PointerType
 
-Near = dict[Value, Layout]  # where parts of the addresses of loads are that have a layout
+Near = dict[Value, Layout]  # where the pointers are that loads with a layout start from
 
 
 def large_loads(function: Function) -> set[Op]:
@@ -45,9 +46,10 @@ def spread(layout: Layout, order: Sequence[int], nbytes: int) -> Layout:
 
 
 def note(near: Near, value: Value, layout: Layout, operand_layouts) -> None:  # type: ignore[no-untyped-def]
-    """Where the parts of an address are for an access in this layout."""
+    """Where the pointers that an address is computed from are for an access in this layout. Numbers are not noted: the
+    same range of them may count rows here and tokens there."""
     op = value.op
-    if not value.shape or value in near:
+    if not value.shape or value in near or not isinstance(value.element, PointerType):
         return
     near[value] = layout.dense
     if op is not None and (op.kind in ELEMENTWISE or op.kind in ("broadcast", "reshape", "trans")):
@@ -56,8 +58,8 @@ def note(near: Near, value: Value, layout: Layout, operand_layouts) -> None:  # 
 
 
 def beside(near: Near, pointer: Value, order: Sequence[int], vector: int) -> Layout | None:
-    """A layout in which every simdgroup has the elements whose addresses it has parts of already; None if the address
-    shares nothing with earlier ones."""
+    """A layout in which every simdgroup has the elements whose pointers it has already; None if the address shares none
+    with earlier ones."""
     warps = warps_near(near, pointer, {})
     if warps is None or not any(warps):
         return None
