@@ -218,7 +218,7 @@ class Emitter:
     def needs_variable(self, value: Value) -> bool:
         op = value.op
         assert op is not None
-        if value in self.byte_products:
+        if value in self.byte_products.values():
             return False
         if isinstance(value.element, PointerType) and op.kind == "addptr":
             return self.final_uses(value, self.block_of[op]) != 1

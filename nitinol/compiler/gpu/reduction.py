@@ -140,8 +140,8 @@ def reduce(e: Emitter, op: Op) -> None:
     result_layout = e.assignment.home[op.results[0]]
     assert result_layout is not None
     own = sum(1 << bit for bit, column in enumerate(layout.registers) if column & along)
-    if op.operands[0] in e.byte_products:
-        fours = words.four_products(e, op.operands[0], layout, own)
+    if op in e.byte_products:
+        fours = words.four_products(e, e.byte_products[op], layout, own)
         if fours is not None:
             running.forms, running.count, own = [fours.form], layout.count >> 2, squeeze(own, fours.bits)
         running.own()

@@ -174,17 +174,19 @@ def loaded(e: Emitter, name: str, element: DType, count: int) -> tuple[Form, For
 # ------------------------------------------------------------------------------------------------- sums of products
 
 
-def byte_products(function: Function, uses: dict[Value, list[Op]]) -> set[Value]:
-    """Products of bytes in int32 of which only a sum is wanted."""
-    found = set()
+def byte_products(function: Function, uses: dict[Value, list[Op]]) -> dict[Op, Value]:
+    """Sums of products of bytes in int32, and those products where nothing else is done with them."""
+    found = {}
     for op in walk(function.body):
-        if op.kind == "reduce" and combine_kind(op) == "add":
-            product = op.operands[0]
+        if op.kind == "reduce" and combine_kind(op) == "add" and op.operands[0].element == int32:
+            product, user = op.operands[0], op
+            while product.op is not None and product.op.kind == "reshape" and uses[product] == [user]:
+                product, user = product.op.operands[0], product.op
             made = product.op
-            if made is not None and made.kind == "mul" and uses.get(product) == [op] and product.element == int32:
+            if made is not None and made.kind == "mul" and uses[product] == [user]:
                 casts = [v.op for v in made.operands]
                 if all(c is not None and c.kind == "cast" and c.operands[0].element in _BYTES for c in casts):
-                    found.add(product)
+                    found[op] = product
     return found
 
 
