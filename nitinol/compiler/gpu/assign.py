@@ -47,8 +47,9 @@ class Assignment:
     operands of an access, reduction, scan or gather; `fragments[op]`: those of a dot's operands."""
 
     def __init__(
-        self, function: Function, warp_bits: int, fragments: Fragments, style: Style = Style(), follow: frozenset[Op] = frozenset()
-    ) -> None:
+        self, function: Function, warp_bits: int, fragments: Fragments, style: Style = Style(),
+        follow: frozenset[Op] = frozenset(),
+    ) -> None:  # fmt: skip
         """`follow`: large loads that are placed like small ones."""
         self.warp_bits = warp_bits
         self.style = style
