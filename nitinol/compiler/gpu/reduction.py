@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu import convert, elementwise, sums, words
@@ -67,8 +67,8 @@ class Running:
             self.e.store_in(name, v.element, self.count, f) for name, v, f in zip(names, self.op.operands, self.forms)
         ]
 
-    def fold(self, bits: int) -> None:
-        """Combines all registers that differ in bits of this mask, in order."""
+    def fold(self, bits: int, onto: Callable[[Index, str], str] | None = None) -> None:
+        """Combines all registers that differ in bits of this mask, in order; `onto`: a register added to a sum."""
         kept = [bit for bit in range(self.count.bit_length() - 1) if not bits >> bit & 1]
         into = tuple(0 if bits >> bit & 1 else 1 << kept.index(bit) for bit in range(self.count.bit_length() - 1))
         names, count = self.names(), 1 << len(kept)
@@ -78,6 +78,9 @@ class Running:
 
         def lines(i: Index) -> list[str]:
             targets = [r.text(i.through(into)) for r in results]
+            if onto is not None:
+                so_far = "0" if not bits else f"(r & {bits}) == 0 ? 0 : {targets[0]}"
+                return [f"{targets[0]} = {onto(i, so_far)};"]
             before, texts = combine(self.e, self.op, targets, [f.operand(i) for f in forms])
             first = "r == 0" if not kept else f"(r & {bits}) == 0"
             if len(targets) == 1 and not before:
@@ -87,7 +90,8 @@ class Running:
             return [f"if ({first}) {{", *_indent(start), "} else {", *_indent(inner), "}"]
 
         self.e.each(self.count, lines, forms, defines=names)
-        self.e.nodes[-1].partial.update(names)
+        if bits:
+            self.e.nodes[-1].partial.update(names)
         self.forms, self.count, self.owned = results, count, True
 
     def across(self, mask: int) -> None:
@@ -140,12 +144,14 @@ def reduce(e: Emitter, op: Op) -> None:
     result_layout = e.assignment.home[op.results[0]]
     assert result_layout is not None
     own = sum(1 << bit for bit, column in enumerate(layout.registers) if column & along)
-    if op in e.byte_products:
-        fours = words.four_products(e, e.byte_products[op], layout, own)
-        if fours is not None:
-            running.forms, running.count, own = [fours.form], layout.count >> 2, squeeze(own, fours.bits)
+    fours = words.four_products(e, op, layout, own) if op in e.byte_products else None
+    if fours is not None:
+        bits, reads, onto = fours
+        running.forms, running.count = reads, layout.count >> 2
+        running.fold(squeeze(own, bits), onto)
+    elif op in e.byte_products:
         running.own()
-    if own:
+    if fours is None and own:
         running.fold(own)
     threads = sums.sum_threads(e, op)
     if op not in e.spread:

@@ -180,9 +180,8 @@ def byte_products(function: Function, uses: dict[Value, list[Op]]) -> dict[Op, V
     for op in walk(function.body):
         if op.kind == "reduce" and combine_kind(op) == "add" and op.operands[0].element == int32:
             product, user = op.operands[0], op
-            while product.op is not None and product.op.kind == "reshape" and uses[product] == [user]:
-                product, user = product.op.operands[0], product.op
-            made = product.op
+            while (made := product.op) is not None and made.kind == "reshape" and uses[product] == [user]:
+                product, user = made.operands[0], made
             if made is not None and made.kind == "mul" and uses[product] == [user]:
                 casts = [v.op for v in made.operands]
                 if all(c is not None and c.kind == "cast" and c.operands[0].element in _BYTES for c in casts):
@@ -190,12 +189,12 @@ def byte_products(function: Function, uses: dict[Value, list[Op]]) -> dict[Op, V
     return found
 
 
-def four_products(e: Emitter, product: Value, layout: Layout, along: int) -> Words | None:
-    """Sums of four products each, of bytes in words; None if the bytes of words lie across the sum.
-
-    `along`: the registers' bits that are summed. The words of the result are int32.
-    """
-    made = product.op
+def four_products(
+    e: Emitter, op: Op, layout: Layout, along: int
+) -> tuple[tuple[int, int], list[Form], Callable[[Index, str], str]] | None:
+    """For a sum of products of bytes: the bits of its operands' words, those words, and the text of four products
+    added to a sum; None if the bytes of words lie across the sum. `along`: the registers' bits that are summed."""
+    made = e.byte_products[op].op
     assert made is not None
     values = [cast.op.operands[0] for cast in made.operands]  # type: ignore[union-attr]
     if any((value, layout) not in e.forms for value in values):
@@ -207,4 +206,4 @@ def four_products(e: Emitter, product: Value, layout: Layout, along: int) -> Wor
     name = f"dot4_{''.join('s' if value.element == int8 else 'u' for value in values)}"
     e.helpers.add(name)
     words = [together(form, found[0], e.dialect) for form in forms]
-    return Words(found[0], expression(lambda a, b: f"{name}({a}, {b}, 0)", *words, simple=True))
+    return found[0], words, lambda i, start: f"{name}({words[0].text(i)}, {words[1].text(i)}, {start})"
