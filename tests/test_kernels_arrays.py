@@ -84,6 +84,26 @@ def test_linear_refuses_shapes_that_do_not_fit(rng):
         linear.linear(na.array(normal(rng, 2, 64)), weights, bias=na.array(normal(rng, 4)))
 
 
+def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng):
+    x, scale = normal(rng, 3, 96), normal(rng, 96)
+    weights, values = weights_of(normal(rng, 8, 96), "Q8_0")
+
+    @na.compile
+    def step(x):
+        h = norm.rms_norm(x, na.array(scale))
+        return linear.linear(h, weights), linear.linear(h, weights)
+
+    found, again = step(na.array(x))
+    names = [record.name for record in step.records]
+    assert names.count("rms_norm_quantize_kernel") == 1 and "rms_norm_kernel" not in names
+    parts = activations.quantize_activations_reference(norm.rms_norm_reference(x, scale).astype(np.float32))
+    given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
+    # The norm is rounded otherwise in float64, so that a value between two integers may go to the other: each of 96
+    # products moves by a step of 1/127 of its largest neighbour at most; few do.
+    np.testing.assert_allclose(found.numpy(), given @ values.T.astype(np.float64), atol=0.1)
+    np.testing.assert_array_equal(found.numpy(), again.numpy())
+
+
 def test_activations_are_quantised_once_for_several_products(rng):
     x = na.array(normal(rng, 1, 64)) * 2.0
     first = activations.quantize_activations(x)

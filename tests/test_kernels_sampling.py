@@ -27,7 +27,7 @@ def sample(engine, logits, position=4, tokens=1, history=(), temperature=0.0, to
     )  # fmt: skip
     weights = poisoned(len(logits) + 1)
     run(engine, sampling.sample_kernel, (1,), logits=np.append(logits, np.float32(np.inf)), weights=weights,
-        vocabulary=len(logits), tokens=tokens, context=CONTEXT, BLOCK=sampling.BLOCK, **state._asdict())  # fmt: skip
+        vocabulary=len(logits), tokens=tokens, context=CONTEXT, BLOCK=128, **state._asdict())  # fmt: skip
     assert np.isnan(weights[-1])
     return int(state.token[0]), weights[:-1], state
 

@@ -9,14 +9,16 @@ relative to the largest of 32 values the rounding error is at most 1 / 254.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 import nitinol.language as tl
 from nitinol.array import Array, Output, launch
-from nitinol.array.graph import Launch, whole
-from nitinol.language.jit import jit
+from nitinol.array.graph import Launch, View, whole
+from nitinol.kernels.norm import rms_norm_kernel
+from nitinol.kernels.tiles import load_row
+from nitinol.language.jit import JITFunction, jit
 
 
 class Activations(NamedTuple):
@@ -33,36 +35,85 @@ def quantize_activations_kernel(x, values, scales, sums, columns, GROUPS: tl.con
     """Program (t, c): 32 * GROUPS values of token t."""
     group = tl.program_id(0).to(tl.int64) * (columns // 32) + tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
-    value = tl.load(x + at)
+    store_quantized(tl.load(x + at), values + at, scales + group, sums + group[:, None] * 2, None)
+
+
+@jit
+def rms_norm_quantize_kernel(x, weight, values, scales, sums, columns, epsilon, BLOCK: tl.constexpr):
+    """One program per row: RMSNorm, then as above. BLOCK is at least `columns`, a multiple of 32."""
+    row = tl.program_id(0).to(tl.int64) * columns
+    at = tl.arange(0, BLOCK)
+    value = load_row(x + row, at, columns, False)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / columns + epsilon)
+    normal = value * scale * load_row(weight, at, columns, False)
+    group = tl.arange(0, BLOCK // 32)
+    at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    store_quantized(
+        tl.reshape(normal, (BLOCK // 32, 2, 16)), values + row + at, scales + row // 32 + group,
+        sums + row // 16 + group[:, None] * 2, group < columns // 32,
+    )  # fmt: skip
+
+
+@jit
+def store_quantized(value, values, scales, sums, inside):
+    """Groups [groups, 2, 16] as bytes with a scale each and sums of 16, where `inside` [groups] (None: everywhere)."""
     largest = tl.max(tl.max(tl.abs(value), axis=2), axis=1)
     inverse = tl.where(largest > 0, 127.0 / largest, 0.0)
     quant = tl.floor(value * inverse[:, None, None] + 0.5).to(tl.int32)
-    tl.store(values + at, quant.to(tl.int8))
-    tl.store(scales + group, largest / 127.0)
-    tl.store(sums + group[:, None] * 2 + tl.arange(0, 2)[None, :], tl.sum(quant, axis=2))
+    tl.store(values, quant.to(tl.int8), mask=None if inside is None else inside[:, None, None])
+    tl.store(scales, largest / 127.0, mask=inside)
+    halves = sums + tl.arange(0, 2)[None, :]
+    tl.store(halves, tl.sum(quant, axis=2), mask=None if inside is None else inside[:, None])
 
 
 def quantize_activations(x: Array) -> Activations:
     """x float32 [T, columns], columns a multiple of 32, as int8 with a scale per 32 values.
 
     Asked again for the same pending array, as by the projections to queries, keys and values, it gives the result
-    that is recorded already.
+    that is recorded already. Of an RMSNorm that is still pending it makes one kernel with the norm (which, if nothing
+    else wants its result, does not run at all).
     """
     tokens, columns = x.shape
     if columns % 32:
         raise ValueError(f"quantize_activations: rows have {columns} values, expected a multiple of 32")
-    for node in list(x.view.value.readers):
-        same = isinstance(node, Launch) and node.kernel is quantize_activations_kernel and node.inputs == (x.view,)
-        if same and not node.done and all(write.number < node.number for write in x.view.value.writes):
-            return Activations(*(Array(whole(value)) for value in node.outputs))
+    outputs = {
+        "values": Output((tokens, columns), "int8"), "scales": Output((tokens, columns // 32), "float32"),
+        "sums": Output((tokens, columns // 16), "int32"),
+    }  # fmt: skip
+    norm = _pending_norm(x)
+    if norm is not None:
+        source, weight = cast(tuple[View, View], norm.inputs)
+        if found := _recorded(rms_norm_quantize_kernel, source, weight):
+            return found
+        return Activations(*launch(
+            rms_norm_quantize_kernel, (tokens,), x=Array(source), weight=Array(weight), columns=columns,
+            epsilon=norm.arguments["epsilon"], BLOCK=tl.next_power_of_2(columns), **outputs,
+        ))  # fmt: skip
+    if found := _recorded(quantize_activations_kernel, x.view):
+        return found
     groups = groups_per_program(columns)
-    return Activations(
-        *launch(
-            quantize_activations_kernel, (tokens, columns // (32 * groups)), x=x, columns=columns, GROUPS=groups,
-            values=Output((tokens, columns), "int8"), scales=Output((tokens, columns // 32), "float32"),
-            sums=Output((tokens, columns // 16), "int32"),
-        )
-    )  # fmt: skip
+    return Activations(*launch(
+        quantize_activations_kernel, (tokens, columns // (32 * groups)), x=x, columns=columns, GROUPS=groups, **outputs,
+    ))  # fmt: skip
+
+
+def _recorded(kernel: JITFunction, *inputs: Any) -> Activations | None:
+    """What a launch of the kernel that is recorded already, but has not run, will give for the same inputs."""
+    for node in list(inputs[0].value.readers):
+        same = isinstance(node, Launch) and node.kernel is kernel and node.inputs == inputs
+        if same and not node.done and all(write.number < node.number for v in inputs for write in v.value.writes):
+            return Activations(*(Array(whole(value)) for value in node.outputs))
+    return None
+
+
+def _pending_norm(x: Array) -> Launch | None:
+    """The RMSNorm over whole rows of x, without a sum, that x is the result of, if it has not run."""
+    node, view = x.view.value.node, x.view
+    if not isinstance(node, Launch) or node.done or node.kernel is not rms_norm_kernel or node.arguments["ADD"]:
+        return None
+    later = any(write.number > node.number for v in node.inputs if isinstance(v, View) for write in v.value.writes)
+    whole_rows = node.arguments["columns"] == x.shape[1] and view == whole(view.value) and not view.value.writes
+    return node if whole_rows and not later else None
 
 
 def groups_per_program(columns: int) -> int:

@@ -178,7 +178,8 @@ def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: f
             tokens=tokens, q_token=width, q_head=head_dim, _warps=warps, **arguments, **constants,
         )  # fmt: skip
     constants = decode_constants(heads // kv_heads, head_dim, kv_heads)
-    splits = constants["SPLITS"]
+    splits = min(constants["SPLITS"], tl.next_power_of_2(tl.cdiv(context, constants["BLOCK_N"])))  # others were empty
+    constants["SPLITS"] = splits
     if splits == 1:
         return launch(
             decode_attention_kernel, (kv_heads, 1), out=Output(q.shape, "float32"), part=None, tops=None, totals=None,
@@ -224,7 +225,7 @@ def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
 def prefill_blocks(group: int, head_dim: int, tokens: int, keys: Any) -> tuple[dict[str, Any], int]:
     """The constants and the warps for the current device: CUDA's matrix instructions take halves as they are."""
     constants: dict[str, Any] = prefill_constants(group, head_dim, tokens)
-    if get_device().target != "cuda" or keys.dtype.nbytes != 2:
+    if get_device().name != "cuda" or keys.dtype.nbytes != 2:
         return constants, 0
     return constants | {"BLOCK_M": 16 if tokens <= 16 else 128, "DOT": keys.dtype}, 4 if tokens <= 16 else 8
 
@@ -232,7 +233,7 @@ def prefill_blocks(group: int, head_dim: int, tokens: int, keys: Any) -> tuple[d
 def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]:
     """Constexpr arguments: about 16 programs on a CPU, whatever the number of threads; more on a GPU."""
     check_head(head_dim)
-    programs = {"cpu": 16, "metal": 32}.get(get_device().target, 256)
+    programs = {"cpu": 16, "metal": 32}.get(get_device().name, 256)
     return {
         "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,

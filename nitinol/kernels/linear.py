@@ -34,7 +34,7 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
     if tokens <= FEW_TOKENS and gate is None:
         return _matvec(x, weights, None, epilogue)
     if weights.format in FLOAT_FORMATS:
-        if get_device().target == "cuda":  # whose matrix instructions take halves, or float32 at a reduced precision
+        if get_device().name == "cuda":  # whose matrix instructions take halves, or float32 at a reduced precision
             x = x.astype(weights.data.dtype)
         return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
     parts = quantize_activations(x)
@@ -91,7 +91,7 @@ def _matvec(x: Array, weights: Any, up: Any, epilogue: dict[str, Any]) -> Array:
 
 def matvec_blocks(format: str, columns: int) -> tuple[int, dict[str, Any], int]:
     """Rows of a program, the constexpr arguments of its runs along a row, and warps, on the current device."""
-    plain, target = format in FLOAT_FORMATS, get_device().target
+    plain, target = format in FLOAT_FORMATS, get_device().name
     if target == "cpu":  # one row of blocks: each thread reads one long stream
         rows, values, warps = (4, 64, 0) if plain else (1, 512, 0)
     elif target == "metal":  # the rows of a program share its activations
@@ -124,7 +124,7 @@ def _matmul(a: Array, b: Array, epilogue: dict[str, Any]) -> Array:
 
 def matmul_blocks(halves: bool) -> tuple[int, int, int, int]:
     """The largest blocks of m, n and k, and warps: of two half operands with 128 rows or more, or of others."""
-    target = get_device().target
+    target = get_device().name
     if target == "cpu":
         return 64, 64, 128, 0
     return (128, 256, 64, 8) if target == "cuda" and halves else (64, 64, 32, 4)

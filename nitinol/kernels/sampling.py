@@ -30,10 +30,10 @@ import nitinol.language as tl
 from nitinol.array import InPlace, Output, launch
 from nitinol.kernels.tiles import load_row, store_row
 from nitinol.language.jit import jit
+from nitinol.runtime import get_device
 
 BITS_OF_ONE = tl.constexpr(0x3F800000)
 LARGEST_INT = tl.constexpr(2**31 - 1)
-BLOCK = 128
 
 
 class SamplingState(NamedTuple):
@@ -180,8 +180,16 @@ def sample(logits: Any, state: SamplingState, tokens: int = 1) -> None:
     launch(
         sample_kernel, (1,), logits=logits, weights=Output((vocabulary,), "float32"), token=InPlace(state.token),
         position=InPlace(state.position), history=InPlace(state.history), options=state.options, limits=state.limits,
-        vocabulary=vocabulary, tokens=tokens, context=state.history.shape[0], BLOCK=BLOCK,
+        vocabulary=vocabulary, tokens=tokens, context=state.history.shape[0], **blocks(vocabulary),
     )  # fmt: skip
+
+
+def blocks(vocabulary: int) -> dict[str, int]:
+    """Logits at a time, and warps, on the current device: one program must be quick on all of them."""
+    target = get_device().name
+    if target == "cuda":  # of 128,000 logits on an H200: 128 values by 4 warps take 220 us
+        return {"BLOCK": 2048, "_warps": 16}
+    return {"BLOCK": 128} if target == "cpu" else {"BLOCK": 1024, "_warps": 4 if vocabulary < 1 << 15 else 16}
 
 
 def sampling_reference(

@@ -50,7 +50,7 @@ FAULTS = {
 class CudaDevice:
     """One NVIDIA GPU. index: its number among those that CUDA_VISIBLE_DEVICES lets through."""
 
-    name = target = "cuda"
+    name = "cuda"
     host_memory = False
 
     def __init__(self, index: int = 0):
@@ -61,6 +61,7 @@ class CudaDevice:
         self.description = call(self.cu.cuDeviceGetName, 128, self._handle).split(b"\0")[0].decode()
         capability = self._ask("COMPUTE_CAPABILITY_MAJOR"), self._ask("COMPUTE_CAPABILITY_MINOR")
         self.architecture = architecture(self.cu, nvrtc, self.description, capability)
+        self.target = "cuda:{}{}".format(*capability)
         self.context = call(self.cu.cuDevicePrimaryCtxRetain, self._handle)
         self._process, self.closed = os.getpid(), False
         self.enter()
