@@ -1,20 +1,25 @@
-# make demo   a virtual environment, the package, and the bundled model completing a prompt
-# make test   the same set-up, then the whole suite
-# make lint   ruff and mypy
-# make bench  the benchmarks of docs/performance.md (long: see benchmarks/README.md)
+# make demo        a virtual environment, the package, and the bundled model completing a prompt
+# make test        the same set-up, then the whole suite: on the CPU, then on Metal
+# make test-metal  only the part about Metal: on a Mac its GPU, elsewhere the software device
+# make lint        ruff and mypy
+# make bench       the benchmarks of docs/performance.md (long: see benchmarks/README.md)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PROMPT ?= def fibonacci(n):
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-metal lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nitinol run demo "$(PROMPT)" --max-tokens 96
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not metal"
+	$(BIN)/python -m pytest --device metal
+
+test-metal: $(VENV)/.test
+	$(BIN)/python -m pytest --device metal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def measure(model: Model, prompt: int, gen: int, reps: int, progress: Progress) 
     read = decode_bytes(model, prompt + gen / 2)
     return {
         "model": model.config.name, "device": model.device.name, "description": model.device.description,
-        "threads": getattr(model.device, "threads", None),
+        **({"threads": model.device.threads} if model.device.name == "cpu" else {}),
         "prompt": prompt, "gen": gen, "reps": reps,
         "prefill_tok_s": statistics.median(run["prefill_tok_s"] for run in runs), "decode_tok_s": decode,
         "read_bandwidth_gb_s": bandwidth, "decode_bytes_per_token": read,

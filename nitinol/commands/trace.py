@@ -85,12 +85,13 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
 
         svg.write_text(draw(phases[-1], limits, model.config.name, device.description))
     if as_json:
-        print_json({"model": model.config.name, "limits": asdict(limits),
+        print_json({"model": model.config.name, "device": device.name, "description": device.description,
+                    "limits": asdict(limits),
                     "phases": [asdict(phase) | {"bytes": phase.bytes, "operations": phase.operations}
                                for phase in phases]})
         return
     for phase in phases:
-        print_phase(phase, limits)
+        print_phase(phase, limits, device.description)
 
 
 def rows_of(run: Run, limits: Limits) -> list[Row]:
@@ -110,8 +111,9 @@ def rows_of(run: Run, limits: Limits) -> list[Row]:
     return rows
 
 
-def print_phase(phase: Phase, limits: Limits) -> None:
-    print(f"{phase.name}: {phase.tokens} token{'s' if phase.tokens != 1 else ''}, {len(phase.rows)} kernel launches")
+def print_phase(phase: Phase, limits: Limits, description: str) -> None:
+    print(f"{phase.name}: {phase.tokens} token{'s' if phase.tokens != 1 else ''}, {len(phase.rows)} kernel launches on "
+          f"{description}")
     print_table(
         ("line", "kernel", "time us", "bytes", "ops", "GB/s", "GFLOP/s", "%", "operation", "shapes", "dtypes"),
         [(row.line, row.kernel.removesuffix("_kernel"), f"{row.time_us:.1f}", count(row.bytes), count(row.operations),

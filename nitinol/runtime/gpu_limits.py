@@ -14,7 +14,10 @@ from nitinol.language.types import float16, int8, int32
 
 READ_BLOCK, READ_STEPS = 4096, 4  # 64 KiB a program
 TILE, PRODUCTS = 64, 256  # a program multiplies 64 x 64 x 64 so often
-PROBE_SECONDS = 0.02  # a device that takes longer for a first, small run (one in software) gets no larger one
+# A first, small run says how much work fits about so many seconds: a GPU gets all of it, a device in software less.
+PROBE_BYTES, READ_SECONDS = 64 << 20, 0.05
+SIZES = (4, 4), (64, 32), (1024, PRODUCTS)  # programs and products of each: the next if one takes less than
+ENOUGH_SECONDS = 0.02
 
 
 @jit
@@ -41,8 +44,8 @@ def multiply_kernel(out, products, TILE: tl.constexpr, DTYPE: tl.constexpr, ACC:
 def read_bandwidth(device: Any, nbytes: int, repetitions: int) -> float:
     """GB/s (10⁹ bytes) of reading `nbytes`, the best of `repetitions`; less is read of a device in software."""
     program_bytes = 4 * READ_BLOCK * READ_STEPS
-    probe = _read_seconds(device, 16 * program_bytes, 1)
-    nbytes = nbytes if probe < PROBE_SECONDS else 64 * program_bytes
+    probe = min(nbytes, PROBE_BYTES) // program_bytes * program_bytes
+    nbytes = min(nbytes, int(probe * max(1.0, READ_SECONDS / _read_seconds(device, probe, 1))))
     nbytes = nbytes // program_bytes * program_bytes
     return nbytes / _read_seconds(device, nbytes, repetitions) / 1e9
 
@@ -65,10 +68,12 @@ def peak_rates(device: Any, repetitions: int) -> dict[str, float]:
         out = device.allocate(4 * TILE * 1024)
         constants = {"TILE": TILE, "DTYPE": dtype, "ACC": total}
         arguments = {"out": (out, tl.float32)}
-        programs, products = 4, 4
-        if _seconds(device, multiply_kernel, programs, arguments, 2, products=products, **constants) < PROBE_SECONDS:
-            programs, products = 1024, PRODUCTS
-        seconds = _seconds(device, multiply_kernel, programs, arguments, repetitions, products=products, **constants)
+        for programs, products in SIZES:
+            given = {"products": products, **constants}
+            seconds = _seconds(device, multiply_kernel, programs, arguments, 1, **given)
+            if seconds > ENOUGH_SECONDS:
+                break
+        seconds = _seconds(device, multiply_kernel, programs, arguments, repetitions, **given)
         rates[name] = 2 * TILE**3 * programs * products / seconds / 1e9
     return rates
 

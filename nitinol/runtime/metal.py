@@ -121,6 +121,8 @@ class MetalDevice:
         if device is None:
             raise DeviceError("Metal finds no GPU here (virtual machines often have none); use device 'cpu'")
         self.description = str(device.name())
+        if self.description == "softmetal":
+            self.description += ", Metal in software"
         if not device.supportsFamily_(metal.MTLGPUFamilyApple7):
             raise DeviceError(f"{self.description} cannot run the kernels, which need an Apple GPU of family 7 (M1) or "
                               "newer; use device 'cpu'")
