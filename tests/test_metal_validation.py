@@ -219,7 +219,7 @@ def test_sampling(rng):
     seen[recent] = np.where(logits[recent] > 0, logits[recent] / np.float32(1.3), logits[recent] * np.float32(1.3))
     results[place + 1] = seen.argmax()
     state = {"position": np.array([place], np.int32), "history": history}
-    common = {"logits": logits, "vocabulary": vocabulary, "tokens": 1, "context": context, "BLOCK": sampling.BLOCK}
+    common = {"logits": logits, "vocabulary": vocabulary, "tokens": 1, "context": context, "BLOCK": 128}
     expected = {"token": np.array([seen.argmax()], np.int32), "position": np.array([place + 1], np.int32),
                 "history": results}  # fmt: skip
     for temperature in (0, 0.8):  # the second keeps one token: also the highest
