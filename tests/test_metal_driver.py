@@ -385,6 +385,20 @@ def test_memory_has_exactly_the_length_asked_for(device):
     device.synchronize()  # but it is no news any more
 
 
+def test_memory_of_a_cycle_of_garbage_is_resident_when_it_is_used_again(device):
+    softmetal.set_validation(True)
+    cycle = [device.allocate(128)]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    x, commands, hits = device.allocate(128), device.command_list(), device.counters.pool_hits
+    assert hits > 0
+    commands.launch(WRITE, (1,), [x, 7])
+    for _ in range(2):  # the second time by an indirect command buffer, which needs it in the residency set
+        device.run(commands)
+    np.testing.assert_array_equal(x.read(np.int32), 7 + np.arange(32) * 0)
+
+
 def test_an_error_that_nobody_waited_for_is_raised_at_the_next_occasion(device):
     softmetal.set_validation(True)
     x, commands = device.allocate(12), device.command_list()

@@ -289,6 +289,7 @@ class MetalDevice:
             self.synchronize()
         self._closed = True
         self._heap.free.clear()
+        self._heap.used.clear()
 
     def __del__(self) -> None:
         self.close()

@@ -45,6 +45,9 @@ class Heap:
         # Untracked: Metal looks for no dependencies between commands; the driver has barriers and a fence.
         self.options = metal.MTLResourceStorageModeShared | metal.MTLResourceHazardTrackingModeUntracked
         self.free: defaultdict[int, list[Memory]] = defaultdict(list)  # by size class
+        # The pool's memory that is not free. Without this reference, memory in a cycle of garbage would be finalised, so
+        # leave the residency set, before the finaliser of its Buffer puts it back into the pool.
+        self.used: set[Memory] = set()
         self.process = os.getpid()
         self.residency: Any = None
         self.changed = False
@@ -85,6 +88,7 @@ class Heap:
             # for its class would pile up: it goes.
             free[:] = [m for m in free if m.sequence > done]
             memory = self._new(max(nbytes, 1), done)
+        self.used.add(memory)
         self.counters.bytes_in_use += memory.nbytes
         return memory
 
@@ -92,6 +96,7 @@ class Heap:
         """Back to the pool, for use after the last submission so far."""
         self.counters.bytes_in_use -= memory.nbytes
         memory.sequence = submitted
+        self.used.discard(memory)
         self.free[size_class(memory.nbytes)].append(memory)
 
     def wrap(self, view: np.ndarray, done: int) -> Memory:
