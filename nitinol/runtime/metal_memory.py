@@ -45,8 +45,8 @@ class Heap:
         # Untracked: Metal looks for no dependencies between commands; the driver has barriers and a fence.
         self.options = metal.MTLResourceStorageModeShared | metal.MTLResourceHazardTrackingModeUntracked
         self.free: defaultdict[int, list[Memory]] = defaultdict(list)  # by size class
-        # The pool's memory that is not free. Without this reference, memory in a cycle of garbage would be finalised, so
-        # leave the residency set, before the finaliser of its Buffer puts it back into the pool.
+        # The pool's memory that is not free. Without this reference, memory in a cycle of garbage would be finalised,
+        # so leave the residency set, before the finaliser of its Buffer puts it back into the pool.
         self.used: set[Memory] = set()
         self.process = os.getpid()
         self.residency: Any = None
