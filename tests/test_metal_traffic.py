@@ -28,7 +28,7 @@ from nitinol.language.types import bfloat16
 @pytest.fixture(autouse=True)
 def on_metal(monkeypatch):
     for module in (linear, attention):
-        monkeypatch.setattr(module, "get_device", lambda: SimpleNamespace(target="metal"))
+        monkeypatch.setattr(module, "get_device", lambda: SimpleNamespace(name="metal", target="metal"))
     softmetal.set_counting(True)
     yield
     softmetal.set_counting(False)

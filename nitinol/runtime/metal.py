@@ -142,6 +142,7 @@ class MetalDevice:
         self._news: list[int] = []  # those of which nobody was told yet
         self._asserts: dict[int, str] = {}
         self._printing: weakref.WeakSet[_Encoded] = weakref.WeakSet()
+        self._status = ctypes.c_uint32()  # for close(), should there be no memory for the one that kernels write
         self._closed = False
         self._status_buffer = self.allocate(4)
         self._status = ctypes.c_uint32.from_address(self._status_buffer.address)
