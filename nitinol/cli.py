@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nitinol.__main__ import STOPPED
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
                                       help="Path of a GGUF file, or 'demo' for the small model that comes along.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
@@ -21,8 +23,6 @@ Threads = Annotated[int | None, typer.Option(
     show_default="one per core", help="Processor threads that work.")]
 Context = Annotated[int | None, typer.Option(
     show_default="the model's, at most 4096", help="Tokens of prompt and answer together that are provided for.")]
-
-STOPPED = 130  # exit code after Ctrl-C
 
 app = typer.Typer(name="nitinol", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},

@@ -240,3 +240,27 @@ def test_ctrl_c_ends_with_130(prompt: list[str]) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and b"Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("when", [
+    "sys.meta_path.insert(0, type('', (), {'find_spec': lambda *_: kill()}))",  # as nitinol.cli is imported
+    "cli.main = kill",
+    "cli.main = lambda: exec('kill()')",  # what makes Python end by the signal, if KeyboardInterrupt itself passes
+    "cli.main = lambda: setattr(cli, 'x', type('', (), {'__del__': kill})()) or delattr(cli, 'x')",
+    "atexit.register(kill); cli.main = lambda: 0",
+])
+def test_ctrl_c_at_any_moment(when: str) -> None:
+    """Before there is anything to stop, where exceptions are lost, and after the end: exit code 130, no traceback."""
+    before = "" if "meta_path" in when else "import nitinol.cli as cli"
+    program = f"""
+import atexit, os, signal, sys
+import nitinol.__main__ as start
+{before}
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(10000): pass  # Python delivers it at the next jump backwards
+{when}
+sys.exit(start.main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (130, "nitinol: stopped")
