@@ -24,7 +24,7 @@ from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.formats.quantization import dequantize
 from nitinol.generate.model import Model, load
 from nitinol.models import open_model
-from nitinol.models.config import check_memory, memory_needed, parameters
+from nitinol.models.config import PREFILL_CHUNK, check_memory, memory_needed, parameters
 from nitinol.runtime import using_device
 
 SEED = np.random.SeedSequence().entropy  # fresh inputs at every run; a failure prints it
@@ -138,7 +138,7 @@ def test_long_prompts_go_through_in_chunks(tmp_path: Path, monkeypatch: pytest.M
     source = random_file(tmp_path / "m.gguf", "F32")
     ids = rng.integers(0, 512, 50).tolist()
     whole = load_f32(source).logits(ids)
-    monkeypatch.setattr("nitinol.generate.model.PREFILL_CHUNK", 16)
+    monkeypatch.setitem(PREFILL_CHUNK, "cpu", 16)
     model = load_f32(source)
     np.testing.assert_allclose(model.logits(ids), whole, atol=1e-4 * whole.std(), rtol=0)
     assert greedy(model, ids, 3)[0] == int(whole[-1].argmax())

@@ -48,7 +48,7 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
         raise ValueError(f"the context is {context!r:.40} tokens, but {config.name} was made for 1 to {config.context}")
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
     opened = get_device() if device is None and threads is None else open_device(device or "cpu", threads)
-    check_memory(config, weights, context, cache_dtype, opened.available_memory())
+    check_memory(config, weights, context, cache_dtype, opened.available_memory(), opened.name)
     return Model(file, config, opened, context, cache_dtype)
 
 
@@ -67,6 +67,7 @@ class Model:
         self._attend = import_module(f"nitinol.models.{config.arch}").attend
         self._weights = wrap_weights(file, config, device)
         self.cache_dtype = cache_dtype
+        self.chunk = PREFILL_CHUNK[device.name]
         self.next_token = -1  # what was chosen last
         self._owner: Any = None
         self._prefills: dict[tuple[int, bool], Compiled] = {}
@@ -135,8 +136,8 @@ class Model:
         self.cache.move(0)
         rows = []
         with using_device(self.device):
-            for start in range(0, len(ids), PREFILL_CHUNK):
-                chunk = ids[start:start + PREFILL_CHUNK]
+            for start in range(0, len(ids), self.chunk):
+                chunk = ids[start:start + self.chunk]
                 self.cache.move(start)
                 rows.append(self._logits(self._forward(self._tokens(chunk))).numpy())
                 self.cache.tokens += chunk
@@ -173,7 +174,7 @@ class Model:
         state.limits.buffer.write(np.array([options.seed, options.top_k, REPEAT_WINDOW], np.uint64))
         with using_device(self.device):
             while start < len(ids):
-                chunk = ids[start:start + PREFILL_CHUNK]
+                chunk = ids[start:start + self.chunk]
                 start += len(chunk)
                 self.prefill_list(len(chunk), last=start == len(ids))(np.array(chunk, np.int32))
                 cache.tokens += chunk

@@ -9,7 +9,6 @@ from typing import Any
 
 from nitinol.generate.model import Model
 from nitinol.generate.options import Options
-from nitinol.models.config import PREFILL_CHUNK
 
 COUNTED = ("submits", "waits", "allocations", "dispatches")
 REPETITIONS = 3
@@ -41,7 +40,7 @@ def profile(model: Model, ids: Sequence[int], progress: Callable[[int, int], Non
     model.begin(None)
     model.cache.move(0)
     model.prefill(ids, options)  # all of it: from now on only the last chunk
-    start = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    start = (len(ids) - 1) // model.chunk * model.chunk
     runs: list[list[Run]] = [[], []]
 
     def measured(name: str, position: int, tokens: int, work: Callable[[], Any], compiled: Any) -> Run:
