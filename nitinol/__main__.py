@@ -18,18 +18,19 @@ class Stopped(KeyboardInterrupt):
 def main() -> int:
     """The exit code of the command line. Ctrl-C raises while there is work to be put down in order; before, after
     and the second time it ends the process at once. Where the parent ignores it (`nitinol ... &`), so do we."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
         signal.signal(signal.SIGINT, _leave)
         sys.unraisablehook = _unraisable
     from nitinol import cli
 
-    if signal.getsignal(signal.SIGINT) is not _leave:
+    if not ours:
         return cli.main()
     try:
         signal.signal(signal.SIGINT, _raise)
         return cli.main()
     except Stopped:  # outside of what the command line handles itself
-        return _leave()
+        _leave()
     finally:
         signal.signal(signal.SIGINT, _leave)
 
@@ -40,14 +41,16 @@ def _raise(*_: Any) -> NoReturn:
 
 
 def _leave(*_: Any) -> NoReturn:
-    os.write(2, b"\nnitinol: stopped\n")
-    os._exit(STOPPED)
+    try:
+        os.write(2, b"\nnitinol: stopped\n")
+    finally:
+        os._exit(STOPPED)
 
 
 def _unraisable(found: Any) -> None:
     """Raised where Python can only go on, as in a destructor, Ctrl-C would be lost."""
     if issubclass(found.exc_type, Stopped):
-        return _leave()
+        _leave()
     sys.__unraisablehook__(found)
 
 

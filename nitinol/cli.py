@@ -15,14 +15,15 @@ from nitinol.__main__ import STOPPED
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
                                       help="Path of a GGUF file, or 'demo' for the small model that comes along.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object instead of text for people.")]
 Device = Annotated[str | None, typer.Option(
     metavar="metal|cuda|cpu", show_default="the first of these that is there",
     help="Where to compute; `nitinol devices` lists what there is.")]
 Threads = Annotated[int | None, typer.Option(
-    show_default="one per core", help="Processor threads that work.")]
+    metavar="N", show_default="one per core", help="Processor threads that work.")]
 Context = Annotated[int | None, typer.Option(
-    show_default="the model's, at most 4096", help="Tokens of prompt and answer together that are provided for.")]
+    metavar="TOKENS", show_default="the model's, at most 4096",
+    help="Tokens of prompt and answer together that are provided for.")]
 
 app = typer.Typer(name="nitinol", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -56,25 +57,27 @@ def run(
     context: Context = None,
     cache: Annotated[str, typer.Option(metavar="fp16|fp32", help="Precision of the attention cache.")] = "fp16",
     max_tokens: Annotated[int | None, typer.Option(
-        show_default="until the model ends or the context is full", help="At most so many new tokens.")] = None,
+        metavar="N", show_default="until the model ends or the context is full",
+        help="At most so many new tokens.")] = None,
     temperature: Annotated[float, typer.Option(
+        metavar="T",
         help="How freely to choose: 0 always takes the most likely token, 1 follows the model's probabilities.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Choose among the k most likely tokens; 0: among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that together have this probability; "
-                                              "1: among all.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Leave out tokens less likely than this fraction of the likeliest's "
-                                              "probability; 0: none.")] = 0.0,
-    repeat_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that occurred already less likely; try "
-                                                       "1.1 against loops.")] = 1.0,
+    top_k: Annotated[int, typer.Option(metavar="K", help="Choose among the K most likely tokens; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that together have this "
+                                                           "probability; 1: among all.")] = 1.0,
+    min_p: Annotated[float, typer.Option(metavar="P", help="Leave out tokens less likely than this fraction of the "
+                                                           "likeliest's probability; 0: none.")] = 0.0,
+    repeat_penalty: Annotated[float, typer.Option(metavar="X", help="Above 1: make tokens that occurred already less "
+                                                                    "likely; try 1.1 against loops.")] = 1.0,
     seed: Annotated[int | None, typer.Option(
-        show_default="another every time", help="The same seed gives the same text.")] = None,
+        metavar="N", show_default="another every time", help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(
-        show_default=False, help="A text at which to stop; may be given several times.")] = None,
+        metavar="TEXT", show_default=False, help="A text at which to stop; may be given several times.")] = None,
     chat: Annotated[bool | None, typer.Option(
-        "--chat/--raw", show_default="chat, if the model has a template for it",
+        "--chat/--raw", metavar="", show_default="chat, if the model has a template for it",
         help="Treat the prompt as a message to answer, or as plain text to continue.")] = None,
     system: Annotated[str | None, typer.Option(
-        show_default=False, help="Instructions to put before a chat.")] = None,
+        metavar="TEXT", show_default=False, help="Instructions to put before a chat.")] = None,
     json: Json = False,
 ) -> None:
     """Complete a prompt, or chat. Text streams to stdout, a line of figures goes to stderr."""
@@ -89,9 +92,10 @@ def run(
 @app.command()
 def inspect(
     model: Model,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor: name, shape, format, bytes.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", metavar="", help="List every tensor: name, shape, format, "
+                                                                           "bytes.")] = False,
     context: Annotated[int | None, typer.Option(
-        show_default="a few", help="Say how much memory this many tokens need.")] = None,
+        metavar="TOKENS", show_default="a few", help="Say how much memory this many tokens need.")] = None,
     json: Json = False,
 ) -> None:
     """Say what is in a model file: family, sizes, quantisation, tokenizer, memory needed. Computes nothing."""
@@ -126,7 +130,7 @@ def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(metavar="TOKENS", help="Length of the prompt.")] = 128,
     gen: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens to generate after it.")] = 32,
-    reps: Annotated[int, typer.Option(help="Repetitions; the median counts.")] = 3,
+    reps: Annotated[int, typer.Option(metavar="N", help="Repetitions; the median counts.")] = 3,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -141,8 +145,8 @@ def bench(
 def tokenize(
     model: Model,
     text: Annotated[str, typer.Argument(metavar="TEXT", show_default=False, help="The text to cut into tokens.")],
-    special: Annotated[bool, typer.Option("--special", help="Read control tokens such as <|im_end|> as such, not as "
-                                                            "text.")] = False,
+    special: Annotated[bool, typer.Option("--special", metavar="", help="Read control tokens such as <|im_end|> as "
+                                                                        "such, not as text.")] = False,
     json: Json = False,
 ) -> None:
     """Cut a text into the model's tokens and show their numbers."""
@@ -168,8 +172,8 @@ def compile(
     set: Annotated[list[str] | None, typer.Option(
         metavar="NAME=VALUE", show_default="the kernel's own defaults",
         help="A tl.constexpr parameter, for example BLOCK=1024. Once for each.")] = None,
-    warps: Annotated[int, typer.Option(help="SIMD-groups (warps) that share a program on a GPU; 0: the compiler "
-                                            "chooses.")] = 0,
+    warps: Annotated[int, typer.Option(metavar="N", help="SIMD-groups (warps) that share a program on a GPU; 0: the "
+                                                         "compiler chooses.")] = 0,
     output: Annotated[Path | None, typer.Option(
         "--output", "-o", metavar="FILE", show_default="standard output", help="Where to write the text.")] = None,
     json: Json = False,
@@ -197,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     NITINOL_DEBUG=1 lets exceptions through.
     """
     warnings.showwarning = lambda message, *_, **__: print(f"nitinol: warning: {message}", file=sys.stderr)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the parent, as in `nitinol ... >&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of failing
@@ -230,6 +237,8 @@ def sentence(error: Exception) -> str:
         text = usage() and f"{usage().rstrip('.')}; see `nitinol --help`"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"cannot use {str(error.filename)!r}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror is not None:  # of a standard stream, then
+        text = f"cannot write: {error.strerror}"
     elif hasattr(error, "location") and hasattr(error, "message"):  # a kernel that does not compile
         text = f"{error.location}: {error.message}"
     elif isinstance(error, MemoryError) and not str(error):

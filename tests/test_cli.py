@@ -227,6 +227,16 @@ def test_broken_pipe_is_quiet(tiny: str, arguments: str, head: str) -> None:
     assert done.stderr == "" and done.stdout
 
 
+@pytest.mark.parametrize("streams, words", [
+    (">&-", "tokens read"), ("2>&-", ""), ("<&-", "tokens read"), (">&- 2>&- <&-", ""),
+    (">/dev/full", "nitinol: cannot write: No space left on device\n")])
+def test_closed_and_full_streams(tiny: str, streams: str, words: str) -> None:
+    command = f"{sys.executable} -m nitinol run {tiny} hello --max-tokens 2 {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (2 if "full" in streams else 0)
+    assert words in done.stderr and done.stderr.count("\n") == bool(words)
+
+
 @pytest.mark.parametrize("prompt", [["def fibonacci(n):\n"], []])
 def test_ctrl_c_ends_with_130(prompt: list[str]) -> None:
     """In the middle of an answer of up to 1,000 tokens (some seconds), and while waiting for a line of a chat."""
