@@ -167,15 +167,17 @@ PREDEFINED = {
 OURS = re.compile(
     r"^[ \t]*#[ \t]*(?:include|import)[ \t]*[<\"](?:metal_\w+|simd/simd\.h|TargetConditionals\.h)[>\"].*$", re.M
 )
+UNROLL = re.compile(r"^([ \t]*#pragma unroll)[ \t]*\(.*[A-Za-z_].*$", re.M)
 
 
 def preprocess(text: str, macros: dict[str, str]) -> str:
-    """Expands the user's macros; what the language's own headers define stays for the compiler."""
+    """Expands the user's macros; what the language's own headers define stays for the compiler. In `#pragma unroll (N)`
+    nothing is expanded, so N, a hint, goes."""
     flags = ["-E", "-undef", "-nostdinc", "-x", "c++", "-std=c++17", *defines({**PREDEFINED, **macros})]
     done = run(
         ["clang", *flags, "-Wno-builtin-macro-redefined", "-w", "-"], '# 1 "program_source"\n' + OURS.sub("", text)
     )
-    return done
+    return UNROLL.sub(r"\1", done)
 
 
 class Compiled:

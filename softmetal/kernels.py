@@ -165,19 +165,19 @@ def entry(kernel: Kernel, number: int) -> str:
     """The function that the runtime calls for one thread (fibers) or for a whole threadgroup (plain loop)."""
     parts = []
     for a in kernel.arguments:
-        if a.kind == "position":
-            parts.append(re.sub(r"\b[XYZI]\b", lambda m: m[0].lower(), POSITIONS[a.attribute]))
+        if a.kind == "position":  # names that no kernel has
+            parts.append(re.sub(r"\b[gdXYZI]\b", lambda m: f"sm_{m[0].lower()}", POSITIONS[a.attribute]))
         else:
-            at = f"d->buffers[{a.index}]" if a.kind == "buffer" else f"(ulong)g->tg_dynamic[{a.index}]"
+            at = f"sm_d->buffers[{a.index}]" if a.kind == "buffer" else f"(ulong)sm_g->tg_dynamic[{a.index}]"
             parts.append(f"{'sm_reference' if a.reference else 'sm_pointer'}{{{at}}}")
     call = f"{kernel.call.replace('<NUMBER', f'<{number}')}({', '.join(parts)});"
     if kernel.fibers:
         return (
-            f'extern "C" void sm_entry_{number}(sm_lane *l, sm_group *g) {{ sm_dispatch *d = g->dispatch; '
-            f"uint x = l->tid[0], y = l->tid[1], z = l->tid[2], i = l->index; {call} }}\n"
+            f'extern "C" void sm_entry_{number}(sm_lane *sm_l, sm_group *sm_g) {{ sm_dispatch *sm_d = sm_g->dispatch; '
+            f"uint sm_x = sm_l->tid[0], sm_y = sm_l->tid[1], sm_z = sm_l->tid[2], sm_i = sm_l->index; {call} }}\n"
         )
     return (
-        f'extern "C" void sm_entry_{number}(sm_group *g) {{ sm_dispatch *d = g->dispatch; uint i = 0; '
-        f"for (uint z = 0; z < g->size[2]; z++) for (uint y = 0; y < g->size[1]; y++) "
-        f"for (uint x = 0; x < g->size[0]; x++, i++) {call} }}\n"
+        f'extern "C" void sm_entry_{number}(sm_group *sm_g) {{ sm_dispatch *sm_d = sm_g->dispatch; uint sm_i = 0; '
+        f"for (uint sm_z = 0; sm_z < sm_g->size[2]; sm_z++) for (uint sm_y = 0; sm_y < sm_g->size[1]; sm_y++) "
+        f"for (uint sm_x = 0; sm_x < sm_g->size[0]; sm_x++, sm_i++) {call} }}\n"
     )

@@ -14,6 +14,7 @@ def rewrite_classes(code: Code, found: list[Chunk]) -> None:
     p, t = code.plain, code.t
     every = list(classes(code, found))
     handing = {c.name for c, members in every if any(m.kind == "function" and returns_thread(code, m) for m in members)}
+    handing |= {"simdgroup_matrix", *(f"simdgroup_{kind}8x8" for kind in ("float", "half", "bfloat"))}
     while more := {c.name for c, members in every if c.name not in handing
                    for m in members if m.kind == "variable" and handing & set(p[m.start : m.end])}:  # fmt: skip
         handing |= more

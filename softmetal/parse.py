@@ -162,7 +162,7 @@ def declaration(code: Code, i: int, end: int, scope: str) -> Chunk:
             is_type = True
         elif w in ("using", "typedef"):
             c.kind = "alias"
-        elif w == "=":
+        elif w == "=" and p[i + 1] not in ("default", "delete"):
             assigned = True
         elif w == "<" and not assigned and (close := code.angle(i)) > 0:
             i = close + 1

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 
 from softmetal import check
 from softmetal.convergence import rewrite_branches
+from softmetal.functions import rewrite_function_parameters
 from softmetal.kernels import Argument, Kernel, arguments, attribute_number, attribute_string, reaches_others
 from softmetal.methods import rewrite_classes, rewrite_constant_references
 from softmetal.parse import Chunk, Code, MetalError, chunks, classes, error
-from softmetal.vectors import rewrite_choices, rewrite_vectors
+from softmetal.vectors import rewrite_choices, rewrite_vectors, rewrite_vectors_of_bool
 
 # Words that C++ for OpenCL reserves and Metal does not.
 RESERVED = {
@@ -155,8 +156,10 @@ def rewrite(
         elif token.kind == "number" and FLOATING.match(token.text):
             token.text += "f"  # clang's option for this fails inside templates
     constants = rewrite_constants(code, values)
+    rewrite_vectors_of_bool(code)
     rewrite_vectors(code)
     rewrite_choices(code, choices)
+    rewrite_function_parameters(code, found)
     rewrite_classes(code, found)
     rewrite_constant_references(code)
     methods = [m for _, members in classes(code, found) for m in members if m.kind == "function"]
@@ -195,7 +198,7 @@ def rewrite(
                 raise error(code.t[c.start].line, "an explicit instantiation of a kernel that is not a template")
             args, fibers, limit = facts[id(target)]
             if at >= 0:
-                inside = code.spell(at + 2, code.angle(at + 1))
+                inside = " ".join(t.text for t in code.t[at + 2 : code.angle(at + 1)])
                 call, name = f"{target.scope}{target.name}<NUMBER, {inside}>", f"{target.name}<{inside}>"
             else:  # the template arguments follow from the parameters' types
                 assert c.parameters

@@ -6,6 +6,8 @@ from collections.abc import Container
 
 from softmetal.parse import MATRICES, SCALARS, SPACES, VECTORS, Code
 
+STARTS = (";", "{", "}", ")", "const", "thread")  # what a declaration may follow
+
 
 def type_names(code: Code) -> set[str]:
     """Names that may stand for a vector: template type parameters and aliases."""
@@ -34,6 +36,8 @@ def rewrite_vectors(code: Code) -> None:
                 t[close].text += ">"
             elif before == "(" and p[close + 1] == ")" and is_cast(code, i - 1, close + 1):
                 t[i - 1].text, t[close + 1].text = "sm_caster<", ">{} ->* "
+            elif w == "vec" and p[i - 2 if before == "::" else i - 1] in (*STARTS, "metal"):
+                fill(code, close + 1, code.spell(i - 2 if before == "::" else i, close + 1))
         elif w in names and nxt == "(" and before not in declarators:
             follows_type = (t[i - 1].kind == "word" and before not in ("return", "else", "case", "do")) if i else False
             if (not follows_type and before not in ("::", "<", ">")) or (before in ("<", ">") and not follows_type):
@@ -43,10 +47,8 @@ def rewrite_vectors(code: Code) -> None:
                 t[i - 2].text, t[i].text = "sm_make<metal", t[i].text + ">"
         elif w == "{" and before in ("(", ",") and p[enclosing(code, i)] == "(" and p[code.match[i] + 1] in (",", ")"):
             t[i].text, t[code.match[i]].text = "sm_list(", ")"  # an argument `{x, y}`
-        elif w in VECTORS and nxt.isidentifier() and p[i + 2 : i + 4] == ["=", "{"] and before in (";", "{", "}", ")"):
-            close = code.match[i + 3]
-            if p[close + 1] == ";" and "{" not in p[i + 4 : close]:
-                t[i + 3].text, t[close].text = f"sm_fill<{t[i].text}>(", ")"  # the rest is zero
+        elif w in VECTORS and nxt.isidentifier() and before in STARTS and fill(code, i + 1, t[i].text):
+            pass
         elif w in VECTORS and nxt.isidentifier() and p[i + 2] == "(" and constructs(code, i + 2):
             t[i + 1].text += f" = sm_make<{t[i].text}>"  # `short2 at(x, y);`
         elif w in names and before == "(" and nxt == ")" and is_cast(code, i - 1, i + 1):
@@ -57,6 +59,37 @@ def rewrite_vectors(code: Code) -> None:
             close = code.angle(i + 1)
             if close == i + 3 or p[i + 2] == "vec":
                 t[i].text = "sm_make"
+
+
+def rewrite_vectors_of_bool(code: Code) -> None:
+    """`vec<bool, 2>`, and `typedef vec<T, 2> pair;` where T may be bool: clang has no vectors of bool. Elsewhere `vec`
+    stays: a template's argument is deduced from it."""
+    p, named = code.plain, False
+    for i, w in enumerate(p):
+        if w in ("typedef", "using"):
+            named = w == "typedef" or (p[i + 2] == "=" and p[i - 1] != ">")
+        elif w == ";":
+            named = False
+        elif w == "vec" and p[i + 1] == "<" and (named or p[i + 2] == "bool"):
+            code.t[i].text = "sm_vector"
+
+
+def fill(code: Code, i: int, type_: str) -> bool:
+    """`float4 a = {x, y}, b {};`: the rest is zero. `i`: behind the type. Whether there was such a variable."""
+    p, t, k, found = code.plain, code.t, i, False
+    while p[k].isidentifier() and p[k + 1] in ("=", "{", ",", ";", "["):
+        k += 1
+        brace = k + 1 if p[k : k + 2] == ["=", "{"] else k
+        if p[brace] == "{" and "{" not in p[brace + 1 : code.match[brace]]:
+            t[brace].text = ("= " if brace == k else "") + f"sm_fill<{type_}>("
+            t[code.match[brace]].text = ")"
+            found = True
+        while p[k] not in (",", ";", ")", "}", ":"):
+            k = code.match.get(k, k) + 1
+        if p[k] != ",":
+            break
+        k += 1
+    return found
 
 
 def mask(code: Code, opening: int) -> None:

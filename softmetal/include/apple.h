@@ -31,6 +31,8 @@ template <class T> SM_INLINE T __metal_simd_shuffle_and_fill_down(T v, T fill, u
     return metal::simd_shuffle_and_fill_down(v, fill, d, modulo); }
 SM_INLINE ushort __metal_get_simdgroup_size(ushort) { return 32; }
 SM_INLINE ushort __metal_get_thread_index_in_simdgroup(ushort) { return (ushort)sm_lane_index(); }
+template <class T> struct vec_elements { enum { value = sm_traits<T>::count }; };
+template <class T> struct __is_valid_simdgroup_type { enum { value = sm_traits<T>::count > 0 && !sm_same<T, bool>::value }; };
 #define __METAL_MAYBE_FAST_MATH__ true
 #define __METAL_FAST_MATH__ true
 #define __METAL_PRECISE_MATH__ false

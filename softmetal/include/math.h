@@ -266,7 +266,7 @@ namespace precise { SM_FORMS }
 #define ULONG_MAX 0xfffffffffffffffful
 
 namespace metal {
-template <class T> struct numeric_limits {
+template <class T> struct _numeric_limits_impl {  // programs add their types under this name of Apple's header
     static constexpr bool is_signed = (T)-1 < (T)0;
     static constexpr constant int digits = 8 * sizeof(T) - ((T)-1 < (T)0);
     static constexpr T min() { return (T)-1 < (T)0 ? (T)((ulong)1 << (8 * sizeof(T) - 1)) : (T)0; }
@@ -274,7 +274,7 @@ template <class T> struct numeric_limits {
     static constexpr T lowest() { return min(); }
 };
 #define SM_LIMITS(T, LOW, MIN, MAX, EPSILON) \
-    template <> struct numeric_limits<T> { \
+    template <> struct _numeric_limits_impl<T> { \
         static constexpr T min() { return (T)MIN; } static constexpr T max() { return (T)MAX; } \
         static constexpr T lowest() { return (T)LOW; } static constexpr T epsilon() { return (T)EPSILON; } \
         static constexpr T infinity() { return (T)__builtin_inff(); } \
@@ -282,4 +282,5 @@ template <class T> struct numeric_limits {
 SM_LIMITS(float, -FLT_MAX, FLT_MIN, FLT_MAX, FLT_EPSILON)
 SM_LIMITS(half, -65504.0f, 0x1.0p-14f, 65504.0f, 0x1.0p-10f)
 SM_LIMITS(bfloat, -0x1.fep127f, 0x1.0p-126f, 0x1.fep127f, 0x1.0p-7f)
+template <class T> struct numeric_limits : _numeric_limits_impl<T> {};
 }

@@ -16,7 +16,7 @@ template <class T, int C, int R = C> struct matrix {
         for (int c = 0; c < C; c++) for (int r = 0; r < R; r++) columns[c][r] = all[c * R + r];
     }
     template <class U> explicit SM_INLINE matrix(const matrix<U, C, R> &o) {
-        for (int c = 0; c < C; c++) for (int r = 0; r < R; r++) columns[c][r] = (T)o.columns[c][r];
+        for (int c = 0; c < C; c++) for (int r = 0; r < R; r++) columns[c][r] = sm_convert<T, U>::to(o.columns[c][r]);
     }
     SM_INLINE column &operator[](int c) { return columns[c]; }
     SM_INLINE const column &operator[](int c) const { return columns[c]; }
@@ -110,12 +110,12 @@ typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
-template <class T, int C, int R> SM_INLINE simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T v) {
+template <class T, int C, int R = C> SM_INLINE simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T v) {
     simdgroup_matrix<T, C, R> m;
     m.e = vec<T, 2>(v);
     return m;
 }
-template <class T, int C, int R> SM_INLINE simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T v) {
+template <class T, int C, int R = C> SM_INLINE simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T v) {
     return simdgroup_matrix<T, C, R>(v);
 }
 template <class T, class P>
@@ -134,9 +134,12 @@ SM_INLINE void simdgroup_store(simdgroup_matrix<T, 8, 8> m, P to, ulong row = 8,
 template <class D, class A, class B, class E>
 SM_INLINE void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8> &d, simdgroup_matrix<A, 8, 8> a,
                                              simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<E, 8, 8> c) {
-    sm_phase *p = sm_exchange(sm_operands<A, B>{a.e.x, a.e.y, b.e.x, b.e.y});
+    // of two types: as floats, which is exact
+    typedef typename conditional<sizeof(A) == sizeof(B), A, float>::type F;
+    typedef typename conditional<sizeof(A) == sizeof(B), B, float>::type G;
+    sm_phase *p = sm_exchange(sm_operands<F, G>{(F)a.e.x, (F)a.e.y, (G)b.e.x, (G)b.e.y});
     if (!p->done) {
-        sm_multiply<A, B>(p);
+        sm_multiply<F, G>(p);
 #ifdef SM_INSTRUMENTED
         sm_count_matrix();
 #endif

@@ -182,11 +182,44 @@ template <class To, class From> SM_INLINE To as_type(From v) {
 }
 
 // --------------------------------------------------------------------------------- packed vectors, no padding
-template <class T, int N> struct sm_packed {
-    T e[N];
+template <class T, int N, int... AT> struct sm_swizzle {        // `.xz` of one
+    T all[N];
+    SM_INLINE operator sm_vec<T, sizeof...(AT)>() const { return sm_vec<T, sizeof...(AT)>{all[AT]...}; }
+    SM_INLINE void operator=(sm_vec<T, sizeof...(AT)> v) { int i = 0; ((all[AT] = v[i++]), ...); }
+#define SM_SWIZZLE_OP(OP) \
+    friend SM_INLINE sm_vec<T, sizeof...(AT)> operator OP(sm_swizzle a, sm_vec<T, sizeof...(AT)> b) { \
+        return (sm_vec<T, sizeof...(AT)>)a OP b; } \
+    friend SM_INLINE sm_vec<T, sizeof...(AT)> operator OP(sm_vec<T, sizeof...(AT)> a, sm_swizzle b) { \
+        return a OP (sm_vec<T, sizeof...(AT)>)b; } \
+    friend SM_INLINE sm_vec<T, sizeof...(AT)> operator OP(sm_swizzle a, T b) { return (sm_vec<T, sizeof...(AT)>)a OP b; } \
+    friend SM_INLINE sm_vec<T, sizeof...(AT)> operator OP(T a, sm_swizzle b) { return a OP (sm_vec<T, sizeof...(AT)>)b; } \
+    friend SM_INLINE sm_vec<T, sizeof...(AT)> operator OP(sm_swizzle a, sm_swizzle b) { \
+        return (sm_vec<T, sizeof...(AT)>)a OP (sm_vec<T, sizeof...(AT)>)b; }
+    SM_SWIZZLE_OP(+) SM_SWIZZLE_OP(-) SM_SWIZZLE_OP(*) SM_SWIZZLE_OP(/)
+};
+template <class T, int N> struct sm_elements;
+template <class T> struct sm_elements<T, 2> {
+    union { T e[2]; struct { T x, y; }; struct { T r, g; }; sm_swizzle<T, 2, 0, 1> xy; sm_swizzle<T, 2, 1, 0> yx; };
+};
+template <class T> struct sm_elements<T, 3> {
+    union {
+        T e[3]; struct { T x, y, z; }; struct { T r, g, b; };
+        sm_swizzle<T, 3, 0, 1> xy, rg; sm_swizzle<T, 3, 1, 2> yz; sm_swizzle<T, 3, 0, 2> xz;
+        sm_swizzle<T, 3, 0, 1, 2> xyz, rgb; sm_swizzle<T, 3, 2, 1, 0> zyx, bgr;
+    };
+};
+template <class T> struct sm_elements<T, 4> {
+    union {
+        T e[4]; struct { T x, y, z, w; }; struct { T r, g, b, a; };
+        sm_swizzle<T, 4, 0, 1> xy, rg; sm_swizzle<T, 4, 2, 3> zw, ba; sm_swizzle<T, 4, 0, 2> xz; sm_swizzle<T, 4, 1, 3> yw;
+        sm_swizzle<T, 4, 0, 1, 2> xyz, rgb; sm_swizzle<T, 4, 1, 2, 3> yzw; sm_swizzle<T, 4, 0, 1, 2, 3> xyzw, rgba;
+    };
+};
+template <class T, int N> struct sm_packed : sm_elements<T, N> {
+    using sm_elements<T, N>::e;
     sm_packed() = default;
     constexpr SM_INLINE sm_packed(T v) { for (int i = 0; i < N; i++) e[i] = v; }
-    template <class... A> constexpr SM_INLINE sm_packed(T a, T b, A... c) : e{a, b, (T)c...} {}
+    template <class... A> constexpr SM_INLINE sm_packed(T a, T b, A... c) : sm_elements<T, N>{{{a, b, (T)c...}}} {}
     SM_INLINE sm_packed(sm_vec<T, N> v) { for (int i = 0; i < N; i++) e[i] = v[i]; }
     SM_INLINE operator sm_vec<T, N>() const {
         sm_vec<T, N> v;
@@ -226,6 +259,18 @@ SM_PACKED(long) SM_PACKED(ulong) SM_PACKED(half) SM_PACKED(float) SM_PACKED(bflo
 
 namespace metal {
 template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
+template <class T, size_t N> struct array {
+    T __elems_[N];
+    SM_INLINE T operator[](size_t i) const { return __elems_[i]; }
+    SM_INLINE T &operator[](size_t i) { return __elems_[i]; }
+    static constexpr size_t size() { return N; }
+};
+template <class T, int N> struct sm_vector_of { typedef vec<T, N> type; };
+template <> struct sm_vector_of<bool, 1> { typedef array<bool, 1> type; };
+template <> struct sm_vector_of<bool, 2> { typedef bool2 type; };
+template <> struct sm_vector_of<bool, 3> { typedef bool3 type; };
+template <> struct sm_vector_of<bool, 4> { typedef bool4 type; };
+template <class T, int N> using sm_vector = typename sm_vector_of<T, N>::type;   // vectors.py
 template <class T, int N> using packed_vec = sm_packed<T, N>;
 template <class T, class U> constexpr bool is_same_v = sm_same<T, U>::value;
 template <class T, class U> struct is_same { static constexpr constant bool value = sm_same<T, U>::value; };
@@ -274,12 +319,6 @@ template <class... B> struct conjunction { static constexpr constant bool value 
 template <class B> struct negation { static constexpr constant bool value = !B::value; };
 template <class... B> using _disjunction = disjunction<B...>;
 template <class... B> using _conjunction = conjunction<B...>;
-template <class T, size_t N> struct array {
-    T __elems_[N];
-    SM_INLINE T operator[](size_t i) const { return __elems_[i]; }
-    SM_INLINE T &operator[](size_t i) { return __elems_[i]; }
-    static constexpr size_t size() { return N; }
-};
 template <class T> using uniform = T;
 template <class T> SM_INLINE constexpr T make_uniform(T v) { return v; }
 template <class T> struct remove_addrspace { typedef T type; };
