@@ -9,7 +9,7 @@ import nitinol.language as tl
 from nitinol.array import Array, Output, Strided, launch
 from nitinol.formats.blocks import FORMATS
 from nitinol.kernels.activations import quantize_activations
-from nitinol.kernels.decode import FLOAT_FORMATS
+from nitinol.kernels.decode import FLOAT_FORMATS, lanes_of
 from nitinol.kernels.matmul import matmul_kernel, quantized_matmul_kernel
 from nitinol.kernels.matvec import matvec_kernel
 from nitinol.kernels.quantized import run_arguments
@@ -97,8 +97,10 @@ def matvec_blocks(format: str, columns: int) -> tuple[int, dict[str, Any], int]:
     elif target == "metal":  # the rows of a program share its activations
         rows, values, warps = (16, 512, 0) if plain else (16, 2048, 0)
     else:
-        rows, values, warps = (1, 1024, 4) if plain else (1 if format == "Q8_0" else 4, 4096, 4)
+        rows, values, warps = (2, 2048, 4) if plain else (4, 2048, 2)
     run = run_arguments(format, columns, values)
+    if target == "cuda" and not plain:  # threads hold 16 bytes and more of a group: one sum for 16 of its values
+        run["LANES"] = lanes_of(format) // 4
     if target == "metal":  # as many simdgroups as share a row with 16 bytes in each lane: none repeats activations
         warps = min(4, max(1, run["VALUES"] // (128 if plain else 512)))
     return rows, run, warps

@@ -25,21 +25,22 @@ from nitinol.language.jit import jit
 def matvec_kernel(
     x, x_scales, x_sums, weights, up, bias, residual, out, tokens, rows, columns, row_bytes,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, LANES: tl.constexpr = 0,
 ):  # fmt: skip
     """Rows ROWS * i ... of out [tokens, rows] = x @ weights^T (+ bias) (+ residual); bias and residual may be None.
 
     With `up`, a second matrix of the same shape and format: silu(weights x) * (up x), the gate of a SwiGLU layer.
     x is int8 with scales and sums for block formats, float32 (scales and sums None) for F32, F16, BF16. EVEN: rows is
-    a multiple of ROWS and tokens is TOKENS.
+    a multiple of ROWS and tokens is TOKENS. LANES: into how many sums the products of a group of 32 go before they meet
+    the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     source = row if EVEN else tl.minimum(row, rows - 1)
     reader = token if EVEN else tl.minimum(token, tokens - 1)
-    y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES)
+    y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES, LANES)
     if up is not None:
-        right = product(x, x_scales, x_sums, up, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES)
+        right = product(x, x_scales, x_sums, up, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES, LANES)
         y = silu(y) * right
     finish(y, out, token, row, tokens, rows, bias, residual, None, EVEN)
 
@@ -47,7 +48,7 @@ def matvec_kernel(
 @jit
 def product(
     x, x_scales, x_sums, weights, row, token, columns, row_bytes,
-    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Dot products of tokens and rows, float32 [tokens, rows]."""
     if x_scales is None:
@@ -58,16 +59,16 @@ def product(
     values = x + token[:, None] * columns + group[None, :] * 32
     scales = x_scales + token[:, None] * (columns // 32) + group[None, :]
     sums = x_sums + token[:, None, None] * (columns // 16) + group[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    LANES: tl.constexpr = lanes_of(FORMAT)
+    LANES: tl.constexpr = SUMS or lanes_of(FORMAT)
     SIDE: tl.constexpr = min(GROUPS, 16 // LANES)  # groups side by side: 16 lanes are a vector of 512 bits
     shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // SIDE, LANES * SIDE)
     total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
     low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
     for run in range(0, columns // VALUES):
         quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
-        dots = lane_dots(quants[0], values + run * VALUES)
+        dots = lane_dots(quants[0], values + run * VALUES, LANES)
         if len(quants) == 2:
-            dots += lane_dots(quants[1], values + (run * VALUES + 16))
+            dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)
         x_scale = tl.load(scales + run * GROUPS)
         scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
         total += tl.sum(tl.reshape(scaled, shape), axis=2)
@@ -77,12 +78,12 @@ def product(
 
 
 @jit
-def lane_dots(quants, values):
-    """Quants [rows, groups, n] times n bytes each from `values` (pointers [tokens, groups]), four products a lane:
-    int32 [tokens, rows, groups, n / 4]."""
+def lane_dots(quants, values, LANES: tl.constexpr):
+    """Quants [rows, groups, n] times n bytes each from `values` (pointers [tokens, groups]), n / LANES products a lane:
+    int32 [tokens, rows, groups, LANES]."""
     count: tl.constexpr = quants.shape[2]
     activations = tl.load(values[:, :, None] + tl.arange(0, count)[None, None, :])
-    shape: tl.constexpr = (values.shape[0], quants.shape[0], quants.shape[1], count // 4, 4)
+    shape: tl.constexpr = (values.shape[0], quants.shape[0], quants.shape[1], LANES, count // LANES)
     left = tl.broadcast_to(tl.reshape(quants, (1, *shape[1:])), shape)
     right = tl.broadcast_to(tl.reshape(activations, (shape[0], 1, *shape[2:])), shape)
     return tl.sum(left.to(tl.int32) * right.to(tl.int32), axis=4)

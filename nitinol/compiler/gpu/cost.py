@@ -8,6 +8,7 @@ a loop counts eight times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.gpu import convert
@@ -18,16 +19,16 @@ from nitinol.compiler.ir import ELEMENTWISE, Block, Function, Op, Value, walk
 from nitinol.language.types import PointerType
 
 LOOP = 8
-STYLES = tuple(Style(joined, run) for run in (16, 8, 4) for joined in (False, True))
 
 
-def best_assignment(function: Function, warp_bits: int, fragments: Fragments) -> Assignment:
+def best_assignment(function: Function, warp_bits: int, fragments: Fragments, dialect: ModuleType) -> Assignment:
     """The cheapest of the styles; of equals the first."""
     narrow = any(op.kind == "load" and op.result.shape and op.result.element.nbytes < 4 for op in walk(function.body))
-    styles = [s for s in (STYLES if narrow else STYLES[:2]) if warp_bits or not s.joined]
+    runs = dialect.RUNS if narrow else dialect.RUNS[:1]
+    styles = [Style(joined, run) for run in runs for joined in (False, True)[: 2 if warp_bits else 1]]
     made = [Assignment(function, warp_bits, fragments, style) for style in styles]
     made += [Assignment(function, warp_bits, fragments, a.style, frozenset(a.moved)) for a in made if a.moved]
-    return min(made, key=lambda assignment: cost(function, assignment))
+    return min(made, key=lambda assignment: cost(function, assignment, dialect.PIECES))
 
 
 def enough_simdgroups(function: Function) -> int:
@@ -41,7 +42,7 @@ def enough_simdgroups(function: Function) -> int:
     return max(min(4, max(1, nbytes // 1024)), min(16, elements // 2048))
 
 
-def cost(function: Function, assignment: Assignment) -> float:
+def cost(function: Function, assignment: Assignment, pieces: tuple[float, float]) -> float:
     a = assignment
     spread, _ = spread_sums(function, uses_of(function), a.home, a.wanted, a.chosen)
 
@@ -50,7 +51,7 @@ def cost(function: Function, assignment: Assignment) -> float:
         for op in nodes:
             inner = sum(region_cost(region) for region in op.regions if op.kind in ("for", "while", "if"))
             total += inner * (1 if op.kind == "if" else LOOP)
-            total += operation(a, op, op in spread) + sum(moves(a, value) for value in op.results)
+            total += operation(a, op, op in spread, pieces) + sum(moves(a, value) for value in op.results)
         return total
 
     def region_cost(region: Block) -> float:
@@ -59,8 +60,8 @@ def cost(function: Function, assignment: Assignment) -> float:
     return block(function.body.ops)
 
 
-def operation(a: Assignment, op: Op, spread: bool) -> float:
-    """Of the operation itself."""
+def operation(a: Assignment, op: Op, spread: bool, pieces: tuple[float, float]) -> float:
+    """Of the operation itself. `pieces`: prices of 64 bytes that a simdgroup touches, and where others do too."""
     if op.kind in ELEMENTWISE and op.result.shape:
         price = 0.25 if a.home.get(op.result) is None else 1.0
         return price * sum(layout.count for layout in a.versions(op.result))
@@ -69,8 +70,8 @@ def operation(a: Assignment, op: Op, spread: bool) -> float:
         segments = a.segments(op, layout)
         if layout.sparse:
             segments /= 1 << bin(layout.copies[0]).count("1")
-        again = layout.copies[1] != 0 and op.kind == "load"  # other simdgroups load the same: from a cache, at best
-        return (10 if again else 2) * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
+        shared = layout.copies[1] != 0 and op.kind == "load"
+        return pieces[shared] * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
     if op.kind == "reduce":
         layout = a.chosen[op]
         along = sum(1 << bit for bit in axis_bits(op.operands[0].shape)[op.attributes["axis"]])

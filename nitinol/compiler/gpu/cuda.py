@@ -30,6 +30,8 @@ SHARED_ROOMY = 32768  # up to here conversions get memory of their own; with mor
 MOST_THREADS = 1024
 ASYNCHRONOUS = True  # whether loads go to shared memory ahead of time (pipeline.py)
 WARP_GROUPS = True  # wgmma, of compute capability 9.0 only
+RUNS = (16, 32, 8, 4)  # bytes that a thread loads side by side, of elements smaller than 4 bytes: the choices
+PIECES = (0.125, 0.125)  # prices of 64 bytes that a warp touches, and where other warps do too: the L1 cache has them
 MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
 
 TYPES = {

@@ -57,7 +57,8 @@ class Emitter:
         self.function, self.dialect, self.warp_bits = function, dialect, warp_bits
         self.chained = mma.chained(function) if dialect.ASYNCHRONOUS else set()
         self.assignment = best_assignment(
-            function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect, op in self.chained)
+            function, warp_bits, lambda op, bits: dot.fragments(op, bits, dialect, op in self.chained),
+            dialect,
         )
         self.uses = uses_of(function)
         self.stages: dict[Value, Stage] = {}  # tiles that products find in shared memory

@@ -20,6 +20,8 @@ SHARED_LIMIT = 32768  # bytes of threadgroup memory of every Apple GPU
 SHARED_ROOMY = 16384  # up to here conversions get memory of their own; with more, fewer threadgroups share a core
 MOST_THREADS = 1024
 ASYNCHRONOUS = False  # whether loads go to threadgroup memory ahead of time (pipeline.py)
+RUNS = (16, 8, 4)  # bytes that a thread loads side by side, of elements smaller than 4 bytes: the choices
+PIECES = (2.0, 10.0)  # prices of 64 bytes that a simdgroup touches, and where others do too: from a cache, at best
 MOST_BUFFERS = 31
 
 TYPES = {
