@@ -20,7 +20,7 @@ SLAB = 1 << 20
 HUGE_PAGE = 1 << 21
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """Memory of one size class. `sequence`: the last submission that may still touch it when it was freed."""
 
@@ -81,6 +81,9 @@ class Pool:
     def __init__(self, counters: Counters):
         self.counters = counters
         self._free: dict[int, list[Block]] = defaultdict(list)
+        # Without this reference, a mapping in a cycle of garbage would be finalised (given back to the GPU) before the
+        # finaliser of its Buffer puts the block back into the pool.
+        self._used: set[Block] = set()
         self._lock = threading.RLock()  # re-entrant: the collector may free a buffer in the middle of allocate
 
     def allocate(self, nbytes: int, done: int) -> Block:
@@ -96,6 +99,7 @@ class Pool:
                 block = self._cut(size)
             else:
                 block = self._map(size)
+            self._used.add(block)
             self.counters.bytes_in_use += size
             return block
 
@@ -103,6 +107,7 @@ class Pool:
         """Take a block back; `submitted` is the last submission so far."""
         with self._lock:
             block.sequence = submitted
+            self._used.discard(block)
             self._free[block.nbytes].append(block)
             self.counters.bytes_in_use -= block.nbytes
 
