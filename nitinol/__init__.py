@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from nitinol.array import *
     from nitinol.generate.model import Model, load
     from nitinol.generate.options import Options
+    from nitinol.language import (
+        bfloat16,
+        float16,
+        float32,
+        float64,
+        int1,
+        int8,
+        int16,
+        int32,
+        int64,
+        uint8,
+        uint16,
+        uint32,
+        uint64,
+    )
     from nitinol.language.jit import jit
     from nitinol.runtime import get_device, open_device, set_device, using_device
     from nitinol.runtime.cpu import CpuDevice
@@ -33,6 +48,8 @@ _PLACES = {
     # so that a Triton kernel runs with `import nitinol as triton`
     **dict.fromkeys(("cdiv", "next_power_of_2", "autotune", "Config", "heuristics"), "nitinol.language"),
     "JITFunction": "nitinol.language.jit",
+    **dict.fromkeys(("int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
+                     "bfloat16", "float32", "float64"), "nitinol.language"),
 }
 
 

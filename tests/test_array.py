@@ -143,6 +143,33 @@ def test_dlpack_shares_memory_with_torch(dtype: str) -> None:
     assert torch.equal(back, tensor)
 
 
+def test_dlpack_copies_what_others_cannot_view() -> None:
+    """torch aborts the process at a negative stride."""
+    x = nn.array(floats(4, 3)) + 0
+    for view in (x[::-1], x[:, ::-2], x.T[::-1, ::-1]):
+        np.testing.assert_array_equal(torch.from_dlpack(view).numpy(), view.numpy())
+        with pytest.raises(BufferError, match="strides"):
+            view.__dlpack__(copy=False)
+    before = x.numpy()
+    own = np.from_dlpack(x, copy=True) if np.lib.NumpyVersion(np.__version__) >= "2.1.0" else x.numpy()
+    x.assign(7.0).evaluate()
+    np.testing.assert_array_equal(own, before)
+
+
+def test_sums_of_booleans_are_booleans() -> None:
+    x, y = np.array([[False], [True]]), np.array([False, True])
+    np.testing.assert_array_equal((nn.array(x) + nn.array(y)).numpy(), x + y)
+    np.testing.assert_array_equal((nn.array(x) + True).numpy(), x + True)
+    assert (nn.array(x) + 1).dtype != nn.array(x).dtype
+
+
+def test_types_are_found_at_the_top() -> None:
+    import nitinol
+
+    x = nitinol.asarray(floats(3)).astype(nitinol.bfloat16)
+    assert x.dtype == nitinol.bfloat16 and x.astype(nitinol.int64).numpy().dtype == np.int64
+
+
 def test_dlpack_keeps_memory_alive_and_lets_go() -> None:
     x = nn.array(floats(1000)) + 0
     tensor = torch.from_dlpack(x)

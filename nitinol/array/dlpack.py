@@ -71,8 +71,18 @@ def _delete_unused(capsule: int) -> None:
         _exported.pop(pointer, None)
 
 
-def to_dlpack(array: Array) -> Any:
-    """A capsule that shares the array's memory; evaluates first."""
+def to_dlpack(array: Array, copy: bool | None = None) -> Any:
+    """A capsule that shares the array's memory; evaluates first.
+
+    copy: True asks for memory of its own. None allows it, and a view with a negative stride needs it, which torch takes
+    for a huge one and ends the process; False makes that a BufferError.
+    """
+    backwards = any(stride < 0 for stride in array.strides)
+    if backwards and copy is False:
+        raise BufferError(f"an array with strides {array.strides} cannot be exported by DLPack without a copy, because "
+                          "receivers expect none that are negative")  # fmt: skip
+    if copy or backwards:
+        array = array.copy()
     buffer, view = array.buffer, array.view
     if buffer.read_only:
         raise BufferError("an array on read-only memory cannot be exported by DLPack, which promises writable memory; "

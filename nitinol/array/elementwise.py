@@ -270,7 +270,12 @@ def _power(x: tensor, y: tensor) -> tensor:
     return semantic.cast(result, narrow)
 
 
-_ADD, _SUB = Operation("add", semantic.add), Operation("subtract", semantic.sub)
+def _add(x: tensor, y: tensor) -> tensor:
+    """Booleans add to a boolean, as in NumPy and torch: true and true is true, not the 0 of one bit."""
+    return semantic.bitwise("or", "|", x, y) if x.dtype == y.dtype == int1 else semantic.add(x, y)
+
+
+_ADD, _SUB = Operation("add", _add), Operation("subtract", semantic.sub)
 _MUL, _DIV = Operation("multiply", semantic.mul), Operation("divide", semantic.truediv)
 _FLOORDIV = Operation("floordiv", _floor_divide, 4)
 _MODULO, _POWER = Operation("mod", _mod, 4), Operation("power", _power, 12)

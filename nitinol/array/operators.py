@@ -216,9 +216,9 @@ class Operators:
         """Replaces a slice along an axis in place (see `update_slice`); returns the array."""
         return _functions().update_slice(self, value, start, axis)
 
-    def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
+    def __dlpack__(self, stream: Any = None, copy: bool | None = None, **options: Any) -> Any:
         """The memory for another library, without a copy (see dlpack.py); in-place updates show on both sides."""
-        return _functions().to_dlpack(self)
+        return _functions().to_dlpack(self, copy)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return _functions().dlpack_device(self)
