@@ -422,7 +422,7 @@ def test_a_kernel_that_does_not_end(device):
 
 def test_the_pool_gives_back_what_is_too_short_and_everything_before_it_refuses():
     gc.collect()
-    others = metal._framework().MTLCreateSystemDefaultDevice().currentAllocatedSize()  # devices of other tests
+    others = metal.framework().MTLCreateSystemDefaultDevice().currentAllocatedSize()  # devices of other tests
     softmetal.configure(working_set_bytes=others + 1_000_000, buffer_bytes=600_000)
     device = MetalDevice()
     assert device.largest_buffer == 600_000

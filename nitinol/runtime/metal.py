@@ -9,102 +9,38 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
-import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nitinol.compiler.gpu import LOG_BYTES, Executable
-from nitinol.language.types import int64, uint32
+from nitinol.compiler.gpu import LOG_BYTES
 from nitinol.runtime.device import (
     WAIT_SLICE_NS,
     Buffer,
     CommandList,
-    Copy,
     Counters,
     DeviceError,
     Event,
-    Fill,
-    Launch,
     Timestamp,
 )
+from nitinol.runtime.metal_commands import Command, Encoded, check, dispatch, failure, lower, make_indirect
 from nitinol.runtime.metal_memory import Heap, is_mapped
+from nitinol.runtime.metal_pipelines import autorelease, framework, make_pipeline
 
-MOST_BUFFERS = 31  # of a kernel
 MOST_INDIRECT = 16384  # commands of an indirect command buffer
 ALIGNMENT = 256  # of a struct of scalar arguments in its buffer: what Metal asks for on any Mac
-CAUSES = {2: "it took too long", 3: "it touched memory that is not its own", 8: "memory ran out",
-          9: "a buffer was not resident"}  # fmt: skip  # MTLCommandBufferError
-# Copies and fills: 256 elements of 16, 4 or 1 bytes a threadgroup, whichever divides addresses and size.
-SOURCE = """#include <metal_stdlib>
-using namespace metal;
-
-struct NAME_arguments { long count; uint value; int grid[3]; };
-
-[[kernel]] void NAME(device TYPE *to [[buffer(0)]], const device TYPE *from [[buffer(1)]],
-                     constant NAME_arguments &arguments [[buffer(2)]],
-                     uint group [[threadgroup_position_in_grid]], uint place [[thread_index_in_threadgroup]]) {
-    long i = long(group) * 256 + place;
-    if (i < arguments.count) to[i] = VALUE;
-}
-"""
-
-
-def _own_kernel(name: str, type: str, value: str) -> Executable:
-    source = SOURCE.replace("NAME", name).replace("TYPE", type).replace("VALUE", value)
-    return Executable(name, source, 8, 0, 0, (0, 1), ((2, int64), (3, uint32)))
-
-
-TYPES = {16: "uint4", 4: "uint", 1: "uchar"}
-COPY = {unit: _own_kernel(f"copy_{unit}", type, "from[i]") for unit, type in TYPES.items()}
-FILL = {unit: _own_kernel(f"fill_{unit}", type, f"{type}(arguments.value)") for unit, type in TYPES.items()}
-
-
-def _lower(entry: Launch | Copy | Fill) -> Launch:
-    """Copies and fills are launches of kernels of ours."""
-    if isinstance(entry, Launch):
-        return entry
-    to, value = entry.destination, entry.value * 0x01010101 if isinstance(entry, Fill) else 0
-    source = entry.source if isinstance(entry, Copy) else to
-    unit = next(unit for unit in TYPES if not (to.address | source.address | to.nbytes) % unit)
-    count = to.nbytes // unit
-    kernel = (COPY if isinstance(entry, Copy) else FILL)[unit]
-    return Launch(kernel, (-(-count // 256), 1, 1), (to, source, count, value), entry.barrier, entry.label)
-
-
-class _Command(NamedTuple):
-    """One dispatch. `buffers`: MTLBuffer and offset by index; `entry`: its number in the list."""
-
-    pipeline: Any
-    buffers: list[tuple[Any, int]]
-    groups: Any
-    threads: Any
-    barrier: bool
-    entry: int
-
-
-class _Encoded:
-    """A command list ready to be submitted."""
-
-    def __init__(self, commands: CommandList):
-        self.labels, self.profile = [entry.label for entry in commands.entries], commands.profile
-        self.commands: list[_Command] = []
-        self.kept: list[Any] = []  # the memory that it uses
-        self.logs: list[tuple[Executable, Buffer]] = []  # of kernels that print
-        self.submits = 0
-        self.indirect: Any = None
-        self.latest: list[Any] = []  # the command buffers of a profiled run, one a command
 
 
 class _Submission(NamedTuple):
     sequence: int
-    encoded: _Encoded
+    encoded: Encoded
     buffers: list[Any]  # MTLCommandBuffer
 
 
@@ -116,7 +52,7 @@ class MetalDevice:
 
     def __init__(self) -> None:
         self._closed, self._process = True, os.getpid()
-        metal = self._metal = _framework()
+        metal = self._metal = framework()
         device = self._device = metal.MTLCreateSystemDefaultDevice()
         if device is None:
             raise DeviceError("Metal finds no GPU here (virtual machines often have none); use device 'cpu'")
@@ -134,14 +70,13 @@ class MetalDevice:
         self._queue, self._fence, self._event = device.newCommandQueue(), device.newFence(), device.newSharedEvent()
         self._lock = threading.RLock()  # re-entrant: the collector may free a buffer anywhere
         self._heap = Heap(metal, device, self._queue, self._lock, self.counters)
-        self._autorelease = getattr(sys.modules.get("objc"), "autorelease_pool", contextlib.nullcontext)
         self._pipelines: dict[tuple[str, str], Any] = {}  # by name and source
         self._in_flight: deque[_Submission] = deque()
         self._submitted = self._done = 0
         self._failed: dict[int, str] = {}  # submissions that ended with an error
         self._news: list[int] = []  # those of which nobody was told yet
         self._asserts: dict[int, str] = {}
-        self._printing: weakref.WeakSet[_Encoded] = weakref.WeakSet()
+        self._printing: weakref.WeakSet[Encoded] = weakref.WeakSet()
         self._status = ctypes.c_uint32()  # for close(), should there be no memory for the one that kernels write
         self._closed = False
         self._status_buffer = self.allocate(4)
@@ -219,7 +154,7 @@ class MetalDevice:
         if commands.device is not self:
             raise DeviceError(f"a command list of device {commands.device.name!r} was submitted to another device; "
                               "record it on this one")
-        with self._autorelease():
+        with autorelease():
             encoded = commands.encoded or self._encode(commands)
             with self._lock:
                 commands.encoded = encoded
@@ -297,15 +232,15 @@ class MetalDevice:
 
     # Inside: encoding
 
-    def _encode(self, commands: CommandList) -> _Encoded:
+    def _encode(self, commands: CommandList) -> Encoded:
         """Resolves a list: pipelines, MTLBuffers and offsets, and all scalar arguments in one buffer."""
-        launches = [(number, _lower(entry)) for number, entry in enumerate(commands.entries)]
+        launches = [(number, lower(entry)) for number, entry in enumerate(commands.entries)]
         launches = [(number, launch) for number, launch in launches if 0 not in launch.grid]
         for _, launch in launches:
-            _check(launch, self._device)
+            check(launch, self._device)
         kernels: list[Any] = [launch.executable for _, launch in launches]
         self._compile(dict.fromkeys((kernel.name, kernel.source) for kernel in kernels))
-        encoded = _Encoded(commands)
+        encoded = Encoded(commands)
         scalars = [kernel.arguments(launch.arguments, launch.grid) for kernel, (_, launch) in zip(kernels, launches)]
         arguments = self.allocate(ALIGNMENT * sum(-(-len(data) // ALIGNMENT) for data in scalars))
         offset, before = 0, -1
@@ -336,7 +271,7 @@ class MetalDevice:
                     bound.append(self._heap.window(root._owner, address, buffer.nbytes))
             barrier = any(entry.barrier for entry in commands.entries[before + 1:number + 1])  # of empty ones too
             size = self._metal.MTLSizeMake
-            encoded.commands.append(_Command(pipeline, bound, size(*launch.grid), size(kernel.threads, 1, 1), barrier,
+            encoded.commands.append(Command(pipeline, bound, size(*launch.grid), size(kernel.threads, 1, 1), barrier,
                                              number))
             encoded.kept += [(buffer._root or buffer)._owner for buffer in used]
             before = number
@@ -345,66 +280,23 @@ class MetalDevice:
 
     def _compile(self, kernels: Iterable[tuple[str, str]]) -> None:
         """Pipelines for the kernels (name, source) that have none yet. The system itself keeps machine code on disk."""
+        make = functools.partial(make_pipeline, self._metal, self._device, self._indirect)
         missing = [kernel for kernel in kernels if kernel not in self._pipelines]
         if len(missing) > 1:
             with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1, 8)) as pool:
-                self._pipelines.update(zip(missing, pool.map(self._pipeline, missing)))
+                self._pipelines.update(zip(missing, pool.map(make, missing)))
         elif missing:
-            self._pipelines[missing[0]] = self._pipeline(missing[0])
-
-    def _pipeline(self, kernel: tuple[str, str]) -> Any:
-        metal, (name, source) = self._metal, kernel
-        with self._autorelease():
-            options = metal.MTLCompileOptions.alloc().init()
-            if hasattr(options, "setMathMode_"):
-                options.setMathMode_(metal.MTLMathModeSafe)  # masks and reductions rely on infinities and NaN
-            else:  # before macOS 15
-                options.setFastMathEnabled_(False)
-            bfloat = "bfloat" in source
-            options.setLanguageVersion_(metal.MTLLanguageVersion3_1 if bfloat else metal.MTLLanguageVersion3_0)
-            library, error = self._device.newLibraryWithSource_options_error_(source, options, None)
-            pipeline = None
-            if library is not None:
-                descriptor = metal.MTLComputePipelineDescriptor.alloc().init()
-                descriptor.setComputeFunction_(library.newFunctionWithName_(name))
-                descriptor.setSupportIndirectCommandBuffers_(self._indirect)
-                descriptor.setLabel_(name)
-                pipeline, error = self._device.newComputePipelineStateWithDescriptor_options_reflection_error_(
-                    descriptor, 0, None, None)
-            if pipeline is None:
-                hint = " (bfloat needs macOS 14)" if bfloat else ""
-                raise DeviceError(f"kernel {name!r} does not compile on {self.description}{hint}: "
-                                  f"{error.localizedDescription()}")
-            return pipeline
-
-    def _make_indirect(self, commands: Sequence[_Command]) -> Any:
-        """The commands as an indirect command buffer; None if the system refuses."""
-        descriptor = self._metal.MTLIndirectCommandBufferDescriptor.alloc().init()
-        descriptor.setCommandTypes_(self._metal.MTLIndirectCommandTypeConcurrentDispatch)
-        descriptor.setInheritBuffers_(False)
-        descriptor.setInheritPipelineState_(False)
-        descriptor.setMaxKernelBufferBindCount_(max(len(command.buffers) for command in commands))
-        result = self._device.newIndirectCommandBufferWithDescriptor_maxCommandCount_options_(
-            descriptor, len(commands), self._metal.MTLResourceStorageModeShared)
-        for number, command in enumerate(commands if result is not None else ()):
-            entry = result.indirectComputeCommandAtIndex_(number)
-            entry.setComputePipelineState_(command.pipeline)
-            for index, (buffer, offset) in enumerate(command.buffers):
-                entry.setKernelBuffer_offset_atIndex_(buffer, offset, index)
-            if command.barrier:
-                entry.setBarrier()
-            entry.concurrentDispatchThreadgroups_threadsPerThreadgroup_(command.groups, command.threads)
-        return result
+            self._pipelines[missing[0]] = make(missing[0])
 
     # Inside: submission
 
-    def _commit(self, encoded: _Encoded, sequence: int) -> list[Any]:
+    def _commit(self, encoded: Encoded, sequence: int) -> list[Any]:
         """One command buffer; of a profiled list one for each command, so that each has its time. The lock is held."""
         metal, commands = self._metal, encoded.commands
         encoded.submits += 1
         # Directly the first time: many lists run once, and an indirect command buffer costs an allocation.
         if encoded.submits == 2 and self._indirect and not encoded.profile and len(commands) <= MOST_INDIRECT:
-            encoded.indirect = self._make_indirect(commands)
+            encoded.indirect = make_indirect(metal, self._device, commands)
         self._heap.commit()
         buffers: list[Any] = []
         for part in [[command] for command in commands] if encoded.profile else [commands]:
@@ -418,7 +310,7 @@ class MetalDevice:
                 usage = metal.MTLResourceUsageRead | metal.MTLResourceUsageWrite
                 encoder.useResources_count_usage_(used, len(used), usage)
             if encoded.indirect is None:
-                self._dispatch(encoder, part)
+                dispatch(metal, encoder, part)
             else:
                 encoder.executeCommandsInBuffer_withRange_(encoded.indirect, metal.NSMakeRange(0, len(commands)))
             encoder.updateFence_(self._fence)
@@ -430,15 +322,6 @@ class MetalDevice:
         encoded.latest = buffers
         return buffers
 
-    def _dispatch(self, encoder: Any, commands: Sequence[_Command]) -> None:
-        for command in commands:
-            if command.barrier:
-                encoder.memoryBarrierWithScope_(self._metal.MTLBarrierScopeBuffers)
-            encoder.setComputePipelineState_(command.pipeline)
-            for index, (buffer, offset) in enumerate(command.buffers):
-                encoder.setBuffer_offset_atIndex_(buffer, offset, index)
-            encoder.dispatchThreadgroups_threadsPerThreadgroup_(command.groups, command.threads)
-
     def _retire(self) -> None:
         """Notes which submissions have finished and how. The lock is held."""
         finished = (self._metal.MTLCommandBufferStatusCompleted, self._metal.MTLCommandBufferStatusError)
@@ -449,7 +332,7 @@ class MetalDevice:
                 if buffer.error() is not None and sequence not in self._failed:
                     ran = encoded.commands[number:number + 1] if encoded.profile else encoded.commands
                     names = [encoded.labels[command.entry] for command in ran]
-                    self._failed[sequence] = _failure(names, buffer.error())
+                    self._failed[sequence] = failure(names, buffer.error())
                     self._news.append(sequence)
 
     def _print(self) -> None:
@@ -470,56 +353,6 @@ class MetalDevice:
         self._check_process()
         if self._closed:
             raise DeviceError(f"device {self.name!r} is closed; open another")
-
-
-def _framework() -> Any:
-    """pyobjc's Metal, or on Linux the software device that stands in for it."""
-    try:
-        import Metal
-    except ImportError:
-        if sys.platform == "darwin":
-            raise DeviceError("device 'metal' needs a package that is not installed; "
-                              "pip install pyobjc-framework-Metal") from None
-        try:
-            import softmetal
-
-            softmetal.install()
-        except (ImportError, RuntimeError):
-            raise DeviceError("this system has no Metal, and its software device is not installed; "
-                              "pip install 'nitinol[softmetal]'") from None
-        Metal = sys.modules["Metal"]
-    return Metal
-
-
-def _check(launch: Launch, device: Any) -> None:
-    """Raise DeviceError if a launch does not fit its kernel, or the kernel the device."""
-    kernel: Any = launch.executable
-    if getattr(kernel, "language", "") != "msl":
-        raise DeviceError(f"kernel {kernel.name!r} was compiled for another target; compile it for 'metal'")
-    count = len(kernel.pointers) + len(kernel.scalars)
-    if len(launch.arguments) != count:
-        raise DeviceError(f"kernel {kernel.name!r} was given {len(launch.arguments)} arguments; it takes {count}")
-    for index, argument in enumerate(launch.arguments):
-        if isinstance(argument, Buffer) != (index in kernel.pointers):
-            wanted = "a Buffer" if index in kernel.pointers else "a number"
-            raise DeviceError(f"argument {index} of kernel {kernel.name!r} is {argument!r}; it takes {wanted}")
-    threads, nbytes = device.maxThreadsPerThreadgroup().width, device.maxThreadgroupMemoryLength()
-    buffers = len(kernel.pointers) + 1 + bool(kernel.asserts) + bool(kernel.prints)
-    for needed, limit, what, advice in (
-            (buffers, MOST_BUFFERS, "buffers", "put arrays together"),
-            (kernel.threads, threads, "threads in a threadgroup", "use fewer warps"),
-            (kernel.threadgroup_bytes, nbytes, "bytes of threadgroup memory", "use smaller tiles")):
-        if needed > limit:
-            raise DeviceError(f"kernel {kernel.name!r} needs {needed} {what}, and this GPU has {limit}; {advice}")
-
-
-def _failure(names: Sequence[str], error: Any) -> str:
-    """A command buffer's error as a sentence."""
-    names = list(dict.fromkeys(names))
-    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    what = f"kernel {some}" if len(names) == 1 else f"one of the kernels {some} (run with profile=True to see which)"
-    cause = f"{CAUSES[error.code()]}: " if error.code() in CAUSES else ""
-    return f"the GPU reports an error of {what} ({cause}{error.localizedDescription()}); the results are not valid"
 
 
 _devices: weakref.WeakSet[MetalDevice] = weakref.WeakSet()
