@@ -1,4 +1,4 @@
-"""The tile language, interpreted and compiled for the CPU: every construct against NumPy on random inputs."""
+"""The tile language, interpreted and compiled, for the CPU or with `--device`: every construct against NumPy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import nitinol.language as tl
 from nitinol.compiler import interpreter, ir
 from nitinol.compiler.frontend import build_ir
 from nitinol.language import jit, specialise
+from nitinol.runtime import get_device
 
 
 def build(kernel, *arguments, **keywords):
@@ -27,7 +28,10 @@ def runner(engine):
 
     def run(kernel, grid, *arguments, **keywords):
         function, values = build(kernel, *arguments, **keywords)
-        ENGINES[engine](function, (*grid, 1, 1)[:3], values)
+        if engine == "native" and get_device().name != "cpu":
+            kernel[grid](*arguments, **keywords)
+        else:
+            ENGINES[engine](function, (*grid, 1, 1)[:3], values)
         return function
 
     return run
@@ -163,7 +167,9 @@ def test_integer_division_truncates_at_run_time_and_floors_at_compile_time(run):
         assert out.tolist() == [truncated, a - b * truncated, a // b, a % b]
 
 
-@pytest.mark.parametrize("dtype", [t for t in TYPES if t in NUMPY])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(t, marks=pytest.mark.float64 if t == tl.float64 else ()) for t in TYPES if t in NUMPY]
+)
 def test_operators_match_numpy(run, rng, dtype):
     """The operators of each type; values are small enough for every result to be exact."""
 
@@ -321,7 +327,8 @@ def product(a, b):
     return a * b
 
 
-def test_custom_reduce_and_scan(run, rng):
+@pytest.mark.parametrize("dtype", ["f4", pytest.param("f8", marks=pytest.mark.float64)])
+def test_custom_reduce_and_scan(run, rng, dtype):
     @jit
     def kernel(x_ptr, out_ptr, scans_ptr, N: tl.constexpr):
         lanes = tl.arange(0, N)
@@ -335,8 +342,8 @@ def test_custom_reduce_and_scan(run, rng):
         tl.store(scans_ptr + 2 * N + lanes, tl.cumsum(x, 0))
         tl.store(scans_ptr + 3 * N + lanes, x.cumprod())
 
-    x = rng.choice([-2.0, -1.0, 0.5, 1.0, 2.0], 16)  # powers of two: products are exact in any order
-    out, scans = np.zeros(3), np.zeros((4, 16))
+    x = rng.choice([-2.0, -1.0, 0.5, 1.0, 2.0], 16).astype(dtype)  # powers of two: products are exact in any order
+    out, scans = np.zeros(3, dtype), np.zeros((4, 16), dtype)
     run(kernel, (1,), x, out, scans, 16)
     assert out.tolist() == [x.max(), 16, x.prod()]
     expected = [np.cumprod(x), np.cumprod(x[::-1])[::-1], np.cumsum(x), np.cumprod(x)]
