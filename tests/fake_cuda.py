@@ -1,13 +1,17 @@
 """A stand-in for the modules of cuda-bindings: the calls that the driver makes, over host memory, without a GPU.
 
-Graphs are kept as nodes with their dependencies, and run at launch. `late`: how often an event is asked before it
-happens. `kernels`: by name, the sizes of the parameters and a function of their bytes.
+The stream is a queue. What is put there (graphs, copies from and to pinned memory, events) happens when somebody waits
+or asks for an event behind it, so whoever does not wait sees that. `late`: how often an event is asked before it
+happens. Graphs are kept as nodes with their dependencies. `kernels`: by name, the sizes of the parameters and a
+function of their bytes; others do nothing. `calls`: how often each function was called.
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
+import threading
+from collections import Counter, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +21,7 @@ import numpy as np
 
 class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_NOT_READY = 600
@@ -51,12 +56,40 @@ class Driver:
 
     def __init__(self, version: int = 13000, capability: tuple[int, int] = (9, 0), gpus: int = 1, total: int = 1 << 30):
         self.version, self.capability, self.gpus, self.total = version, capability, gpus, total
+        self.pinnable = 1 << 30  # bytes of the host's memory in one piece
         self.memory: dict[int, np.ndarray] = {}
         self.kernels: dict[str, tuple[tuple[int, ...], Callable[..., None]]] = {}
         self.graphs: list[list[Node]] = []
-        self.late = self.launches = self.loads = 0
-        self.fault = CUresult.CUDA_SUCCESS  # what every call answers from the next launch's end on
-        self.pending: dict[int, int] = {}
+        self.late = 0
+        self.fault = CUresult.CUDA_SUCCESS  # what every call answers from the end of the kernel that sets it on
+        self.events: list[int] = []  # how often each must still be asked
+        self.pinned: dict[int, np.ndarray] = {}
+        self.calls: Counter[str] = Counter()
+        self._queue: deque[Callable[[], Any]] = deque()
+        self._placed = self._done = 0  # how much was put there so far, how much of it has happened
+        self._behind: dict[int, int] = {}  # by event: how much must have happened
+        self._lock = threading.RLock()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("cu"):
+            calls = object.__getattribute__(self, "calls")
+            with object.__getattribute__(self, "_lock"):
+                calls[name] += 1
+        return object.__getattribute__(self, name)
+
+    def _place(self, work: Callable[[], Any]) -> None:
+        with self._lock:
+            self._queue.append(work)
+            self._placed += 1
+
+    def _catch_up(self, count: int | None = None) -> CUresult:
+        with self._lock:
+            while self._done < (self._placed if count is None else count):
+                self._done += 1
+                work = self._queue.popleft()
+                if not self.fault:
+                    work()
+        return self.fault
 
     @property
     def used(self) -> int:
@@ -95,25 +128,28 @@ class Driver:
         return 0, "stream"
 
     def cuStreamSynchronize(self, stream: str) -> Any:
-        return (self.fault,)
+        return (self._catch_up(),)
 
     def cuEventCreate(self, flags: int) -> Any:
-        self.pending[len(self.pending)] = 0
-        return 0, len(self.pending) - 1
+        with self._lock:
+            self.events.append(0)
+            return 0, len(self.events) - 1
 
     def cuEventDestroy(self, event: int) -> Any:
         return (0,)
 
     def cuEventRecord(self, event: int, stream: str) -> Any:
-        self.pending[event] = self.late
-        return (0,)
+        with self._lock:
+            self.events[event] = self.late
+            self._behind[event] = self._placed
+        return (self.fault,)
 
     def cuEventQuery(self, event: int) -> Any:
-        self.pending[event] -= 1
-        return (CUresult.CUDA_ERROR_NOT_READY if self.pending[event] >= 0 else self.fault,)
+        self.events[event] -= 1
+        return (CUresult.CUDA_ERROR_NOT_READY if self.events[event] >= 0 else self._catch_up(self._behind[event]),)
 
     def cuEventSynchronize(self, event: int) -> Any:
-        return (self.fault,)
+        return (self._catch_up(self._behind.get(event, 0)),)
 
     def cuEventElapsedTime(self, first: int, second: int) -> Any:
         return 0, 0.5 * (second - first)
@@ -130,26 +166,40 @@ class Driver:
         return 0, address
 
     def cuMemFree(self, address: int) -> Any:
+        self._catch_up()
         del self.memory[address]
         return (0,)
 
     def cuMemHostAlloc(self, nbytes: int, flags: int) -> Any:
-        self.pinned = [*getattr(self, "pinned", []), np.empty(nbytes, np.uint8)]
-        return 0, self.pinned[-1].ctypes.data
+        if nbytes > self.pinnable:
+            return CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
+        memory = np.empty(nbytes, np.uint8)
+        with self._lock:
+            self.pinned[memory.ctypes.data] = memory
+        return 0, memory.ctypes.data
 
     def cuMemFreeHost(self, address: int) -> Any:
+        with self._lock:
+            del self.pinned[address]
         return (0,)
 
+    def _is_pinned(self, host: int) -> bool:
+        with self._lock:
+            return any(start <= host < start + memory.nbytes for start, memory in self.pinned.items())
+
     def cuMemcpyHtoDAsync(self, address: int, host: int, nbytes: int, stream: str) -> Any:
-        ctypes.memmove(address, host, nbytes)
+        if self._is_pinned(host):
+            self._place(lambda: ctypes.memmove(address, host, nbytes))
+        else:  # ordinary memory may change as soon as the call returns
+            kept = ctypes.string_at(host, nbytes)
+            self._place(lambda: ctypes.memmove(address, kept, nbytes))
         return (self.fault,)
 
     def cuMemcpyDtoHAsync(self, host: int, address: int, nbytes: int, stream: str) -> Any:
-        ctypes.memmove(host, address, nbytes)
-        return (self.fault,)
+        self._place(lambda: ctypes.memmove(host, address, nbytes))
+        return (self.fault if self._is_pinned(host) else self._catch_up(),)
 
     def cuModuleLoadData(self, image: bytes) -> Any:
-        self.loads += 1
         return 0, image
 
     def cuModuleGetFunction(self, module: bytes, name: bytes) -> Any:
@@ -184,7 +234,7 @@ class Driver:
         return self._add(graph, Node("fill", before, run))
 
     def cuGraphAddKernelNode(self, graph: list[Node], before: list[Node], count: int, kernel: Any) -> Any:
-        sizes, function = self.kernels[kernel.func]
+        sizes, function = self.kernels.get(kernel.func, ((), lambda *_: None))
         pointers = (ctypes.c_void_p * len(sizes)).from_address(kernel.kernelParams)
         values = [ctypes.string_at(pointer, size) for pointer, size in zip(pointers, sizes)]
         return self._add(graph, Node(kernel.func, before, lambda: function(*values)))
@@ -200,12 +250,9 @@ class Driver:
         return (0,)
 
     def cuGraphLaunch(self, graph: list[Node], stream: str) -> Any:
-        if self.fault:
-            return (self.fault,)
-        self.launches += 1
         for node in graph:
-            node.run()
-        return (0,)
+            self._place(node.run)
+        return (self.fault,)
 
 
 class Nvrtc:

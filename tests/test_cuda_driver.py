@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 from typing import Any
 
 import fake_cuda
 import numpy as np
 import pytest
+from model_files import random_file
 
+from nitinol import runtime
+from nitinol.cli import main
+from nitinol.commands.output import Progress
 from nitinol.compiler.gpu import Executable
 from nitinol.compiler.gpu.effects import Print
+from nitinol.generate.model import load
+from nitinol.generate.options import Options
 from nitinol.language.types import float32, int32
-from nitinol.runtime import cuda, cuda_driver
+from nitinol.runtime import cuda, cuda_driver, cuda_transfer
 from nitinol.runtime.cuda import CudaDevice
 from nitinol.runtime.device import DeviceError, slot
 
@@ -60,6 +70,23 @@ def open_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = 
     return CudaDevice(), driver
 
 
+def use_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = None) -> Any:
+    """From now on "cuda" is the stand-in, as `open_device` sees it."""
+    opened: list[CudaDevice] = []
+    real = runtime._opened
+
+    def open_device(name: str) -> Any:
+        if name != "cuda":
+            return real(name)
+        if not opened:
+            opened.append(open_fake(monkeypatch, driver, nvrtc)[0])
+        return opened[0]
+
+    driver = driver or fake_cuda.Driver()
+    monkeypatch.setattr(runtime, "_opened", open_device)
+    return driver
+
+
 # ------------------------------------------------------------------------------------------------- what may be missing
 
 
@@ -70,14 +97,39 @@ def open_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = 
         (fake_cuda.Driver(version=11040), None, "is of CUDA 11.4, but at least 12.0"),
         (fake_cuda.Driver(gpus=0), None, "finds no GPU"),
         (fake_cuda.Driver(capability=(7, 5)), None, "capability 7.5, but at least 8.0"),
-        (None, fake_cuda.Missing(), r"NVRTC is not installed; pip install 'nitinol\[cuda\]'"),
+        (None, fake_cuda.Missing(), "NVRTC is not installed; pip install 'nitinol[cuda]'"),
         (fake_cuda.Driver(version=12040), fake_cuda.Nvrtc((13, 2)), "pip install nvidia-cuda-nvrtc-cu12"),
         (fake_cuda.Driver(capability=(12, 0)), None, "NVRTC 13.0 does not know NVIDIA Imaginary"),
     ],
 )
-def test_what_is_missing_is_said(monkeypatch: Any, driver: Any, nvrtc: Any, message: str) -> None:
-    with pytest.raises(DeviceError, match=message):
+def test_what_is_missing_is_said(monkeypatch: Any, capsys: Any, driver: Any, nvrtc: Any, message: str) -> None:
+    """By the driver, and in one line by the command line."""
+    with pytest.raises(DeviceError) as caught:
         open_fake(monkeypatch, driver, nvrtc)
+    assert message in str(caught.value)
+    use_fake(monkeypatch, driver, nvrtc)
+    for command in (["run", "demo", "x"], ["trace", "demo", "x"], ["bench", "demo"]):
+        assert main([*command, "--device", "cuda"]) == 2
+        assert capsys.readouterr() == ("", f"nitinol: {caught.value}\n")
+    assert main(["devices", "--json"]) == 0
+    facts = {device["name"]: device for device in json.loads(capsys.readouterr().out)}
+    assert facts["cuda"]["missing"] == str(caught.value) and facts["cpu"]["default"]
+
+
+def test_a_driver_without_a_function(monkeypatch: Any) -> None:
+    """A driver of CUDA 12.0 under cuda-bindings for a later one."""
+    device, driver = open_fake(monkeypatch)
+
+    def cuEventElapsedTime(*_: Any) -> Any:
+        raise RuntimeError('Function "cuEventElapsedTime_v2" not found')
+
+    driver.cuEventElapsedTime = cuEventElapsedTime
+    commands = device.command_list()
+    commands.fill(device.allocate(64), 1)
+    commands.profile = True
+    device.run(commands)
+    with pytest.raises(DeviceError, match="no function cuEventElapsedTime; install a newer driver"):
+        commands.timestamps()
 
 
 def test_no_package(monkeypatch: Any) -> None:
@@ -103,15 +155,82 @@ def test_architecture(monkeypatch: Any) -> None:
 def test_transfers_of_all_sizes(monkeypatch: Any) -> None:
     device, _ = open_fake(monkeypatch)
     seen: list[tuple[int, int]] = []
-    device.progress = lambda done, total: seen.append((done, total))
     for size in (0, 1, 4095, (8 << 20) - 1, (8 << 20) + 1, (61 << 20) + 777, 150 << 20):
         data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
-        buffer = device.wrap(data)
+        buffer = device.wrap(data, lambda done, total: seen.append((done, total)))
         np.testing.assert_array_equal(buffer.read(), data)
     assert seen[-1] == (150 << 20, 150 << 20)
     assert all(0 <= done <= total for done, total in seen)
     with pytest.raises(DeviceError, match="cannot see memory"):
         buffer.as_numpy()
+
+
+def test_a_large_upload_goes_through_pinned_memory_in_pieces_and_waits_once(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    data = np.random.default_rng().integers(0, 256, 20 << 20, np.uint8)
+    before, pinned = driver.calls.copy(), len(driver.pinned)
+    assert np.array_equal(device.wrap(data).read(), data)
+    device.wrap(np.zeros(150 << 20, np.uint8))
+    calls = driver.calls - before
+    assert calls["cuMemcpyHtoDAsync"] == 3 + 19 and calls["cuMemcpyDtoHAsync"] == 3
+    assert calls["cuStreamSynchronize"] == 3 and calls["cuMemAlloc"] == 2  # the first from the pool
+    stages = list(driver.pinned.values())[pinned:]
+    assert 8 <= len(stages) <= 16 and {stage.nbytes for stage in stages} == {8 << 20}
+    device.wrap(np.zeros(150 << 20, np.uint8))
+    assert len(driver.pinned) <= pinned + 16
+
+
+def test_memory_that_cannot_be_pinned(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    driver.pinnable = 1 << 20
+    with pytest.raises(DeviceError, match=r"8\.4 MB of the host's memory cannot be pinned"):
+        device.wrap(np.zeros(20 << 20, np.uint8))
+    driver.pinnable = 1 << 30
+    assert device.wrap(np.ones(20 << 20, np.uint8)).read().all()
+
+
+def test_an_upload_that_is_stopped_leaves_the_device_usable(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    real = driver.cuMemcpyHtoDAsync
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *arguments: time.sleep(0.05) or real(*arguments))
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        device.wrap(np.zeros(500 << 20, np.uint8), stop)
+    assert driver.calls["cuMemcpyHtoDAsync"] < 63
+    data = np.random.default_rng().integers(0, 256, 30 << 20, np.uint8)
+    assert np.array_equal(device.wrap(data).read(), data)
+
+
+def test_shared_memory_is_read_and_written_without_transfers(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    buffer, other = device.allocate(64, shared=True), device.allocate(64)
+    buffer.write(np.arange(64, dtype=np.uint8))
+    commands = device.command_list()
+    commands.copy(other, buffer)
+    commands.fill(buffer.view(8, 4), 9, barrier=True)
+    before = driver.calls.copy()
+    device.submit(commands)
+    assert buffer.read(np.uint8)[:12].tolist() == [*range(8), 9, 9, 9, 9]  # after what was submitted
+    buffer.view(4).write(np.array([77], np.uint8))
+    assert buffer.read()[3:6].tolist() == [3, 77, 5]
+    assert not {name for name in driver.calls - before if "Memcpy" in name and "Graph" not in name}
+    assert other.read().tolist() == list(range(64))
+
+
+def test_shared_memory_outlives_what_uses_it(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    buffer = device.allocate(64, shared=True)
+    commands = device.command_list()
+    commands.fill(buffer, 1)
+    event = device.submit(commands)
+    pinned = len(driver.pinned)
+    buffer.free()
+    assert len(driver.pinned) == pinned
+    event.wait()
+    assert len(driver.pinned) == pinned - 1
 
 
 def test_wrapped_memory_that_is_read_only_stays_so(monkeypatch: Any) -> None:
@@ -189,7 +308,7 @@ def test_a_kernel_gets_its_parameters(monkeypatch: Any) -> None:
     commands.launch(adding(), (5, 3), (x, y.view(16), slot(2.5, "f"), -7))
     device.run(commands)
     device.run(commands)
-    assert driver.loads == 1 and device.counters.submits == 2 and len(seen) == 2
+    assert driver.calls["cuModuleLoadData"] == 1 and device.counters.submits == 2 and len(seen) == 2
     addresses = [int.from_bytes(word, "little") for word in seen[0][:2]]
     assert addresses == [x.address, y.address + 16]
     assert seen[0][2] == np.float32(2.5).tobytes() + np.array([-7, 5, 3, 1], np.int32).tobytes()
@@ -255,6 +374,28 @@ def test_events_happen_in_order_and_out_of_order_waits_work(monkeypatch: Any) ->
         device.submit(commands).wait(timeout=0.05)
 
 
+def test_an_awaited_event_lets_the_loop_go_on(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    driver.late = 1 << 60
+    buffer = device.allocate(64)
+    commands = device.command_list()
+    commands.fill(buffer, 7)
+
+    async def wait() -> None:
+        await device.submit(commands)
+
+    async def both() -> None:
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        driver.events = [0 for _ in driver.events]  # this runs while the other waits
+        await waiting
+
+    asyncio.run(both())
+    driver.late = 0
+    assert buffer.read().tolist() == [7] * 64
+
+
 def test_profiled_lists_run_one_entry_after_another(monkeypatch: Any) -> None:
     device, driver = open_fake(monkeypatch)
     buffer = device.allocate(64)
@@ -308,6 +449,39 @@ def test_a_fault_names_the_kernels_and_ends_the_device(monkeypatch: Any, blockin
     device.close()
 
 
+def test_a_fault_is_blamed_on_the_list_that_ran_not_on_the_one_that_hears_of_it(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+
+    def fail(*values: bytes) -> None:
+        driver.fault = fake_cuda.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+
+    driver.kernels["wild"] = (8, 12), fail
+    buffer = device.allocate(64)
+    lists = [device.command_list() for _ in range(2)]
+    for name, commands in zip(("wild", "good"), lists):
+        commands.launch(executable(name, name, (0,)), (1,), (buffer,))
+    device.submit(lists[0])
+    driver.cuStreamSynchronize("stream")  # it has run, and nobody was told
+    with pytest.raises(DeviceError, match=r"^kernel 'wild' accessed an illegal address"):
+        device.submit(lists[1])
+
+
+def test_other_errors_name_the_kernel_and_leave_the_device_usable(monkeypatch: Any) -> None:
+    device, driver = open_fake(monkeypatch)
+    real = driver.cuGraphAddKernelNode
+    driver.cuGraphAddKernelNode = lambda *_: (fake_cuda.CUresult.CUDA_ERROR_INVALID_VALUE, None)
+    commands = device.command_list()
+    commands.launch(executable("odd", "odd"), (1,))
+    with pytest.raises(DeviceError, match=r"INVALID_VALUE to .* of kernel 'odd'"):
+        device.run(commands)
+    driver.cuGraphAddKernelNode = real
+    driver.cuGraphInstantiate = lambda *_: (fake_cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
+    with pytest.raises(DeviceError, match=r"OUT_OF_MEMORY .* use a smaller model, context or batch"):
+        device.run(commands)
+    del driver.cuGraphInstantiate
+    device.run(commands)
+
+
 def test_a_forked_child_is_told(monkeypatch: Any) -> None:
     device, _ = open_fake(monkeypatch)
     buffer = device.allocate(64)
@@ -356,9 +530,139 @@ def test_ctrl_c_while_waiting(monkeypatch: Any) -> None:
     threading.Timer(0.1, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         event.wait()
-    driver.pending[0] = 0
+    driver.events = [0 for _ in driver.events]
     driver.late = 0
     device.run(commands)
+
+
+# ---------------------------------------------------------------------------------------------- models, command line
+
+
+class Sampling:
+    """Stands in for the kernel that chooses tokens: 11, 12, 13, ... The other kernels of a model do nothing."""
+
+    def __init__(self, driver: Any):
+        self.chosen = 10
+        driver.kernels["sample_kernel"] = (8,) * 7, self
+
+    def __call__(self, *pointers: bytes) -> None:
+        self.chosen += 1
+        fake_cuda.view(int.from_bytes(pointers[2], "little"), 4).view(np.int32)[0] = self.chosen
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(random_file(tmp_path_factory.mktemp("models") / "m.gguf", ffn=256, heads=2, kv_heads=1))
+
+
+def test_a_token_is_one_launch_and_one_wait_and_allocates_nothing(monkeypatch: Any, path: str) -> None:
+    driver = use_fake(monkeypatch)
+    Sampling(driver)
+    model = load(path, device="cuda")
+    model.prefill([1, 2, 3], Options())
+    model.step()
+    driver.late = 3  # the GPU takes its time: who does not wait reads the token before
+    before, counted = driver.calls.copy(), vars(model.device.counters).copy()
+    tokens = []
+    for _ in range(5):
+        model.step()
+        tokens.append(model.next_token)
+    assert tokens == [13, 14, 15, 16, 17]
+    calls = driver.calls - before
+    assert calls.pop("cuEventQuery") == 5 * (3 + 1) and calls.pop("cuCtxSetCurrent") > 0
+    assert calls == {"cuGraphLaunch": 5, "cuEventRecord": 5}
+    after = vars(model.device.counters)
+    changed = {name: after[name] - counted[name] for name in after if after[name] != counted[name]}
+    assert changed == {"submits": 5, "waits": 5, "dispatches": 5 * len(model.decode_list.records)}
+
+
+def test_loading_tells_its_progress(monkeypatch: Any, path: str) -> None:
+    driver = use_fake(monkeypatch)
+    monkeypatch.setattr(cuda_transfer, "PIECE", 1 << 16)
+    seen: list[tuple[int, int]] = []
+    before = driver.calls.copy()
+    load(path, device="cuda", progress=lambda done, total: seen.append((done, total)))
+    size = Path(path).stat().st_size
+    assert seen[-1] == (size, size) and seen == sorted(seen) and {total for _, total in seen} == {size}
+    calls = driver.calls - before  # one copy for the whole file, whatever its tensors; the other two are small arrays
+    assert calls["cuMemcpyHtoDAsync"] == -(-size // (1 << 16)) + 1
+
+
+def test_a_bar_is_for_people(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stderr", type("Terminal", (), {"isatty": lambda self: True})())
+    for quiet, running in ((False, True), (True, False)):
+        with Progress("loading", quiet) as progress:
+            assert progress._timer.is_alive() is running
+    monkeypatch.setattr(sys, "stderr", type("Pipe", (), {"isatty": lambda self: False})())
+    with Progress("loading") as progress:
+        assert not progress._timer.is_alive()
+
+
+def test_the_command_line(monkeypatch: Any, capsys: Any, path: str) -> None:
+    driver = use_fake(monkeypatch)
+    Sampling(driver)
+
+    def result(*arguments: str) -> Any:
+        assert main(arguments) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    found = result("run", path, "hello", "--max-tokens", "4", "--device", "cuda", "--json")
+    assert found["device"] == "cuda" and found["tokens"] == 4
+    assert main(["run", path, "hello", "--max-tokens", "2", "--device", "cuda"]) == 0
+    assert "on NVIDIA Imaginary" in capsys.readouterr().err
+    decode = result("trace", path, "hello", "--device", "cuda", "--json")["phases"][-1]
+    assert decode["counters"] == {"submits": 1, "waits": 1, "allocations": 0, "dispatches": len(decode["rows"])}
+    assert all(row["time_us"] == pytest.approx(500) for row in decode["rows"])
+    found = result("bench", path, "--prompt", "6", "--gen", "3", "--reps", "1", "--device", "cuda", "--json")
+    assert found["description"] == "NVIDIA Imaginary" and "threads" not in found
+    assert main(["run", path, "x", "--device", "cuda", "--threads", "2"]) == 2
+    assert "only the CPU has a number of threads" in capsys.readouterr().err
+
+
+def test_the_default_is_metal_then_cuda_then_the_cpu(monkeypatch: Any, capsys: Any) -> None:
+    default = runtime.default_device.__wrapped__
+    there = {"metal", "cuda"}
+
+    def opened(name: str) -> Any:
+        if name in there or name == "cpu":
+            return name
+        raise DeviceError("not here")
+
+    monkeypatch.setattr(runtime, "_opened", opened)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert default() == "metal"
+    monkeypatch.setattr(sys, "platform", "linux")  # where Metal is software
+    assert default() == "cuda"
+    there.clear()
+    assert default() == "cpu"
+    monkeypatch.undo()
+    use_fake(monkeypatch)
+    monkeypatch.setattr(runtime, "default_device", default)
+    assert main(["devices"]) == 0
+    text = capsys.readouterr().out
+    assert "NVIDIA Imaginary" in text and "without --device: cuda\n" in text
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would(monkeypatch: Any, capsys: Any) -> None:
+    driver = use_fake(monkeypatch, fake_cuda.Driver(total=40_000_000))
+    assert main(["run", "demo", "x", "--context", "1024", "--device", "cuda"]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "40.0 MB are available; a context of " in text
+    assert not driver.calls["cuMemAlloc"]
+    fits = text.split("; a context of ")[1].split()[0]
+    load("demo", device="cuda", context=int(fits)).cache  # noqa: B018
+
+
+def test_a_fault_ends_the_command(monkeypatch: Any, capsys: Any, path: str) -> None:
+    driver = use_fake(monkeypatch)
+
+    def fail(*pointers: bytes) -> None:
+        driver.fault = fake_cuda.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+
+    driver.kernels["sample_kernel"] = (8,), fail
+    assert main(["run", path, "hello", "--device", "cuda"]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "sample_kernel" in text and "start it again" in text
 
 
 # ------------------------------------------------------------------------------------------------------------ NVRTC
@@ -459,6 +763,31 @@ def test_gpu_out_of_memory(gpu: CudaDevice) -> None:
     with pytest.raises(DeviceError, match="MB are needed on NVIDIA"):
         gpu.allocate(gpu.largest_buffer)
     assert gpu.allocate(1000).nbytes == 1000
+
+
+def test_gpu_shared_memory(gpu: CudaDevice) -> None:
+    """A kernel writes it, the host reads it after the wait, a kernel reads what the host wrote."""
+    n = 4096
+    x, out = gpu.allocate(4 * n), gpu.allocate(4 * n, shared=True)
+    commands = gpu.command_list()
+    commands.launch(adding(), (-(-n // 32),), (x, out, slot(2.0, "f"), n))
+    for _ in range(3):
+        a, b = np.random.default_rng().integers(-99, 99, (2, n)).astype(np.float32)
+        x.write(a)
+        out.write(b)
+        gpu.run(commands)
+        assert np.array_equal(out.read(np.float32), b + 2 * a)
+
+
+def test_gpu_command_line(gpu: CudaDevice, capsys: Any) -> None:
+    def result(*arguments: str) -> Any:
+        assert main(arguments) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    run = ("run", "demo", "def fib(n):\n", "--max-tokens", "8", "--json")
+    assert result(*run, "--device", "cuda")["text"] == result(*run, "--device", "cpu")["text"]
+    decode = result("trace", "demo", "def fib(n):\n", "--device", "cuda", "--json")["phases"][-1]
+    assert decode["counters"] == {"submits": 1, "waits": 1, "allocations": 0, "dispatches": len(decode["rows"])}
 
 
 @pytest.mark.parametrize("blocking", ["0", "1"])

@@ -58,11 +58,11 @@ def array(values: Any, dtype: Any = None, device: Any = None) -> Array:
     return Array(whole(Value(data.shape, target, None, buffer)))
 
 
-def empty(shape: Sequence[int], dtype: Any = "fp32", device: Any = None) -> Array:
-    """Uninitialised memory as an evaluated array: state to be written in place."""
+def empty(shape: Sequence[int], dtype: Any = "fp32", device: Any = None, shared: bool = False) -> Array:
+    """Uninitialised memory as an evaluated array: state to be written in place. shared: see `Device.allocate`."""
     target = as_dtype(dtype)
     value = Value(tuple(int(n) for n in shape), target)
-    value.buffer = (get_device() if device is None else device).allocate(value.nbytes)
+    value.buffer = (get_device() if device is None else device).allocate(value.nbytes, shared)
     return Array(whole(value))
 
 

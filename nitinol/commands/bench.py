@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from nitinol.commands.output import Progress, print_json
-from nitinol.commands.run import peak_rss_bytes
-from nitinol.generate.model import Model, load
+from nitinol.commands.run import Settings, peak_rss_bytes
+from nitinol.generate.model import Model
 from nitinol.generate.options import Options
 from nitinol.models import open_model
 from nitinol.models.config import cache_bytes_per_token
@@ -23,8 +23,8 @@ def bench_model(path: str, prompt: int, gen: int, reps: int, device: str | None,
     _, config = open_model(path)
     if prompt + gen > config.context:
         raise ValueError(f"--prompt {prompt} and --gen {gen} do not fit the context of {config.context} tokens")
-    model = load(path, device=device, threads=threads, context=prompt + gen)
-    with Progress("measuring") as progress:
+    model = Settings(device, threads, prompt + gen, "fp16").load(path, as_json)
+    with Progress("measuring", as_json) as progress:
         result = measure(model, prompt, gen, reps, progress)
     if as_json:
         print_json(result)

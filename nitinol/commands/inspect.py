@@ -114,19 +114,21 @@ def list_devices(as_json: bool) -> None:
     rows = [(d["name"], d.get("description") or f"not here: {d['missing']}", gigabytes(d["memory_bytes"]) if
              d.get("memory_bytes") else "") for d in found]
     print_table(("device", "what it is", "memory free"), rows, numbers=(2,))
+    print(f"without --device: {next(d['name'] for d in found if d['default'])}")
 
 
 def device_facts(name: str) -> dict[str, Any]:
     """Name, description and free memory in bytes of a device (of the CPU also its cores, the threads used by default
-    and its vector unit), or why it is `missing`."""
-    from nitinol.runtime import host, open_device
+    and its vector unit), or why it is `missing`; whether it is the `default`."""
+    from nitinol.runtime import default_device, host, open_device
     from nitinol.runtime.device import DeviceError
 
     try:
         device = open_device(name)
     except DeviceError as error:
-        return {"name": name, "missing": str(error)}
-    facts = {"name": name, "description": device.description, "memory_bytes": device.available_memory()}
+        return {"name": name, "default": False, "missing": str(error)}
+    facts = {"name": name, "default": device is default_device(), "description": device.description,
+             "memory_bytes": device.available_memory()}
     if name == "cpu":
         facts |= {"cores": host.logical_cores(), "threads": device.threads, "simd": host.simd_level()}
     return facts

@@ -30,13 +30,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: 
 
 class Progress:
     """A bar on stderr that appears after two seconds, if somebody is there to see it, and leaves nothing behind.
+    quiet: no bar, as with --json.
 
         with Progress("reading the prompt") as progress:
             progress(done, total)
     """
 
-    def __init__(self, what: str) -> None:
-        self._what, self._done, self._total = what, 0, 0
+    def __init__(self, what: str, quiet: bool = False) -> None:
+        self._what, self._done, self._total, self._quiet = what, 0, 0, quiet
         self._bar: Any = None
         self._lock = threading.Lock()
         self._closed = False
@@ -44,7 +45,7 @@ class Progress:
         self._timer.daemon = True
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             self._timer.start()
         return self
 

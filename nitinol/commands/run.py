@@ -18,8 +18,9 @@ class Settings(NamedTuple):
     context: int | None
     cache: str
 
-    def load(self, path: str) -> Model:
-        return load(path, device=self.device, threads=self.threads, context=self.context, cache_dtype=self.cache)
+    def load(self, path: str, quiet: bool) -> Model:
+        with Progress("loading the model", quiet) as progress:
+            return load(path, self.device, self.threads, self.context, self.cache, progress)
 
 
 def run_model(path: str, prompt: str | None, options: Options, settings: Settings, chat: bool | None,
@@ -28,7 +29,7 @@ def run_model(path: str, prompt: str | None, options: Options, settings: Setting
         raise ValueError("the prompt is empty; give a text to continue, or none at all for a chat")
     if prompt is None and as_json:
         raise ValueError("--json needs a PROMPT, because a chat has no single result")
-    model = settings.load(path)
+    model = settings.load(path, as_json)
     if chat is None:
         chat = model.tokenizer.chat_template is not None
     if system is not None and not chat:
@@ -38,7 +39,7 @@ def run_model(path: str, prompt: str | None, options: Options, settings: Setting
     if prompt is None:
         converse(model, options, before, chat)
         return
-    with Progress("reading the prompt") as progress:
+    with Progress("reading the prompt", as_json) as progress:
         if chat:
             generation = model.chat([*before, {"role": "user", "content": prompt}], options, progress)
         else:
@@ -68,10 +69,17 @@ def converse(model: Model, options: Options, messages: list[dict[str, str]], cha
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        with Progress("reading the prompt") as progress:
-            generation = (model.chat(messages, options, progress) if chat else
-                          model.generate(line, options, progress))
-            answer = show(generation, progress, "")
+        try:
+            with Progress("reading the prompt") as progress:
+                generation = (model.chat(messages, options, progress) if chat else
+                              model.generate(line, options, progress))
+                answer = show(generation, progress, "")
+        except ValueError as error:  # too long, or no text: a person can say something else
+            if not interactive:
+                raise
+            messages.pop()
+            print(f"nitinol: {error}", file=sys.stderr)
+            continue
         messages.append({"role": "assistant", "content": answer})
     if interactive:
         print(file=sys.stderr)

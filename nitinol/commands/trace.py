@@ -70,9 +70,9 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
     for target in (chrome, svg):
         if target is not None and not target.resolve().parent.is_dir():
             raise ValueError(f"{str(target)!r} cannot be written, because its folder does not exist")
-    model = settings.load(path)
+    model = settings.load(path, as_json)
     ids = model.encode(prompt)
-    with Progress("measuring") as progress:
+    with Progress("measuring", as_json) as progress:
         device = model.device
         rates = measure_peak_rates(device)
         limits = Limits(measure_read_bandwidth(device), rates["float32"], rates["int8"])

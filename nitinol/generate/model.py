@@ -18,6 +18,7 @@ from nitinol.generate.tokenizer import Tokenizer
 from nitinol.models import open_model
 from nitinol.models.config import PREFILL_CHUNK, Config, check_memory
 from nitinol.runtime import get_device, open_device, using_device
+from nitinol.runtime.device import Progress
 
 if TYPE_CHECKING:
     from nitinol.array import Compiled
@@ -28,13 +29,14 @@ KEPT_PREFILLS = 2  # command lists that are kept: of a long prompt's chunks, and
 
 
 def load(path: str | os.PathLike[str], device: str | None = None, threads: int | None = None,
-         context: int | None = None, cache_dtype: str = "fp16") -> Model:
+         context: int | None = None, cache_dtype: str = "fp16", progress: Progress | None = None) -> Model:
     """Open a GGUF model ("demo": the one that comes with the package) for use.
 
     device: "metal", "cuda", "cpu"; by default the first of these that is there. threads: workers of the CPU, by default
     one per core. context: how many tokens, prompt and answer together, the attention cache has room for; by default the
     model's own limit, at most 4096. cache_dtype: "fp16" or "fp32".
-    The weights stay in the file, which must not be changed meanwhile.
+    The weights stay in the file, which must not be changed meanwhile; CUDA copies them to the GPU's memory. progress:
+    told of such a copy, bytes done and bytes in all.
 
     Raises FormatError (a ValueError) for a file that is not a supported model, OSError, ValueError for other
     arguments, DeviceError for a device that is not there, MemoryError with figures where the model does not fit.
@@ -49,7 +51,7 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
     opened = get_device() if device is None and threads is None else open_device(device or "cpu", threads)
     check_memory(config, weights, context, cache_dtype, opened.available_memory(), opened.name)
-    return Model(file, config, opened, context, cache_dtype)
+    return Model(file, config, opened, context, cache_dtype, progress)
 
 
 class Model:
@@ -58,14 +60,15 @@ class Model:
     One model does one thing at a time: a new generation ends the previous one's use of the cache.
     """
 
-    def __init__(self, file: GGUF, config: Config, device: Any, context: int, cache_dtype: str) -> None:
+    def __init__(self, file: GGUF, config: Config, device: Any, context: int, cache_dtype: str,
+                 progress: Progress | None = None) -> None:
         from importlib import import_module
 
         from nitinol.models.weights import wrap_weights
 
         self.file, self.config, self.device, self.context = file, config, device, context
         self._attend = import_module(f"nitinol.models.{config.arch}").attend
-        self._weights = wrap_weights(file, config, device)
+        self._weights = wrap_weights(file, config, device, progress)
         self.cache_dtype = cache_dtype
         self.chunk = PREFILL_CHUNK[device.name]
         self.next_token = -1  # what was chosen last
@@ -199,13 +202,15 @@ class Model:
     @cached_property
     def _state(self) -> Any:
         """What the sampling kernel reads and updates."""
-        from nitinol.array import array
+        from nitinol.array import array, empty
         from nitinol.kernels.sampling import SamplingState
 
         def zeros(count: int, dtype: Any) -> Any:
             return array(np.zeros(count, dtype), device=self.device)
 
-        return SamplingState(zeros(1, np.int32), self.cache.position, zeros(self.context, np.int32),
+        token = empty((1,), "int32", self.device, shared=True)  # the host reads it after every step
+        token.buffer.write(np.zeros(1, np.int32))
+        return SamplingState(token, self.cache.position, zeros(self.context, np.int32),
                              zeros(4, np.float32), zeros(3, np.int64))
 
     @cached_property

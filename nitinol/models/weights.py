@@ -12,6 +12,7 @@ import numpy as np
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf import GGUF, FormatError
 from nitinol.models.config import Config
+from nitinol.runtime.device import Progress
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -72,15 +73,24 @@ def check_tensors(file: GGUF, config: Config) -> None:
                        "variant is not supported, or the file is damaged")
 
 
-def wrap_weights(file: GGUF, config: Config, device: Any) -> SimpleNamespace:
-    """Arrays over the mapped file, nothing copied: `token_embd`, `output_norm`, `output`, and `blocks`, a namespace for
-    each with `attn_q`, `attn_q_bias`, ... Also `rope`, the frequencies in radians a position, float32 [head_dim / 2].
+def wrap_weights(file: GGUF, config: Config, device: Any, progress: Progress | None = None) -> SimpleNamespace:
+    """Arrays over the mapped file, in place if the device can: `token_embd`, `output_norm`, `output`, and `blocks`, a
+    namespace for each with `attn_q`, `attn_q_bias`, ... Also `rope`, the frequencies in radians a position, float32
+    [head_dim / 2]. progress: told of bytes that are copied to the device, of how many.
     """
     from nitinol.array import array as array_of  # late: `nitinol inspect` needs no arrays and no compiler
     from nitinol.array.quantized import QuantizedArray
     from nitinol.kernels.rope import rope_frequencies
 
-    parts = [device.wrap(part) for part in file.parts]
+    parts, before, total = [], 0, sum(part.nbytes for part in file.parts)
+
+    def told(done: int, _: int) -> None:
+        if progress is not None:
+            progress(before + done, total)
+
+    for part in file.parts:
+        parts.append(device.wrap(part, told))
+        before += part.nbytes
     top: dict[str, Any] = {}
     blocks: list[dict[str, Any]] = [{} for _ in range(config.layers)]
     for name, tensor in file.tensors.items():

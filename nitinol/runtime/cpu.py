@@ -23,6 +23,7 @@ from nitinol.runtime.device import (
     Event,
     Fill,
     Launch,
+    Progress,
     Timestamp,
 )
 from nitinol.runtime.memory import Block, Pool, available_memory
@@ -59,7 +60,7 @@ class CpuDevice:
 
     # Memory
 
-    def allocate(self, nbytes: int) -> Buffer:
+    def allocate(self, nbytes: int, shared: bool = False) -> Buffer:
         """Uninitialised memory of `nbytes`, 64-byte aligned (page-aligned above 64 KiB), from the pool."""
         if nbytes < 0:
             raise DeviceError(f"a buffer of {nbytes} bytes cannot be allocated; ask for 0 or more")
@@ -71,7 +72,7 @@ class CpuDevice:
             block = self._pool.allocate(nbytes, done)
         return Buffer(self, block.address, nbytes, owner=block)
 
-    def wrap(self, memory: Any) -> Buffer:
+    def wrap(self, memory: Any, progress: Progress | None = None) -> Buffer:
         """An array, an mmap, bytes (anything contiguous with the buffer protocol) in place; it is kept alive."""
         if isinstance(memory, np.ndarray):
             if not memory.flags.c_contiguous:

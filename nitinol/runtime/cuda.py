@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nitinol.runtime.cuda_driver import (
+    OUT_OF_MEMORY,
     Allocation,
     CudaError,
     Pinned,
@@ -32,12 +33,21 @@ from nitinol.runtime.cuda_driver import (
 )
 from nitinol.runtime.cuda_graph import Encoded
 from nitinol.runtime.cuda_transfer import Transfers
-from nitinol.runtime.device import WAIT_SLICE_NS, Buffer, CommandList, Counters, DeviceError, Event, Timestamp
+from nitinol.runtime.device import (
+    WAIT_SLICE_NS,
+    Buffer,
+    CommandList,
+    Counters,
+    DeviceError,
+    Event,
+    Progress,
+    Timestamp,
+)
 from nitinol.runtime.memory import Block, Pool
 
 EXACT_BYTES = 64 << 20  # wrapped memory of at least that size does not get a larger block of the pool
 SPIN_NS = 20_000_000  # a wait spins that long after the submission, then sleeps for 1/64 of the time since
-OUT_OF_MEMORY, NOT_READY = 2, 600
+NOT_READY = 600
 # Errors after which the context is lost, and what they say of a kernel.
 FAULTS = {
     214: "met an uncorrectable memory error", 700: "accessed an illegal address", 702: "ran into the time limit",
@@ -68,7 +78,6 @@ class CudaDevice:
         self.stream = call(self.cu.cuStreamCreate, 0)
         self.largest_buffer = call(self.cu.cuMemGetInfo)[1]
         self.counters = Counters()
-        self.progress: Callable[[int, int], None] | None = None  # told of large transfers: bytes done, bytes in all
         self._pool = _Pool(self)
         self._transfers = Transfers(self)
         self._lock = threading.RLock()
@@ -84,14 +93,19 @@ class CudaDevice:
 
     # Memory
 
-    def allocate(self, nbytes: int) -> Buffer:
-        """Uninitialised memory of `nbytes`, 64-byte aligned, from the pool."""
+    def allocate(self, nbytes: int, shared: bool = False) -> Buffer:
+        """Uninitialised memory of `nbytes`, 64-byte aligned, from the pool; shared: pinned memory of the host."""
         if nbytes < 0:
             raise DeviceError(f"a buffer of {nbytes} bytes cannot be allocated; ask for 0 or more")
+        if shared:
+            self.enter()
+            pinned = Pinned(self, max(nbytes, 1))
+            self.counters.allocations += 1
+            return Buffer(self, pinned.address, nbytes, owner=pinned)
         block = self._fit(nbytes, lambda: self._pool.allocate(nbytes, self._submitted))
         return Buffer(self, block.address, nbytes, owner=block)
 
-    def wrap(self, memory: Any) -> Buffer:
+    def wrap(self, memory: Any, progress: Progress | None = None) -> Buffer:
         """A copy of host memory (anything contiguous with the buffer protocol). Memory of this GPU that offers
         `__cuda_array_interface__` (a torch tensor) is used in place."""
         if hasattr(memory, "__cuda_array_interface__"):
@@ -109,7 +123,7 @@ class CudaDevice:
             self.counters.bytes_reserved += view.nbytes
         else:
             buffer = self.allocate(view.nbytes)
-        self.write(buffer, view)
+        self._transfers.copy(buffer.address, view, True, progress)
         buffer.read_only = not view.flags.writeable
         return buffer
 
@@ -121,19 +135,30 @@ class CudaDevice:
         elif isinstance(owner, Allocation):
             self.counters.bytes_in_use -= owner.nbytes
             self.counters.bytes_reserved -= owner.nbytes
+        elif isinstance(owner, Pinned):
+            for submission in tuple(self._in_flight)[-1:]:  # the host's memory must outlive what may use it
+                submission.kept.append(owner)
 
     def read(self, buffer: Buffer, destination: np.ndarray) -> None:
         """All bytes of the buffer to a uint8 array of that length, after everything submitted so far."""
-        self._transfers.copy(buffer.address, destination, upload=False)
+        if (shared := self._shared(buffer)) is None:
+            self._transfers.copy(buffer.address, destination, upload=False)
+        else:
+            self.synchronize()
+            destination[:] = shared
 
     def write(self, buffer: Buffer, source: np.ndarray) -> None:
         """A uint8 array of the buffer's length to the buffer, after everything submitted so far."""
-        self._transfers.copy(buffer.address, source, upload=True)
+        if (shared := self._shared(buffer)) is None:
+            self._transfers.copy(buffer.address, source, upload=True)
+        else:
+            self.synchronize()
+            shared[:] = source
 
     def available_memory(self) -> int:
         """Bytes that can still be allocated: what the GPU has free, and what the pool holds unused."""
         self.enter()
-        return call(self.cu.cuMemGetInfo)[0] + self.counters.bytes_reserved - self.counters.bytes_in_use
+        return self.call(self.cu.cuMemGetInfo)[0] + self.counters.bytes_reserved - self.counters.bytes_in_use
 
     # Work
 
@@ -159,11 +184,11 @@ class CudaDevice:
             event = self._idle_events.pop() if self._idle_events else self.event("DISABLE_TIMING")
             sequence, encoded.submitted = self._submitted + 1, time.monotonic_ns()
             for graph, names in zip(encoded.graphs, encoded.names):
-                self.watch(self.cu.cuGraphLaunch, graph, self.stream, names=names)
+                self.call(self.cu.cuGraphLaunch, graph, self.stream, what="kernels " + ", ".join(names[:6]))
                 if encoded.blocking:
-                    self.watch(self.cu.cuStreamSynchronize, self.stream, names=names)
-            self.watch(self.cu.cuEventRecord, event, self.stream)
-            self._in_flight.append(_Submission(sequence, event, encoded, encoded.submitted))
+                    self.call(self.cu.cuStreamSynchronize, self.stream, names=names)
+            self.call(self.cu.cuEventRecord, event, self.stream)
+            self._in_flight.append(_Submission(sequence, event, encoded, encoded.submitted, []))
             self._submitted = sequence
             self.counters.submits += 1
             self.counters.dispatches += len(encoded.entries)
@@ -183,7 +208,7 @@ class CudaDevice:
                     if status == NOT_READY:
                         return False
                     if status:
-                        raise self._failure(self.cu.cuEventQuery, status, ())
+                        raise self._explained(CudaError(self.cu.cuEventQuery, status), ())
                     while self._done < sequence:
                         self._done = self._in_flight[0].sequence
                         self._idle_events.append(self._in_flight.popleft().event)
@@ -219,7 +244,8 @@ class CudaDevice:
         """A profiled list runs one entry after another; each starts when the one before has ended."""
         self.enter()
         encoded: Encoded = commands.encoded
-        elapsed = [int(1e6 * call(self.cu.cuEventElapsedTime, encoded.events[0], event)) for event in encoded.events]
+        begin, ask = encoded.events[0], self.cu.cuEventElapsedTime
+        elapsed = [int(1e6 * self.call(ask, begin, event)) for event in encoded.events]
         return [Timestamp(entry.label, encoded.submitted + start, encoded.submitted + end)
                 for entry, start, end in zip(encoded.entries, elapsed, elapsed[1:])]
 
@@ -247,16 +273,18 @@ class CudaDevice:
             raise DeviceError(self._lost or f"device {self.name!r} is closed; open another")
         self.cu.cuCtxSetCurrent(self.context)
 
-    def watch(self, function: Callable[..., Any], *arguments: Any, names: Sequence[str] = ()) -> None:
-        """A call that may be the first to hear of a kernel's fault; names: the kernels that it can be, if known."""
-        status = function(*arguments)[0]
-        if status:
-            raise self._failure(function, status, names)
+    def call(self, function: Callable[..., Any], *arguments: Any, names: Sequence[str] = (), what: str = "") -> Any:
+        """`cuda_driver.call` once the device is open: any call may be the first to hear of a kernel's fault. names: of
+        the kernels that it can be, by default all that are in flight; what: what other errors are about."""
+        try:
+            return call(function, *arguments, what=what)
+        except CudaError as error:
+            raise self._explained(error, names) from None
 
     def event(self, *flags: str) -> Any:
         """A new event; flags: "DISABLE_TIMING" (quicker to record), "BLOCKING_SYNC" (cuEventSynchronize sleeps)."""
         bits = sum(int(getattr(self.cu.CUevent_flags, f"CU_EVENT_{flag}")) for flag in flags)
-        return call(self.cu.cuEventCreate, bits)
+        return self.call(self.cu.cuEventCreate, bits)
 
     def prepare(self, executables: Iterable[Any]) -> None:
         """Compile and load kernels, side by side: NVRTC takes 0.1 to 5 s for one, on one core."""
@@ -269,11 +297,11 @@ class CudaDevice:
         with ThreadPoolExecutor(max(1, min(len(new), os.cpu_count() or 1))) as threads:
             cubins = threads.map(lambda e: compile_cubin(e.name, e.source, self.architecture, e.options), new.values())
             for executable, cubin in zip(new.values(), cubins):
-                module = call(self.cu.cuModuleLoadData, cubin)
-                function = call(self.cu.cuModuleGetFunction, module, executable.name.encode())
+                module = self.call(self.cu.cuModuleLoadData, cubin, what=f"kernel {executable.name!r}")
+                function = self.call(self.cu.cuModuleGetFunction, module, executable.name.encode())
                 if executable.threadgroup_bytes > 48 << 10:
                     attribute = self.cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    call(self.cu.cuFuncSetAttribute, function, attribute, executable.threadgroup_bytes)
+                    self.call(self.cu.cuFuncSetAttribute, function, attribute, executable.threadgroup_bytes)
                 self.functions[executable.source] = function
 
     def status_address(self, asserts: dict[int, str]) -> int:
@@ -285,20 +313,28 @@ class CudaDevice:
 
     def _ask(self, name: str) -> int:
         attribute = getattr(self.cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return int(call(self.cu.cuDeviceGetAttribute, attribute, self._handle))
+        return int(self.call(self.cu.cuDeviceGetAttribute, attribute, self._handle))
 
-    def _failure(self, function: Callable[..., Any], status: Any, names: Sequence[str]) -> DeviceError:
-        what = FAULTS.get(int(status))
-        if what is None:
-            return CudaError(function, status)
+    def _explained(self, error: CudaError, names: Sequence[str]) -> DeviceError:
+        """The error; if it is a kernel's fault, a sentence that names the kernel and is all that the device says from
+        now on."""
+        if error.code not in FAULTS:
+            return error
         names = names or list(dict.fromkeys(n for s in self._in_flight for part in s.encoded.names for n in part))
         who = f"kernel {names[0]!r}" if len(names) == 1 else "a kernel"
         if len(names) > 1:
-            some = ", ".join(names[:6]) + (f" and {len(names) - 6} others" if len(names) > 6 else "")
+            some = ", ".join(names[:12]) + (f" and {len(names) - 12} others" if len(names) > 12 else "")
             who = f"one of the kernels {some} (with CUDA_LAUNCH_BLOCKING=1 in the environment this message says which)"
-        self._lost = (f"{who} {what} on {self.description} ({status.name}); the results are lost and CUDA serves this "
-                      "process no longer, start it again")
+        self._lost = (f"{who} {FAULTS[error.code]} on {self.description} ({error.status.name}); the results are lost "
+                      "and CUDA serves this process no longer, start it again")
         return DeviceError(self._lost)
+
+    def _shared(self, buffer: Buffer) -> np.ndarray | None:
+        """The buffer's bytes, if they are the host's."""
+        pinned = (buffer._root or buffer)._owner
+        if not isinstance(pinned, Pinned):
+            return None
+        return pinned.bytes[buffer.address - pinned.address:][:buffer.nbytes]
 
     def _fit(self, nbytes: int, take: Callable[[], Any]) -> Any:
         """Takes memory; where there is too little, once more after the pool has given back what it does not use."""
@@ -308,9 +344,9 @@ class CudaDevice:
                 return take()
             except CudaError as error:
                 if error.code != OUT_OF_MEMORY:
-                    raise self._failure(error.function, error.status, ()) from None
+                    raise
             self._pool.trim(self._submitted)
-        free, total = call(self.cu.cuMemGetInfo)
+        free, total = self.call(self.cu.cuMemGetInfo)
         raise DeviceError(
             f"{nbytes / 1e6:.0f} MB are needed on {self.description}, but {free / 1e6:.0f} MB of its {total / 1e6:.0f} "
             f"MB are free ({self.counters.bytes_in_use / 1e6:.0f} MB are in use here); use a model, context or batch "
@@ -324,7 +360,7 @@ class CudaDevice:
             raise DeviceError(f"GPU memory with strides {interface['strides']} cannot be wrapped; make it contiguous")
         if nbytes:
             which = self.cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-            where = int(call(self.cu.cuPointerGetAttribute, which, address))
+            where = int(self.call(self.cu.cuPointerGetAttribute, which, address))
             if where != int(self._handle):
                 raise DeviceError(f"memory of GPU {where} cannot be used on GPU {int(self._handle)}; copy it first")
         return Buffer(self, int(address), nbytes, read_only=bool(read_only), owner=memory)
@@ -335,6 +371,7 @@ class _Submission(NamedTuple):
     event: Any
     encoded: Encoded
     time: int  # of the submission, by time.monotonic_ns
+    kept: list[Any]  # what must not go before it has run
 
 
 class _Pool(Pool):

@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from nitinol.runtime.cuda import CudaDevice
 
 OLDEST_DRIVER = 12000  # CUDA 12.0, driver 525
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 matrix instructions, asynchronous copies to shared memory
 
 
 class CudaError(DeviceError):
     """An answer of the CUDA driver other than success; `code` is its number."""
 
-    def __init__(self, function: Callable[..., Any], status: Any):
+    def __init__(self, function: Callable[..., Any], status: Any, what: str = ""):
         self.function, self.status, self.code = function, status, int(status)
-        super().__init__(f"the CUDA driver answered {status.name} to {function.__name__}")
+        hint = "; use a smaller model, context or batch" if self.code == OUT_OF_MEMORY else ""
+        super().__init__(f"the CUDA driver answered {status.name} to {function.__name__}{what and f' of {what}'}{hint}")
 
 
 def bindings() -> tuple[Any, Any]:
@@ -40,11 +42,16 @@ def bindings() -> tuple[Any, Any]:
     return driver, nvrtc
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of the driver API or of NVRTC returns besides success; raises CudaError."""
-    status, *results = function(*arguments)
+def call(function: Callable[..., Any], *arguments: Any, what: str = "") -> Any:
+    """What a function of the driver API or of NVRTC returns besides success; raises CudaError. what: it is about."""
+    try:
+        status, *results = function(*arguments)
+    except DeviceError:
+        raise
+    except RuntimeError:  # what cuda-bindings raises if the library that it has loaded is older than itself
+        raise DeviceError(f"the NVIDIA driver has no function {function.__name__}; install a newer driver") from None
     if status:
-        raise CudaError(function, status)
+        raise CudaError(function, status, what)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -53,9 +60,9 @@ def find_gpu(cu: Any, index: int) -> Any:
     try:
         version = call(cu.cuDriverGetVersion)
         status = cu.cuInit(0)[0]
-    except RuntimeError as error:
-        if isinstance(error, DeviceError):
-            raise
+    except CudaError:
+        raise
+    except RuntimeError:
         raise DeviceError("no NVIDIA driver is installed here (its library libcuda was not found); install NVIDIA's "
                           "driver, or use device 'cpu'") from None
     if version < OLDEST_DRIVER:
@@ -82,9 +89,9 @@ def architecture(cu: Any, nvrtc: Any, name: str, capability: tuple[int, int]) ->
     try:
         major, minor = call(nvrtc.nvrtcVersion)
         known = call(nvrtc.nvrtcGetSupportedArchs)
-    except RuntimeError as error:
-        if isinstance(error, DeviceError):
-            raise
+    except CudaError:
+        raise
+    except RuntimeError:
         raise DeviceError("NVIDIA's compiler NVRTC is not installed; pip install 'nitinol[cuda]'") from None
     version = call(cu.cuDriverGetVersion)
     if major > version // 1000:
@@ -128,7 +135,7 @@ class Allocation:
 
     def __init__(self, device: CudaDevice, nbytes: int):
         self.device, self.nbytes = device, nbytes
-        self.address = int(call(device.cu.cuMemAlloc, nbytes))
+        self.address = int(device.call(device.cu.cuMemAlloc, nbytes))
         device.counters.allocations += 1
 
     def __del__(self) -> None:
@@ -145,7 +152,11 @@ class Pinned:
     def __init__(self, device: CudaDevice, nbytes: int):
         self.device = device
         flags = int(device.cu.CU_MEMHOSTALLOC_PORTABLE) | int(device.cu.CU_MEMHOSTALLOC_DEVICEMAP)
-        self.address = int(call(device.cu.cuMemHostAlloc, nbytes, flags))
+        try:
+            self.address = int(device.call(device.cu.cuMemHostAlloc, nbytes, flags))
+        except CudaError as error:
+            raise DeviceError(f"{nbytes / 1e6:.1f} MB of the host's memory cannot be pinned for the GPU "
+                              f"({error.status.name}); close other programs, or allow more memory") from None
         self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.address), np.uint8)
 
     def __del__(self) -> None:

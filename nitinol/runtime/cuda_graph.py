@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nitinol.runtime.cuda_driver import Pinned, call
+from nitinol.runtime.cuda_driver import Pinned
 from nitinol.runtime.device import Buffer, Copy, DeviceError, Fill, Launch
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class Encoded:
         device.prepare(entry.executable for entry in entries if isinstance(entry, Launch))
         for first in range(0, len(entries), 1 if self.blocking else max(1, len(entries))):
             part = self.entries[first:first + 1] if self.blocking else self.entries
-            graph = call(device.cu.cuGraphCreate, 0)
+            graph = device.call(device.cu.cuGraphCreate, 0)
             try:
                 self._fill(graph, part, self.events[first:first + len(part) + 1], first == 0)
-                self.graphs.append(call(device.cu.cuGraphInstantiate, graph, 0))
+                self.graphs.append(device.call(device.cu.cuGraphInstantiate, graph, 0))
             finally:
                 device.cu.cuGraphDestroy(graph)
             kernels = [entry for entry in part if isinstance(entry, Launch)]
@@ -68,13 +68,13 @@ class Encoded:
         before: list[Any] = []  # what the group depends on
         group: list[Any] = []
         if events and first:
-            group = [call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0])]
+            group = [self.device.call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0])]
         for number, entry in enumerate(entries):
             if entry.barrier or events:
                 before, group = group[-WIDTH:] or before, []
             node = self._add(graph, before if len(group) < WIDTH else [group[-WIDTH]], entry)
             if events:
-                node = call(cu.cuGraphAddEventRecordNode, graph, [node], 1, events[number + 1])
+                node = self.device.call(cu.cuGraphAddEventRecordNode, graph, [node], 1, events[number + 1])
             group.append(node)
 
     def _add(self, graph: Any, before: list[Any], entry: Entry) -> Any:
@@ -87,14 +87,14 @@ class Encoded:
             copy.srcMemoryType = copy.dstMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_DEVICE
             copy.srcDevice, copy.dstDevice = entry.source.address, entry.destination.address
             copy.WidthInBytes, copy.Height, copy.Depth = entry.source.nbytes, 1, 1
-            return call(cu.cuGraphAddMemcpyNode, graph, before, len(before), copy, self.device.context)
+            return self.device.call(cu.cuGraphAddMemcpyNode, graph, before, len(before), copy, self.device.context)
         elif isinstance(entry, Fill) and entry.destination.nbytes:
             fill, size, address = cu.CUDA_MEMSET_NODE_PARAMS(), entry.destination.nbytes, entry.destination.address
             fill.elementSize = 1 if (size | address) % 4 else 4
             fill.value = entry.value if fill.elementSize == 1 else entry.value * 0x01010101
             fill.dst, fill.width, fill.height = address, size // fill.elementSize, 1
-            return call(cu.cuGraphAddMemsetNode, graph, before, len(before), fill, self.device.context)
-        return call(cu.cuGraphAddEmptyNode, graph, before, len(before))
+            return self.device.call(cu.cuGraphAddMemsetNode, graph, before, len(before), fill, self.device.context)
+        return self.device.call(cu.cuGraphAddEmptyNode, graph, before, len(before))
 
     def _add_kernel(self, graph: Any, before: list[Any], entry: Launch) -> Any:
         """The convention of parameters is told in nitinol.compiler.gpu.Executable."""
@@ -118,7 +118,8 @@ class Encoded:
         kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = executable.threads, 1, 1
         kernel.sharedMemBytes = executable.threadgroup_bytes
         kernel.kernelParams = ctypes.addressof(pointers)  # the call copies what they point to
-        return call(cu.cuGraphAddKernelNode, graph, before, len(before), kernel)
+        what = f"kernel {executable.name!r}"
+        return self.device.call(cu.cuGraphAddKernelNode, graph, before, len(before), kernel, what=what)
 
     def _log(self, executable: Any) -> int:
         """Memory for what one launch prints."""

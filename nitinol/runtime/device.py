@@ -13,11 +13,13 @@ import math
 import struct
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+Progress = Callable[[int, int], None]  # told how much is done, of how much
 
 # A blocking wait returns to Python this often, so that Ctrl-C is noticed.
 WAIT_SLICE_NS = 50_000_000
@@ -326,11 +328,16 @@ class Device(Protocol):
     largest_buffer: int  # bytes
     counters: Counters
 
-    def allocate(self, nbytes: int) -> Buffer:
-        """Uninitialised memory, 64-byte aligned. Raises DeviceError when not enough memory is available."""
+    def allocate(self, nbytes: int, shared: bool = False) -> Buffer:
+        """Uninitialised memory, 64-byte aligned. Raises DeviceError when not enough memory is available.
 
-    def wrap(self, memory: Any) -> Buffer:
-        """Host memory (anything with the buffer protocol: an array, an mmap) as a buffer, without a copy."""
+        shared: for a few bytes that the host reads again and again. Where host and device have memories of their own
+        this is the host's: reading and writing it needs no transfer, but kernels are slow at it.
+        """
+
+    def wrap(self, memory: Any, progress: Progress | None = None) -> Buffer:
+        """Host memory (anything with the buffer protocol: an array, an mmap) as a buffer: in place if the device can,
+        else as a copy. progress: told of a large copy, bytes done and bytes in all."""
 
     def release(self, buffer: Buffer) -> None:
         """Called by Buffer when it is freed or collected."""

@@ -28,6 +28,7 @@ from nitinol.runtime.device import (
     Counters,
     DeviceError,
     Event,
+    Progress,
     Timestamp,
 )
 from nitinol.runtime.metal_commands import Command, Encoded, check, dispatch, failure, lower, make_indirect
@@ -86,7 +87,7 @@ class MetalDevice:
 
     # Memory
 
-    def allocate(self, nbytes: int) -> Buffer:
+    def allocate(self, nbytes: int, shared: bool = False) -> Buffer:
         """Uninitialised memory of `nbytes`, page-aligned, from the pool."""
         if nbytes < 0:
             raise DeviceError(f"a buffer of {nbytes} bytes cannot be allocated; ask for 0 or more")
@@ -96,7 +97,7 @@ class MetalDevice:
             memory = self._heap.allocate(nbytes, self._done)
             return Buffer(self, memory.address, nbytes, owner=memory)
 
-    def wrap(self, memory: Any) -> Buffer:
+    def wrap(self, memory: Any, progress: Progress | None = None) -> Buffer:
         """Anything contiguous with the buffer protocol. Mapped memory (an mmap, or an array on one) is used in place
         and kept alive; other memory is copied, so that later changes of it do not show."""
         if isinstance(memory, np.ndarray):
