@@ -3,7 +3,7 @@
 // Threads of a block are fibers. They change only where they wait: in operations that a warp does together, and at
 // barriers. One warp runs as far as it can before the next begins, in an order that the seed chooses, so that a missing
 // barrier shows. Copies that are asynchronous are made when they are waited for, and their targets are garbage until
-// then; so are matrix products of warp groups, which read their operands then. Shared memory and every stack end (or
+// then. Operands of matrix products of warp groups must be the same when they are waited for. Shared memory and every stack end (or
 // begin) at pages that nobody may touch; a fault ends the launch with a message.
 //
 // Fragments and shared memory descriptors: PTX ISA, "Matrix multiply-accumulate operation" (mma.m16n8k*, ldmatrix) and
@@ -51,7 +51,7 @@ enum { MOST = 1024, STACK = 512 << 10, PAGE = 4096, SHARED_AT = 1024, COPIES = 2
 
 struct meeting { word arrived, times, kind; };
 struct copy { unsigned char *to; const void *from; int nbytes; word group; };
-struct product { float *cells[128]; float a[2][16]; address a_at, b_at; int n, form; bool a_turned, b_turned; word group; };
+struct product { address a, b, seen; int n; bool a_turned, b_turned; word group; };
 struct warp { meeting meet; word given[2][32][EXCHANGE]; };
 
 struct thread {
@@ -173,7 +173,7 @@ enum { FP16, BF16 };
 static float number(int form, unsigned short bits) { return form == FP16 ? half_number(bits) : bfloat_number(bits); }
 
 // The 16-bit element of a matrix that a descriptor of wgmma tells of: `along` of 16 products, `across` of rows or columns.
-static float described(address d, int form, bool turned, word across, word along) {
+static unsigned short described(address d, bool turned, word across, word along) {
     word start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4, swizzle = d >> 62;
     if (!swizzle) fail("a matrix descriptor without swizzle");
     word width = 256 >> swizzle, line = turned ? along : across, byte = 2 * (turned ? across : along);
@@ -181,22 +181,20 @@ static float described(address d, int form, bool turned, word across, word along
     at ^= (at >> 7 & (width / 16 - 1)) << 4;
     unsigned short bits;
     memcpy(&bits, shared_cell(at, 2), 2);
-    return number(form, bits);
+    return bits;
 }
 
-static void multiply(product &p) {
-    word lane = current->index.x & 31, row = (current->index.x >> 5 & 3) * 16 + lane / 4;
-    if (p.a_at)
-        for (word i = 0; i < 32; i++) p.a[i / 16][i % 16] = described(p.a_at, p.form, p.a_turned, row + i / 16 * 8, i % 16);
-    for (int i = 0; i < p.n / 2; i += (i & 1) ? 3 : 1) {       // 0, 1, 4, 5, ...: two rows share a column
-        word column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float first = *p.cells[i], second = *p.cells[i + 2];
-        for (int k = 0; k < 16; k++) {
-            float b = described(p.b_at, p.form, p.b_turned, column, k);
-            first += p.a[0][k] * b, second += p.a[1][k] * b;
-        }
-        *p.cells[i] = first, *p.cells[i + 2] = second;
+static word first_row() { return (current->index.x >> 5 & 3) * 16 + current->index.x % 32 / 4; }
+static word column_of(word i) { return i / 2 * 8 + current->index.x % 4 * 2 + i % 2; }
+
+// A number for what this thread's part of a product reads from shared memory.
+static address contents(const product &p) {
+    address sum = 0;
+    for (word k = 0; k < 16; k++) {
+        for (word i = 0; i < 2 && p.a; i++) sum = sum * 0x9e3779b97f4a7c15 + described(p.a, p.a_turned, first_row() + 8 * i, k);
+        for (word i = 0; i < p.n / 4; i++) sum = sum * 0x9e3779b97f4a7c15 + described(p.b, p.b_turned, column_of(i), k);
     }
+    return sum;
 }
 
 extern "C" void cuda_thread() {
@@ -490,33 +488,42 @@ inline void wgmma_wait_group_sync_aligned(word pending) {
     cuda::thread &t = *cuda::current;
     word kept = 0;
     for (word i = 0; i < t.products_made; i++) {
-        cuda::product &p = t.products[i];
-        if (p.group + pending < t.product_groups) cuda::multiply(p);
-        else if (kept++ != i) t.products[kept - 1] = p;
+        cuda::product p = t.products[i];
+        if (p.group + pending >= t.product_groups) t.products[kept++] = p;
+        else if (p.seen != cuda::contents(p)) cuda::fail("shared memory changes while a matrix product reads it");
     }
     t.products_made = kept;
 }
-template <int N> cuda::product &wgmma(float *const (&cells)[N], int form, address b, int b_turned, int one) {
+// c += a b for this thread's two rows of a and quarter of the columns of b.
+template <int FORM, int N> void wgmma(float *const (&cells)[N], const float (&a)[2][16], cuda::product p) {
     cuda::thread &t = *cuda::current;
     if (t.products_made == cuda::PRODUCTS) cuda::fail("too many asynchronous products at a time");
-    if (!one) cuda::fail("a product that does not add");
-    cuda::product &p = t.products[t.products_made++];
-    memcpy(p.cells, cells, sizeof cells);
-    p.a_at = 0, p.b_at = b, p.n = 2 * N, p.form = form, p.a_turned = false, p.b_turned = b_turned, p.group = t.product_groups;
-    return p;
+    p.n = 2 * N, p.group = t.product_groups, p.seen = cuda::contents(p);
+    t.products[t.products_made++] = p;
+    for (int i = 0; i < N / 2; i++) {
+        float &first = *cells[i / 2 * 4 + i % 2], &second = *cells[i / 2 * 4 + i % 2 + 2];
+        for (int k = 0; k < 16; k++) {
+            float b = cuda::number(FORM, cuda::described(p.b, p.b_turned, cuda::column_of(i), k));
+            first += a[0][k] * b, second += a[1][k] * b;
+        }
+    }
 }
 template <int FORM, int N> void wgmma(float *const (&cells)[N], address a, address b, int a_turned, int b_turned, int one) {
-    cuda::product &p = wgmma(cells, FORM, b, b_turned, one);
-    p.a_at = a, p.a_turned = a_turned;
+    float rows[2][16];
+    for (int i = 0; i < 32; i++)
+        rows[i / 16][i % 16] = cuda::number(FORM, cuda::described(a, a_turned, cuda::first_row() + i / 16 * 8, i % 16));
+    if (!one) cuda::fail("a product that does not add");
+    wgmma<FORM>(cells, rows, cuda::product{a, b, 0, 0, bool(a_turned), bool(b_turned), 0});
 }
 template <int FORM, int N>
 void wgmma(float *const (&cells)[N], word a0, word a1, word a2, word a3, address b, int b_turned, int one) {
     word mine[4] = {a0, a1, a2, a3}, lane = cuda::current->index.x & 31;
     const auto all = cuda::exchange(mine, LANE_WGMMA);
-    cuda::product &p = wgmma(cells, FORM, b, b_turned, one);
-    for (int row = 0; row < 2; row++)
-        for (int k = 0; k < 16; k++)
-            p.a[row][k] = cuda::number(FORM, all[lane / 4 * 4 + k % 8 / 2][row + k / 8 * 2] >> k % 2 * 16);
+    float rows[2][16];
+    for (int i = 0; i < 32; i++)
+        rows[i / 16][i % 16] = cuda::number(FORM, all[lane / 4 * 4 + i % 8 / 2][i / 16 + i % 16 / 8 * 2] >> i % 2 * 16);
+    if (!one) cuda::fail("a product that does not add");
+    wgmma<FORM>(cells, rows, cuda::product{0, b, 0, 0, false, bool(b_turned), 0});
 }
 #define PTX_WGMMA(N) \
     template <int M, typename... T> void wgmma_mma_async_sync_aligned_m64n##N##k16_f32_f16_f16(float *const (&c)[M], T... x) { \

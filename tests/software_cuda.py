@@ -50,7 +50,7 @@ def host_source(name: str, source: str) -> str:
     """C++ for clang: the header, the kernel's text without PTX, a function that takes the addresses of its arguments,
     and their sizes."""
     text = without_ptx(source)
-    text = text.replace("#pragma unroll", "")
+    text = re.sub(r"#pragma unroll.*", "", text)
     text = re.sub(r"extern __shared__ .*? uchar scratch\[\];", "uchar *const scratch = cuda::shared;", text)
     head = re.search(rf'extern "C" __global__ void __launch_bounds__\(\d+\) {name}\((.*?)\)\n\{{', text, re.S)
     assert head is not None, f"no kernel {name} in\n{text}"
@@ -165,20 +165,20 @@ class _Interface:
 
 
 def guarded(nbytes: int, shift: int = 0) -> np.ndarray:
-    """Bytes that end where nobody may read or write, but for what it takes to begin at `shift` modulo 64. Memory that
-    is not touched costs nothing, however large it is."""
-    size = -(-(nbytes + 64) // PAGE) * PAGE
+    """Bytes that end where nobody may read or write, but for what it takes to begin at `shift` modulo 16 (kernels know
+    no more of addresses). Memory that is not touched costs nothing, however large it is."""
+    size = -(-(nbytes + 16) // PAGE) * PAGE
     start = LIBC.mmap(None, size + 2 * PAGE, 0, 0x4022, -1, 0)  # PROT_NONE, private, anonymous, no reserve
     assert start not in (None, (1 << 64) - 1) and LIBC.mprotect(start + PAGE, size, 3) == 0, "no memory"
     end = start + PAGE + size
     first = end - nbytes
-    first -= (first - shift) % 64
+    first -= (first - shift) % 16
     return np.asarray(_Interface(first, nbytes))
 
 
 def release(memory: np.ndarray) -> None:
     """Gives memory of `guarded` back."""
-    size = -(-(memory.nbytes + 64) // PAGE) * PAGE
+    size = -(-(memory.nbytes + 16) // PAGE) * PAGE
     end = -(-(memory.ctypes.data + memory.nbytes) // PAGE) * PAGE
     LIBC.munmap(end - size - PAGE, size + 2 * PAGE)
 
@@ -196,7 +196,7 @@ def run(
         value = getattr(values[index], "array", values[index])
         if id(value) not in copies:
             assert value.flags.c_contiguous
-            memory = guarded(value.nbytes, value.ctypes.data % 64)
+            memory = guarded(value.nbytes, value.ctypes.data % 16)
             memory[:] = value.reshape(-1).view(np.uint8)
             copies[id(value)] = (value, memory)
         words.append(copies[id(value)][1].ctypes.data.to_bytes(8, "little"))

@@ -1,19 +1,299 @@
-"""CUDA source that runs: on the CPU, through Nitinol's own driver, with every buffer before a guard page."""
+"""CUDA source that runs: on the CPU (software_cuda.py), kernels alone, and the library through Nitinol's own driver."""
 
 from __future__ import annotations
 
 import gc
+import itertools
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from software_cuda import Gpu, open_gpu
+import test_kernels_arrays as library
+from model_files import random_file
+from operation_programs import operation_programs
+from random_programs import FLOATS, INTEGERS, random_program
+from software_cuda import Gpu, compiled, executable, launch, open_gpu, run
+
+import nitinol.language as tl
+from nitinol import array as na
+from nitinol.compiler import interpreter
+from nitinol.formats.blocks import FORMATS
+from nitinol.generate.model import load
+from nitinol.generate.options import Options
+from nitinol.kernels import attention, linear, norm, quantized, rope
+from nitinol.kernels.activations import quantize_activations
+from nitinol.language.jit import jit
+from nitinol.language.types import bfloat16
+from nitinol.runtime import using_device
+
+DTYPES = (*INTEGERS, *FLOATS)
+WARPS = (1, 2, 4, 8)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     device = open_gpu(monkeypatch, Gpu())
-    yield device
+    with using_device(device):
+        yield device
     device.close()
+
+
+# ------------------------------------------------------------------------------------------- what must be noticed
+
+
+@jit
+def reverse_in_place(x, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + (n - 1 - offsets), mask=mask)
+    tl.store(x + offsets, value, mask=mask)
+
+
+def changed(made, old, new):
+    assert old in made.source
+    return replace(made, source=made.source.replace(old, new))
+
+
+def test_accesses_outside_of_a_buffer_are_faults(rng):
+    x = rng.standard_normal(100).astype(np.float32)
+    made, values = compiled(reverse_in_place, warps=4, x=x, n=100, BLOCK=128)
+    expected = x[::-1].copy()
+    run(made, (1,), values)
+    np.testing.assert_array_equal(x, expected)
+    values[1] = 104
+    with pytest.raises(AssertionError, match="kernel reverse_in_place: an access outside of memory, at 0x"):
+        run(made, (1,), values)
+
+
+def test_a_missing_barrier_shows(rng):
+    x = rng.standard_normal(128).astype(np.float32)
+    made, values = compiled(reverse_in_place, warps=4, x=x, n=128, BLOCK=128)
+    expected = x[::-1].copy()
+    run(changed(made, "__syncthreads();", ""), (1,), values)
+    assert (x != expected).any()
+    with pytest.raises(AssertionError, match="threads wait for others"):
+        run(changed(made, "__syncthreads();", "if (lane < 7) __syncthreads();"), (1,), values)
+
+
+def test_instructions_that_are_not_known_are_errors():
+    made, values = compiled(reverse_in_place, x=np.zeros(8, np.float32), n=8, BLOCK=8)
+    with pytest.raises(AssertionError, match="no member named 'bar_arrive' in namespace 'ptx'"):
+        run(changed(made, "__syncthreads();", 'asm volatile("bar.arrive 0, 32;");'), (1,), values)
+
+
+# -------------------------------------------------------------------------------------------------------- programs
+
+
+def check(program, number):
+    expected, actual = program.copies(), program.copies()
+    interpreter.run(program.function, program.grid, expected)
+    made = executable(program.function, "program", WARPS[number % 4], program.aliases)
+    try:
+        run(made, program.grid, actual)
+        program.compare(actual, expected)
+    except AssertionError as problem:
+        raise AssertionError(f"{problem}\n{made.source}") from None
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_random_programs(rng, number):
+    check(random_program(rng, "medium" if number == 0 else "small", dtypes=DTYPES), number)
+
+
+def test_every_operation_of_some_type_on_special_values(rng):
+    element = DTYPES[int(rng.integers(len(DTYPES)))]
+    for number, (_, program) in enumerate(operation_programs(rng, [element])):
+        check(program, number)
+
+
+@jit
+def product(
+    a, b, c, K, M: tl.constexpr, N: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, STEP)
+    total = tl.zeros((M, N), c.dtype.element_ty)
+    for start in range(0, K, STEP):
+        if A_TURNED:
+            x = tl.load(a + (start + k)[:, None] * M + m[None, :]).trans()
+        else:
+            x = tl.load(a + m[:, None] * K + (start + k)[None, :])
+        if B_TURNED:
+            y = tl.load(b + n[:, None] * K + (start + k)[None, :]).trans()
+        else:
+            y = tl.load(b + (start + k)[:, None] * N + n[None, :])
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+    tl.store(c + m[:, None] * N + n[None, :], total)
+
+
+class BFloat16:
+    """uint16 memory that kernels see as bfloat16."""
+
+    def __init__(self, array):
+        self.array, self.__nitinol_pointer__ = array, (array.ctypes.data, bfloat16)
+
+
+def aligned(values):
+    """A copy that begins at a multiple of 64 bytes: copies to shared memory go 16 bytes at a time."""
+    memory = np.zeros(values.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    out = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    out[...] = values
+    return out
+
+
+# m, n, k, step, warps, stages, compute capability, which operands are transposed in memory, and the instruction
+PRODUCTS = [
+    ("f2", 128, 64, 256, 32, 4, 0, 90, (False, False), "wgmma_fp16_64_memory"),
+    ("f2", 64, 128, 192, 64, 8, 2, 90, (True, True), "wgmma_fp16"),
+    ("bf", 128, 32, 128, 16, 4, 3, 90, (True, False), "wgmma_bf16_32_memory"),
+    ("f2", 32, 64, 192, 64, 2, 4, 80, (False, True), "mma_fp16_16"),
+    ("bf", 16, 16, 96, 32, 1, 2, 80, (True, False), "mma_bf16_16"),
+    ("f2", 64, 64, 64, 16, 4, 1, 80, (True, True), "mma_fp16_16"),
+    ("i1", 32, 64, 256, 64, 4, 3, 90, (False, True), "mma_int8_32"),
+    ("u1 i1", 64, 16, 64, 16, 2, 0, 90, (False, True), "mma_uint8_int8_16"),
+    ("f4 tf", 32, 32, 64, 32, 4, 0, 90, (False, False), "mma_fp32_8"),
+    ("f4", 16, 32, 64, 16, 2, 0, 90, (False, True), "fma("),
+]
+
+
+@pytest.mark.parametrize("dtypes, m, n, k, step, warps, stages, capability, turned, text", PRODUCTS)
+def test_products(rng, dtypes, m, n, k, step, warps, stages, capability, turned, text):
+    kinds = [kind for kind in dtypes.split() if kind != "tf"] * 2
+
+    def operand(kind, shape):
+        if kind[0] in "iu":
+            info = np.iinfo(kind)
+            return rng.integers(info.min, info.max + 1, shape).astype(kind)
+        if kind == "bf":
+            return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+        return rng.standard_normal(shape).astype(kind)
+
+    a, b = operand(kinds[0], (m, k)), operand(kinds[1], (k, n))
+    memory = [aligned(x.T if flip else x) for x, flip in zip((a, b), turned)]
+    if dtypes == "bf":
+        memory = [BFloat16(aligned((x.view(np.uint32) >> 16).astype(np.uint16))) for x in memory]
+    c = aligned(np.full((m, n), 77, np.int32 if kinds[0][0] in "iu" else np.float32))
+    made = launch(
+        product, (1,), warps, capability, stages, a=memory[0], b=memory[1], c=c, K=k, M=m, N=n, A_TURNED=turned[0],
+        B_TURNED=turned[1], STEP=step, PRECISION="tf32" if dtypes.endswith("tf") else "ieee",
+    )  # fmt: skip
+    assert text in made.source and ("cp_async(" in made.source) == (stages != 1 and dtypes != "f4")
+    if c.dtype == np.int32:
+        np.testing.assert_array_equal(c, a.astype(np.int64) @ b.astype(np.int64))
+        return
+    # k roundings of partial sums of products of standard normals; of operands to 10 bits
+    atol = 8 * k * 2.0**-23 + (2.0**-9 * 8 * np.sqrt(k) if dtypes.endswith("tf") else 0.0)
+    np.testing.assert_allclose(c, a.astype(np.float64) @ b.astype(np.float64), rtol=0, atol=atol)
+
+
+def test_copies_that_are_not_waited_for_show(rng):
+    a, c = aligned(rng.standard_normal((64, 64)).astype(np.float16)), np.zeros((64, 64), np.float32)
+    made, values = compiled(product, 4, a=a, b=a, c=c, K=64, M=64, N=64, A_TURNED=False, B_TURNED=False, STEP=16,
+                            PRECISION=None)  # fmt: skip
+    run(made, (1,), values)
+    np.testing.assert_allclose(c, a.astype(np.float64) @ a.astype(np.float64), rtol=0, atol=1e-3)
+    pending = int(re.findall(r"cp_async_wait<(\d)>\(\);", made.source)[0])
+    c[:] = 0
+    run(changed(made, f"cp_async_wait<{pending}>();", f"cp_async_wait<{pending + 1}>();"), (1,), values)
+    assert not np.allclose(c, a.astype(np.float64) @ a.astype(np.float64), rtol=0, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------- the library, by its driver
+
+
+@pytest.mark.usefixtures("gpu")
+class TestLibrary:
+    """The tests of the library on arrays, with the blocks that it chooses for CUDA."""
+
+    test_norms = staticmethod(library.test_norms)
+    test_dequantize_and_embedding = staticmethod(library.test_dequantize_and_embedding)
+    test_a_norm_before = staticmethod(library.test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding)
+    test_matmul = staticmethod(library.test_matmul)
+    test_a_prompt_and_then_a_token = staticmethod(library.test_a_prompt_and_then_a_token)
+    test_causal_attention = staticmethod(library.test_causal_attention)
+
+
+@pytest.mark.parametrize("format, tokens", [("Q8_0", 20), ("Q4_K", 20), ("BF16", 20), ("Q4_K", 1), ("F16", 3)])
+def test_products_with_weights(gpu, rng, format, tokens):
+    library.test_linear_and_swiglu(rng, format, tokens, "cuda")
+
+
+def test_a_model_says_what_it_says_on_the_cpu(gpu, rng, tmp_path):
+    """In chunks of odd lengths, then a token at a time; twice, the second model in memory that the first one had."""
+    path = random_file(tmp_path / "model.gguf", "Q8_0", seed=int(rng.integers(1 << 30)))
+    ids = rng.integers(0, 512, 37).tolist()
+    expected = load(path, device="cpu").logits(ids)
+    for context in (41, 43):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nitinol.generate.model.get_device", lambda: gpu)
+            model = load(path, context=context)
+        model.chunk = 24
+        # Activations are rounded to bytes after sums in another order: a tie moves one by a step, and all after it.
+        error = 0.1 * expected.std()
+        np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=error)
+        model.begin(None)
+        model.cache.move(0)
+        model.prefill(ids[:30], Options())
+        for position in range(30, len(ids)):
+            assert expected[position - 1].max() - expected[position - 1, model.next_token] <= 2 * error
+            model._state.token.buffer.write(np.array(ids[position : position + 1], np.int32))
+            model.step()
+        del model
+        gc.collect()
+
+
+# -------------------------------------------------------------------------------------------------------- large arrays
+
+
+class Corners(Gpu):
+    """Runs the programs at the corners of every grid only. Memory that nobody touches costs nothing, so arrays may be
+    as large as those of a model of 8 G weights."""
+
+    def start(self, made, grid, node, words):
+        made(grid, node.blockDimX, node.sharedMemBytes, words, itertools.product(*({0, extent - 1} for extent in grid)))
+
+
+@pytest.fixture
+def corners(monkeypatch):
+    device = open_gpu(monkeypatch, Corners())
+    with using_device(device):
+        yield device
+    device.close()
+
+
+def weights(device, format, rows, columns):
+    return na.QuantizedArray(device.allocate(rows * FORMATS[format].nbytes(columns)), format, (rows, columns))
+
+
+def test_products_of_a_large_model_stay_inside(corners, format="Q8_0"):
+    tokens, hidden, ffn = 2048, 4096, 14336
+    x, h = (na.empty((tokens, width), "float32", corners) for width in (hidden, ffn))
+    linear.linear(h, weights(corners, format, hidden, ffn), residual=x).evaluate()
+    linear.linear(x, weights(corners, format, ffn, hidden), gate=h).evaluate()
+    linear.linear(x[-1:], weights(corners, format, 128256, hidden)).evaluate()
+
+
+def test_the_other_steps_of_a_large_model_stay_inside(corners):
+    tokens, heads, kv_heads, head_dim, context = 2048, 32, 8, 128, 2184
+    hidden = heads * head_dim
+    ids = na.array(np.full(tokens, 128255, np.int32), device=corners)
+    x = quantized.embedding(weights(corners, "Q8_0", 128256, hidden), ids).evaluate()
+    quantize_activations(norm.rms_norm(x, na.empty((hidden,), "float32", corners))).sums.evaluate()
+    position = na.array(np.array([context - tokens], np.int32), device=corners)
+    keys, values = (na.empty((kv_heads, context, head_dim), "float16", corners) for _ in range(2))
+    k = na.empty((tokens, kv_heads * head_dim), "float32", corners)
+    frequencies = na.empty((head_dim // 2,), "float32", corners)
+    q = rope.rope_and_cache(x, k, k, frequencies, position, keys, values, interleaved=True).evaluate()
+    attention.cached_attention(q, keys, values, position).evaluate()
+    attention.cached_attention(q[-1:], keys, values, position).evaluate()
 
 
 # -------------------------------------------------------------------------------------------------------- memory
