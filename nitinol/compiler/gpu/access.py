@@ -24,6 +24,15 @@ def memory_order(strides: Strides, shape: Sequence[int]) -> list[int]:
     return [bit for axis in sorted(range(len(shape)), key=weight) for bit in bits[axis]]
 
 
+def neighbours(layout: Layout) -> tuple[int, int]:
+    """The bit of the place that a layout's first register has, and how many registers go on from there."""
+    first = layout.registers[0].bit_length() - 1 if layout.registers else 0
+    width = 0
+    while width < len(layout.registers) and layout.registers[width] == 1 << (first + width):
+        width += 1
+    return first, width
+
+
 RUN = 16  # elements of the widest access, of bytes
 
 
@@ -81,11 +90,13 @@ class Widths:
 
     def contiguous_bits(self, op: Op, layout: Layout) -> int:
         """For the first registers of a layout."""
-        first = layout.registers[0].bit_length() - 1 if layout.registers else 0
-        width = 0
-        while width < len(layout.registers) and layout.registers[width] == 1 << (first + width):
-            width += 1
+        first, width = neighbours(layout)
         return min(width, self.vector_bits(op, list(range(first, first + width)))) if width else 0
+
+    def equal_bits(self, mask: Value, layout: Layout) -> int:
+        """For how many of the first registers of a layout a mask is the same."""
+        first, most = neighbours(layout)
+        return next((width for width in range(most, 0, -1) if self.uniform(mask, first, width)), 0)
 
     def allows(self, op: Op, first: int, width: int) -> bool:
         """Whether 2**width elements whose places differ in bits first .. first + width - 1 are one access."""

@@ -32,6 +32,7 @@ ASYNCHRONOUS = True  # whether loads go to shared memory ahead of time (pipeline
 WARP_GROUPS = True  # wgmma, of compute capability 9.0 only
 RUNS = (16, 32, 8, 4)  # bytes that a thread loads side by side, of elements smaller than 4 bytes: the choices
 PIECES = (0.125, 0.125)  # prices of 64 bytes that a warp touches, and where other warps do too: the L1 cache has them
+PREDICATES = True  # whether a load under a condition is one instruction
 MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
 
 TYPES = {
@@ -151,8 +152,8 @@ def to_number(pointer: str) -> str:
 
 
 FUNCTIONS = {
-    name: name for name in "exp log log2 sqrt rsqrt sin cos tanh floor ceil erf".split()
-} | {"exp2": "power_of_two", "mulhi": "mulhi"}  # fmt: skip
+    name: name for name in "log log2 sqrt rsqrt sin cos tanh floor ceil erf".split()
+} | {"exp": "exponential", "exp2": "power_of_two", "mulhi": "mulhi"}  # fmt: skip
 
 
 def prelude(text: str, wanted: set[str]) -> list[str]:

@@ -148,6 +148,10 @@ INLINE bool ordinary(float x, float inverse) {
     return y;
 }
 INLINE double power_of_two(double x) { return exp2(x); }""",
+    # Triton's: 2**(x log2 e), whose rounded exponent costs up to |x| units in the last place. CUDA's exp takes 8
+    # instructions, with which a cross entropy loses a quarter of its speed.
+    "exponential": """INLINE float exponential(float x) { return power_of_two(x * 1.44269504f); }
+INLINE double exponential(double x) { return exp(x); }""",
     "opaque": """INLINE int opaque(int x) {
     asm("" : "+r"(x));
     return x;

@@ -44,7 +44,7 @@ from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identit
 from nitinol.compiler.gpu.pipeline import Stage
 from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.gpu.tree import Access, Each, Scratch, Statement, accesses
-from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
+from nitinol.compiler.ir import COMPARISONS, ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
 
 Lines = Callable[[Index], Sequence[str]]
@@ -281,7 +281,7 @@ class Emitter:
         elif kind in ELEMENTWISE:
             for layout in self.assignment.versions(op.result):
                 operands = [self.form(v, layout if v.shape else None) for v in op.operands]
-                self.define(op.result, layout, self.elementwise(op, operands))
+                self.define(op.result, layout, self.in_runs(op, layout, self.elementwise(op, operands)))
         elif kind in VIEWS:
             for result in op.results:
                 for layout in self.assignment.versions(result):
@@ -301,6 +301,13 @@ class Emitter:
             pass
         else:
             HANDLERS[kind](self, op)
+
+    def in_runs(self, op: Op, layout: Layout, form: Form) -> Form:
+        """A comparison whose result is the same in aligned runs of registers is computed for the first of each."""
+        if op.kind not in COMPARISONS or not op.result.shape:
+            return form
+        width = self.assignment.widths.equal_bits(op.result, layout)
+        return form.through(tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers))))
 
     def elementwise(self, op: Op, operands: Sequence[Form]) -> Form:
         index = self.is_index(op.result)

@@ -83,6 +83,10 @@ def load(e: Emitter, op: Op) -> None:
         if mask is None:
             lines = [f"{type_} wide = {read};"]
             return [*lines, " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
+        if e.dialect.PREDICATES:  # one load under a predicate into registers that have the other values
+            others = ", ".join(default(i.at(n)) for n in range(size))
+            lines = [f"{type_} wide = {{{{{others}}}}};", f"if ({mask.text(i)}) wide = {read};"]
+            return [*lines, " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
         lines = [f"if ({mask.text(i)}) {{", f"    {type_} wide = {read};"]
         lines.append("    " + " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size)))
         lines.append("} else {")

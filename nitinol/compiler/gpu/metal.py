@@ -22,6 +22,7 @@ MOST_THREADS = 1024
 ASYNCHRONOUS = False  # whether loads go to threadgroup memory ahead of time (pipeline.py)
 RUNS = (16, 8, 4)  # bytes that a thread loads side by side, of elements smaller than 4 bytes: the choices
 PIECES = (2.0, 10.0)  # prices of 64 bytes that a simdgroup touches, and where others do too: from a cache, at best
+PREDICATES = False  # whether a load under a condition is one instruction
 MOST_BUFFERS = 31
 
 TYPES = {
