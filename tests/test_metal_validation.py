@@ -11,6 +11,7 @@ pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglan
 from kernel_runner import BFloat16, poisoned
 
 import nitinol
+import nitinol.array as na
 import nitinol.language as tl
 import softmetal
 from nitinol.formats.blocks import FORMATS
@@ -88,6 +89,38 @@ def test_quantize_activations(rng, columns):
     groups = activations.groups_per_program(columns)
     check(activations.quantize_activations_kernel, (2, columns // (32 * groups)),
           activations.quantize_activations_reference(x)._asdict(), 0, x=x, columns=columns, GROUPS=groups)  # fmt: skip
+
+
+def test_norm_and_quantize(rng):
+    """On inputs of which no rounding to int8 is near a tie, which the order of a sum would decide."""
+    columns, near = 96, np.array(0.0)
+    while near.min() < 1e-3:
+        x, weight = normal(rng, 2, columns), normal(rng, columns)
+        normal_form = norm.rms_norm_reference(x, weight, 1e-5).astype(np.float32)
+        expected = activations.quantize_activations_reference(normal_form)
+        near = np.abs(normal_form.reshape(-1, 32) / expected.scales.reshape(-1, 1) % 1 - 0.5)
+    check(activations.rms_norm_quantize_kernel, (2,), expected._asdict(), x=x, weight=weight, columns=columns,
+          epsilon=1e-5, BLOCK=128)  # fmt: skip
+
+
+def test_fused_chains_of_arrays(rng):
+    """Kernels that arrays make: elementwise chains, broadcasts, views, reductions, gathers, written parts."""
+    x, y = normal(rng, 7, 33), normal(rng, 33)
+    first = None
+    for seed in SEEDS:
+        softmetal.set_seed(seed)
+        a, b = na.array(x), na.array(y)
+        c = (a * b + a.T[3:4, :].reshape(7, 1)).exp().sum(axis=1)
+        d = (a[::2, 5:] - a.max(axis=1).reshape(7, 1)[::2]).astype("float16")
+        found = [c.numpy(), d.numpy(), a.mean(axis=0).numpy(), (a > 0).sum().numpy()]
+        first = first or found
+        for one, other in zip(found, first):
+            np.testing.assert_array_equal(one, other, err_msg=f"seed {seed}")
+    wide = x.astype(np.float64)
+    expected = [np.exp(wide * y + wide.T[3][:, None]).sum(axis=1), (wide[::2, 5:] - wide.max(axis=1)[::2, None]),
+                wide.mean(axis=0), (x > 0).sum()]  # fmt: skip
+    for one, other, tolerance in zip(first, expected, (CLOSE, 2e-3, CLOSE, 0)):  # a half has 11 bits
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("format", FORMATS)
