@@ -1,6 +1,7 @@
 # make demo        a virtual environment, the package, and the bundled model completing a prompt
 # make test        the same set-up, then the whole suite: on the CPU, then on Metal
 # make test-metal  only the part about Metal: on a Mac its GPU, elsewhere the software device
+# make test-cuda  only the part about CUDA, on an NVIDIA GPU
 # make lint        ruff and mypy
 # make bench       the benchmarks of docs/performance.md (long: see benchmarks/README.md)
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PROMPT ?= def fibonacci(n):
 
-.PHONY: demo test test-metal lint bench clean
+.PHONY: demo test test-metal test-cuda lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nitinol run demo "$(PROMPT)" --max-tokens 96
@@ -20,6 +21,9 @@ test: $(VENV)/.test
 
 test-metal: $(VENV)/.test
 	$(BIN)/python -m pytest --device metal
+
+test-cuda: $(VENV)/.cuda
+	$(BIN)/python -m pytest --device cuda
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,6 +45,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.cuda: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,cuda]'
+	touch $@ $(VENV)/.test $(VENV)/.installed
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -13,6 +13,7 @@ import pytest
 
 import nitinol
 from nitinol.runtime import NAMES, get_device, set_device
+from nitinol.runtime.device import DeviceError
 
 # A shell starts programs in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C would
 # wait for an interrupt that cannot come.
@@ -29,6 +30,7 @@ ANY_DEVICE = ("test_array.py", "test_compile.py", "test_frontend.py", "test_kern
 # On a Mac `import Metal` is the real thing, so what tests the software device itself is left out.
 SOFTWARE = ["softmetal", "test_metal_driver.py", "test_metal_target.py", "test_metal_traffic.py",
             "test_metal_validation.py"]  # fmt: skip
+MISSING = pytest.StashKey[str]()  # why the device is not there; all tests are skipped then
 collect_ignore = SOFTWARE if sys.platform == "darwin" else []
 
 
@@ -36,7 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: about the CPU target or driver itself; skipped with another --device")
     config.addinivalue_line("markers", "float64: needs 64-bit floats, which Apple GPUs do not have")
     config.addinivalue_line("markers", "metal: about the Metal target, driver or software device (set by file name)")
-    set_device(config.getoption("device"))
+    try:
+        set_device(config.getoption("device"))
+    except DeviceError as error:
+        config.stash[MISSING] = str(error)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -60,6 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"about the CPU, and these tests run on {name}"))
         if item.get_closest_marker("float64") and name == "metal":
             item.add_marker(pytest.mark.skip(reason="Apple GPUs have no 64-bit floats"))
+        if MISSING in config.stash:
+            item.add_marker(pytest.mark.skip(reason=config.stash[MISSING]))
     items[:] = chosen
     if others:
         config.hook.pytest_deselected(items=others)
@@ -68,11 +75,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What a report of a run on a GPU should say; pytest's closing line comes after it."""
     if config.getoption("device") != "cpu" and not hasattr(config, "workerinput"):
+        if MISSING in config.stash:
+            terminalreporter.section("no test has run", sep="-")
+            terminalreporter.write_line(config.stash[MISSING])
+            return
         terminalreporter.section("where this ran: please report these lines and the next ones", sep="-")
         terminalreporter.write_line(f"device    {get_device().description}")
         terminalreporter.write_line(f"system    {platform.platform()}, {platform.machine()}")
         versions = [f"Python {platform.python_version()}", f"Nitinol {nitinol.__version__}"]
-        for package in ("pyobjc-framework-Metal", "ziglang", "numpy"):
+        for package in ("pyobjc-framework-Metal", "cuda-bindings", "nvidia-cuda-nvrtc-cu12", "ziglang", "numpy"):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions.append(f"{package} {metadata.version(package)}")
         terminalreporter.write_line(f"versions  {', '.join(versions)}")

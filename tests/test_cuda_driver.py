@@ -665,6 +665,14 @@ def test_a_fault_ends_the_command(monkeypatch: Any, capsys: Any, path: str) -> N
     assert text.count("\n") == 1 and "sample_kernel" in text and "start it again" in text
 
 
+def test_the_suite_is_skipped_with_the_reason_where_there_is_no_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "-n0", "--device", "cuda", f"{__file__}::test_architecture"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout
+    assert done.stdout.count("device 'cpu'\n") == 1 and "no test has run" in done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------------ NVRTC
 
 
