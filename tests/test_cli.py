@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -225,6 +226,29 @@ def test_broken_pipe_is_quiet(tiny: str, arguments: str, head: str) -> None:
     command = f"{sys.executable} -m nitinol {arguments.replace('{model}', tiny)} | {head}"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout
+
+
+def test_a_chat_survives_a_message_that_is_too_long(chatty: str) -> None:
+    """At a terminal: the sentence, then the next message; from a pipe it is an error."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "nitinol", "run", chatty, "--max-tokens", "2"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        for line in (b"hello " * 200 + b"\r", b"hello\r", b"\x04"):
+            while not shown.endswith(b"> "):  # its prompt
+                shown += os.read(ours, 1 << 16)
+            shown = b""
+            os.write(ours, line)
+        while os.read(ours, 1 << 16):
+            pass
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 0, errors
+    assert errors.count("but the context has") == 1 and errors.count("tokens read") == 1
+    done = subprocess.run(command, input=b"hello " * 200 + b"\nhello\n", capture_output=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("streams, words", [

@@ -86,16 +86,15 @@ def converse(model: Model, options: Options, messages: list[dict[str, str]], cha
 
 
 def show(generation: Generation, progress: Progress, prompt: str) -> str:
-    """Streams to stdout as it comes; then the figures."""
+    """Streams to stdout as it comes; then the figures. The prompt comes with the first piece: until then the line is
+    the progress bar's, or a warning's."""
     text = ""
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
     for piece in generation:
         progress.__exit__()  # the answer begins
-        sys.stdout.write(piece)
+        sys.stdout.write(piece if text else prompt + piece)
         sys.stdout.flush()
         text += piece
-    sys.stdout.write("\n")
+    sys.stdout.write("\n" if text else prompt + "\n")
     sys.stdout.flush()
     f = figures(generation)
     print(f"{f['prompt_tokens']} tokens read at {f['prefill_tok_s']:.0f}/s, {f['tokens']} written at "
