@@ -148,8 +148,11 @@ def _warn(error: Exception) -> None:
     global _warned
     if not _warned:
         _warned = True
+        why = str(error)
+        if isinstance(error, OSError) and error.strerror is not None:  # without Python's "[Errno 17]"
+            why = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         print(
-            f"nitinol: compiled kernels are not kept on disk ({error}); set NITINOL_CACHE_DIR to a folder of yours "
+            f"nitinol: compiled kernels are not kept on disk ({why}); set NITINOL_CACHE_DIR to a folder of yours "
             "that can be written to, or to nothing to stop asking",
             file=sys.stderr,
         )
