@@ -16,6 +16,7 @@ from nitinol.kernels.quantized import run_arguments
 from nitinol.runtime import get_device
 
 FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
+MULTIPROCESSORS = 128  # of a GPU, about (A100 108, H100 and H200 132): fewer programs leave some without work
 DECODE_COST = 12  # decoding and packing a block of weights takes as long as its products with about so many tokens
 
 
@@ -112,24 +113,32 @@ def _matmul(a: Array, b: Array, epilogue: dict[str, Any]) -> Array:
     batch = max(a_batch, b_batch)
     if epilogue["out"] is None:
         epilogue = {**epilogue, "out": Output((batch, m, n), "float32")}
-    most_m, most_n, most_k, warps = matmul_blocks(a.dtype.nbytes == 2 and b.dtype.nbytes == 2 and m >= 128)
+    halves = a.dtype.nbytes == 2 and b.dtype.nbytes == 2 and m >= 128
+    most_m, most_n, most_k, warps = matmul_blocks(halves, batch * m, n)
     block_m, block_n = min(most_m, tl.next_power_of_2(m)), min(most_n, max(16, tl.next_power_of_2(n)))
     block_k = min(most_k, max(4, tl.next_power_of_2(k)))
+    blocks = tl.cdiv(n, block_n), tl.cdiv(m, block_m)
+    m_first = get_device().name == "cuda"  # the weights of a layer exceed its L2 cache, a prompt's activations do not
     return launch(
-        matmul_kernel, (tl.cdiv(n, block_n), tl.cdiv(m, block_m), batch), a=Strided(a), b=Strided(b), m=m, n=n, k=k,
+        matmul_kernel, (*(blocks[::-1] if m_first else blocks), batch), a=Strided(a), b=Strided(b), m=m, n=n, k=k,
         a_batch=a.strides[0] if a_batch > 1 else 0, a_m=a.strides[1], a_k=a.strides[2],
         b_batch=b.strides[0] if b_batch > 1 else 0, b_k=b.strides[1], b_n=b.strides[2],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=m % block_m == 0 and n % block_n == 0,
-        EVEN_K=k % block_k == 0, _operations=2 * batch * m * n * k, _warps=warps, **epilogue,
+        EVEN_K=k % block_k == 0, M_FIRST=m_first, _operations=2 * batch * m * n * k, _warps=warps, **epilogue,
     )  # fmt: skip
 
 
-def matmul_blocks(halves: bool) -> tuple[int, int, int, int]:
+def matmul_blocks(halves: bool, m: int, n: int) -> tuple[int, int, int, int]:
     """The largest blocks of m, n and k, and warps: of two half operands with 128 rows or more, or of others."""
     target = get_device().name
     if target == "cpu":
         return 64, 64, 128, 0
-    return (128, 256, 64, 8) if target == "cuda" and halves else (64, 64, 32, 4)
+    if target != "cuda" or not halves:
+        return 64, 64, 32, 4
+    sizes = (128, 256, 8), (128, 128, 4), (64, 128, 4), (64, 64, 4)
+    enough = (size for size in sizes if tl.cdiv(m, size[0]) * tl.cdiv(n, size[1]) >= MULTIPROCESSORS)
+    block_m, block_n, warps = next(enough, sizes[-1])
+    return block_m, block_n, 64, warps
 
 
 def _rows(name: str, x: Array, weights: Any) -> int:

@@ -77,14 +77,16 @@ def byte_products(value, weight, total):
 def matmul_kernel(
     a, b, bias, residual, gate, out, m, n, k, a_batch, a_m, a_k, b_batch, b_k, b_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    M_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """Program (n, m, batch): a block of out [batch, m, n] = a @ b, finished as epilogue.finish says.
+    """Program (n, m, batch): a block of out [batch, m, n] = a @ b, finished as epilogue.finish says. M_FIRST: program
+    (m, n, batch), so that programs that run at a time share blocks of b.
 
     The names with an underscore are strides in elements, 0 for an operand that all batches share. Operands of one
     half type are multiplied as such, others in float32; sums are float32. EVEN: m and n are multiples of the blocks.
     """
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0 if M_FIRST else 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1 if M_FIRST else 0) * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, BLOCK_K)
     rows = row if EVEN else tl.minimum(row, m - 1)
