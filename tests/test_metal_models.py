@@ -180,14 +180,14 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(softw
     """With the figures, and with what would fit."""
     gc.collect()
     used = open_device("metal")._device.currentAllocatedSize()  # by other tests in this process
-    software.configure(working_set_bytes=used + 24_000_000)
+    software.configure(working_set_bytes=used + 30_000_000)
     small = MetalDevice()
     before = vars(small.counters).copy()
     with using_device(small), pytest.raises(MemoryError) as caught:
         load("demo", context=1024)
     assert vars(small.counters) == before
     text = str(caught.value)
-    assert re.search(r"needs 2\d\.\d MB at a context of 1024 tokens \(weights 15\.\d MB, cache .* 24\.0 MB are", text)
+    assert re.search(r"needs 30\.\d MB at a context of 1024 tokens \(weights 15\.\d MB, cache .* 30\.0 MB are", text)
     fits = re.search(r"a context of (\d+) tokens would fit", text)
     assert fits
     with using_device(small):
