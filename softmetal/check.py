@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softmetal.parse import SCALARS, SPACES, VECTORS, Chunk, Code, error, split
+from softmetal.parse import SCALARS, SPACES, VECTORS, Chunk, Code, error, split, tokenize
 
 REFUSED = {
     "double": "'double' is not supported in Metal; use float",
@@ -107,3 +107,10 @@ def suspects(code: Code, found: list[Chunk]) -> list[str]:
         if name in reached:
             result.append(name)
     return sorted(result)
+
+
+def no_bfloat(text: str) -> None:
+    """Raise MetalError where a text uses bfloat, which came with language version 3.1."""
+    for token in tokenize(text):
+        if token.kind == "word" and token.text.startswith(("bfloat", "packed_bfloat", "simdgroup_bfloat")):
+            raise error(token.line, f"'{token.text}' needs language version 3.1 (macOS 14)")

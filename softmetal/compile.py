@@ -16,11 +16,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmetal import mixed, source
+from softmetal import check, mixed, source
 from softmetal.kernels import Argument, Kernel, entry
 from softmetal.parse import MetalError
 from softmetal.source import Constant
@@ -155,8 +155,8 @@ def header(instrumented: bool) -> Path:
     return path
 
 
-def defines(macros: dict[str, str]) -> list[str]:
-    return [f"-D{k}={v}" for k, v in macros.items()]
+def defines(macros: Mapping[str, str | None]) -> list[str]:
+    return [f"-D{k}={v}" for k, v in macros.items() if v is not None]
 
 
 PREDEFINED = {
@@ -164,13 +164,23 @@ PREDEFINED = {
     "__HAVE_SIMDGROUP_MATRIX__": "1", "__HAVE_SIMDGROUP_REDUCTION__": "1", "__APPLE__": "1", "__cplusplus": "201703L",
     "METAL_FUNC": "inline __attribute__((always_inline))", "METAL_CONST_ARG(x)": "", "coherent(x)": "",
 }  # fmt: skip
+
+
+def language(version: int) -> dict[str, str | None]:
+    """What a language version changes in the predefined macros; None: not defined."""
+    if version == 0x30002:
+        return {}
+    number = f"{version >> 16}{version & 0xFFFF}0"
+    return {"__METAL_VERSION__": number, **({} if version > 0x30000 else {"__HAVE_BFLOAT__": None})}
+
+
 OURS = re.compile(
     r"^[ \t]*#[ \t]*(?:include|import)[ \t]*[<\"](?:metal_\w+|simd/simd\.h|TargetConditionals\.h)[>\"].*$", re.M
 )
 UNROLL = re.compile(r"^([ \t]*#pragma unroll)[ \t]*\(.*[A-Za-z_].*$", re.M)
 
 
-def preprocess(text: str, macros: dict[str, str]) -> str:
+def preprocess(text: str, macros: Mapping[str, str | None]) -> str:
     """Expands the user's macros; what the language's own headers define stays for the compiler. In `#pragma unroll (N)`
     nothing is expanded, so N, a hint, goes."""
     flags = ["-E", "-undef", "-nostdinc", "-x", "c++", "-std=c++17", *defines({**PREDEFINED, **macros})]
@@ -183,13 +193,15 @@ def preprocess(text: str, macros: dict[str, str]) -> str:
 class Compiled:
     """A Metal library: its kernels and function constants, and the machine code made so far."""
 
-    def __init__(self, text: str, macros: dict[str, str]) -> None:
+    def __init__(self, text: str, macros: Mapping[str, str | None]) -> None:
         self.source, self.macros = text, macros
         self.identity = key(text, sorted(macros.items()))
         path = cache_folder() / f"{self.identity}.json"
         if path.exists():
             facts = json.loads(path.read_text())
         else:
+            if "bfloat" in self.source and None in macros.values():
+                check.no_bfloat(self.preprocessed)
             program, choices = self.checked(self.preprocessed)
             facts = {
                 "kernels": [k.json() for k in program.kernels],

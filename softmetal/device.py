@@ -138,8 +138,9 @@ class Device:
     # ---- code
     def newLibraryWithSource_options_error_(self, source: str, options: Any, error: Any) -> tuple[Any, Any]:
         macros = {str(k): str(v) for k, v in ((options.preprocessorMacros() if options else None) or {}).items()}
+        version = options.languageVersion() if options else 0x30002
         try:
-            return Library(self, compile.Compiled(str(source), macros)), None
+            return Library(self, compile.Compiled(str(source), {**compile.language(version), **macros})), None
         except MetalError as e:
             return None, NSError("MTLLibraryErrorDomain", 3, str(e))
 

@@ -551,6 +551,8 @@ def test_launches_that_do_not_fit(device):
     capped.source = capped.source.replace("[[kernel]]", "[[kernel, max_total_threads_per_threadgroup(32)]]")
     refused("'capped' needs 64 threads in a threadgroup, and with its registers this GPU runs 32", capped, [x])
     refused("kernel 'broken' does not compile on softmetal.*undeclared", kernel("broken", "int *x", "x[t] = y;"), [x])
+    half = kernel("narrow", "bfloat *x", "x[t] = y;")
+    refused(r"'narrow' does not compile on .*\(bfloat needs macOS 14; on an older system use float16\)", half, [x])
     other = kernel("native", "int *x", "")
     other.language = "cuda"
     refused("'native' was compiled for another target", other, [x])

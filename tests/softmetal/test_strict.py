@@ -126,3 +126,15 @@ def test_the_cache_is_used_and_shared(tmp_path, monkeypatch):
     ]
     assert counts[0] > 0 and counts[1] == 0
     assert all(p.suffix in (".so", ".json", ".pch") for p in tmp_path.iterdir())
+
+
+def test_a_language_version_without_bfloat():
+    options = Metal.MTLCompileOptions.alloc().init()
+    options.setLanguageVersion_(Metal.MTLLanguageVersion3_0)
+    text = HEAD + "kernel void f(device float* x) {\n    x[0] = __METAL_VERSION__;\n#ifdef __HAVE_BFLOAT__\n    bfloat y = 1;\n#endif\n}"
+    x = np.zeros(1, "f")
+    Runner(text, options).run("f", [x], groups=1, size=1)
+    assert x[0] == 300
+    library, error = DEVICE.newLibraryWithSource_options_error_(text.replace("#ifdef __HAVE_BFLOAT__", "#if 1"), options, None)
+    assert library is None
+    assert "program_source:6: error: 'bfloat' needs language version 3.1" in error.localizedDescription()
