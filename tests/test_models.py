@@ -234,6 +234,9 @@ def test_memory_is_refused_with_what_would_fit(tmp_path: Path) -> None:
         check_memory(config, weights, 1024, "fp16", need.total - 1_000_000)
     fits = int(str(caught.value).split("a context of ")[-1].split()[0])
     check_memory(config, weights, fits, "fp16", need.total - 1_000_000)
+    for context in (fits + 64, 1024):  # the most that fits, whatever a prompt's chunk takes
+        with pytest.raises(MemoryError, match=f"a context of {fits} tokens"):
+            check_memory(config, weights, context, "fp16", need.total - 1_000_000)
     with pytest.raises(MemoryError, match="bits a weight"):
         check_memory(config, weights, 1024, "fp16", weights // 2 + need.activations)
     with pytest.raises(MemoryError, match="smaller model"):

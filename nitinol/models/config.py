@@ -155,11 +155,13 @@ def check_memory(config: Config, weights: int, context: int, cache_dtype: str, a
         figures = (f"{config.name} needs {gigabytes(need.total)} at a context of {context} tokens (weights "
                    f"{gigabytes(need.weights)}, cache {gigabytes(need.cache)}, activations "
                    f"{gigabytes(need.activations)}), but {gigabytes(available)} are available")
-        per_token = cache_bytes_per_token(config, cache_dtype)
-        fits = (available - need.weights - need.activations) // per_token // 64 * 64
-        if fits >= 64:
+        smaller = range((context - 1) // 64 * 64, 0, -64)
+        fits = next((n for n in smaller
+                     if memory_needed(config, weights, n, cache_dtype, device).total <= available), 0)
+        if fits:
             raise MemoryError(f"{figures}; a context of {fits} tokens would fit")
-        bits = 8 * (available - need.activations - 512 * per_token) / parameters(config)
+        least = memory_needed(config, 0, min(context, 512), cache_dtype, device)
+        bits = 8 * (available - least.total) / parameters(config)
         raise MemoryError(f"{figures}; use " + (f"a file with at most {bits:.1f} bits a weight" if bits >= 2.6 else
                                                 "a smaller model, or close other programs"))
     return need
