@@ -140,6 +140,7 @@ def test_trace_accounts_for_every_launch(capsys: pytest.CaptureFixture[str], tin
     (["run", "{model}", "x", "--threads", "many"], "--threads"),
     (["run", "{model}", "x", "--threads", "100000"], "threads"),
     (["run", "{model}", "x", "--device", "abacus"], "abacus"),
+    (["run", "{model}", "x", "--device", ""], "there is no device ''"),
     (["run", "{model}", "x", "--context", "0"], "context"),
     (["run", "{model}", "x", "--context", "1000000"], "context"),
     (["run", "{model}", "x", "--cache", "fp3"], "fp16"),

@@ -49,7 +49,10 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
     if not isinstance(context, int) or not 1 <= context <= config.context:
         raise ValueError(f"the context is {context!r:.40} tokens, but {config.name} was made for 1 to {config.context}")
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
-    opened = get_device() if device is None and threads is None else open_device(device or "cpu", threads)
+    if device is None and threads is None:
+        opened = get_device()
+    else:
+        opened = open_device("cpu" if device is None else device, threads)
     check_memory(config, weights, context, cache_dtype, opened.available_memory(), opened.name)
     return Model(file, config, opened, context, cache_dtype, progress)
 
