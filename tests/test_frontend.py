@@ -889,6 +889,21 @@ def test_binding_arguments():
         tl.program_id(0)
 
 
+@pytest.mark.parametrize("grid", [(2.0,), 2.5, (1, None), lambda _: (3 / 2,)])
+def test_a_grid_of_fractions_is_refused(grid):
+    """(n / BLOCK,) would leave out the last program."""
+    from nitinol.array import InPlace, array, launch
+
+    @jit
+    def kernel(x):
+        tl.store(x, 1.0)
+
+    with pytest.raises(TypeError, match="whole numbers"):
+        kernel[grid](np.zeros(1, np.float32))
+    with pytest.raises(TypeError, match="whole numbers"):
+        launch(kernel, grid({}) if callable(grid) else grid, x=InPlace(array([0.0])))
+
+
 def test_cache_key_sees_what_the_kernel_uses():
     def make(factor, source):
         namespace = {"tl": tl, "jit": jit, "FACTOR": tl.constexpr(factor)}

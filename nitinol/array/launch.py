@@ -51,6 +51,7 @@ def launch(
     Raises TypeError for missing and unknown parameters.
     """
     from nitinol.array.elementwise import contiguous
+    from nitinol.runtime.launch import grid_extents
 
     bound = kernel.bind((), arguments)
     inputs: list[View] = []
@@ -76,9 +77,7 @@ def launch(
             inputs.append(contiguous(operand).view)
         else:
             described[name] = argument
-    extents = (grid,) if isinstance(grid, int) else tuple(int(n) for n in grid)
-    if not 1 <= len(extents) <= 3 or min(extents) < 0:
-        raise ValueError(f"{kernel.__name__}: the grid is {extents}, expected one to three extents of 0 or more")
+    extents = grid_extents(kernel, grid, {})
     node = Launch(tuple(inputs), kernel, extents, described, _operations, _bytes, _warps, _stages)
     results = tuple(Array(whole(value)) for value in record(node, outputs, updates))
     return results[0] if len(results) == 1 else results or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,12 @@ def _writable(array: Any) -> bool:
 def grid_extents(kernel: JITFunction, grid: Any, bound: Mapping[str, Any]) -> tuple[int, int, int]:
     """A grid of one to three extents, or a function of the arguments by name, as three integers."""
     extents = grid(bound) if callable(grid) else grid
-    extents = (extents,) if isinstance(extents, int) else tuple(int(x) for x in extents)
+    extents = (extents,) if isinstance(extents, (int, float)) else tuple(extents)
+    try:
+        extents = tuple(map(operator.index, extents))
+    except TypeError:
+        raise TypeError(f"{kernel.__name__}: the grid is {extents}, expected whole numbers; nitinol.cdiv(n, BLOCK) "
+                        "divides and rounds up") from None
     if not 1 <= len(extents) <= 3 or min(extents) < 0:
         raise ValueError(f"{kernel.__name__}: the grid is {extents}, expected one to three extents of 0 or more")
     return (*extents, 1, 1)[:3]  # type: ignore[return-value]
