@@ -119,7 +119,11 @@ def rewrite_constants(code: Code, values: dict[str, str] | None) -> list[Constan
         if p[start - 1] in (",", "(") or p[closing + 1] != ";":
             continue  # the attribute of an argument
         type_ = " ".join(x for x in p[start : i - 3] if x not in ("constant", "const", "static", "constexpr"))
-        found.append(Constant(int(p[i + 2]), type_, name))
+        index = code.spell(i + 2, code.match[i + 1])
+        try:
+            found.append(Constant(int(eval(index, {"__builtins__": {}})), type_, name))  # `600 + 1`
+        except Exception:
+            raise error(t[i].line, f"the index of the function constant '{name}' is '{index}', not a number") from None
         code.blank(opening, closing + 1)
         value = (values or {}).get(name)
         t[closing].text = f"= {value}" if value is not None else "= {}"

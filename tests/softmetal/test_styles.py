@@ -58,7 +58,9 @@ template [[host_name("matvec_half")]]  kernel matvec_t matvec<half4x4, 1, &decod
 
 // ---- a product of layers of templates: loader, fragments with a static layout, epilogue, function constants
 constant bool has_bias [[function_constant(0)]];
-constant int activation [[function_constant(1)]];
+#define GEMM 40
+constant int activation [[function_constant(GEMM + 2)]];
+constant int unused [[function_constant(GEMM)]];
 constant int kind = is_function_constant_defined(activation) ? activation : 0;
 template <int V> struct Int { static constexpr constant int value = V; constexpr operator int() const { return V; } };
 
@@ -288,7 +290,8 @@ def test_a_product_of_layered_templates_with_function_constants(runner, mode, rn
     constants = Metal.MTLFunctionConstantValues.alloc().init()
     constants.setConstantValue_type_atIndex_(np.bool_(bias).tobytes(), Metal.MTLDataTypeBool, 0)
     if activation is not None:
-        constants.setConstantValue_type_atIndex_(np.int32(activation).tobytes(), Metal.MTLDataTypeInt, 1)
+        constants.setConstantValue_type_atIndex_(np.int32(activation).tobytes(), Metal.MTLDataTypeInt, 42)
+        constants.setConstantValue_type_atIndex_(np.int32(7).tobytes(), Metal.MTLDataTypeInt, 40)
     runner.run(f"gemm_{kind}", [a, b, c, struct.pack("3i", m, n, k), *([added] if bias else [])],
                groups=(-(-n // 32), -(-m // 32)), size=128, constants=constants)  # fmt: skip
     expected = a.astype("d") @ b.astype("d") + (added if bias else 0)
