@@ -73,7 +73,7 @@ def test_the_compiler_takes_random_programs():
 @needs_compiler
 @pytest.mark.parametrize("element", DTYPES, ids=str)
 def test_the_compiler_takes_every_operation(element):
-    for number, (name, program) in enumerate(operation_programs(np.random.default_rng(), [element])):
+    for number, (name, program) in enumerate(operation_programs(np.random.default_rng(), [element], exp_units=40)):
         compile_source(executable(program.function, re.sub(r"\W", "_", name), WARPS[number % 4]))
 
 
@@ -90,7 +90,7 @@ def test_larger_random_programs_agree_with_the_interpreter(device):
 @needs_gpu
 @pytest.mark.parametrize("element", DTYPES, ids=str)
 def test_every_operation_on_special_values(device, element):
-    for number, (name, program) in enumerate(operation_programs(np.random.default_rng(), [element])):
+    for number, (name, program) in enumerate(operation_programs(np.random.default_rng(), [element], exp_units=40)):
         expected = program.copies()
         interpreter.run(program.function, program.grid, expected)
         made = executable(program.function, re.sub(r"\W", "_", name), WARPS[number % 4])
