@@ -111,6 +111,9 @@ def test_bad_messages(messages):
         render_chat(CHATML, messages, **TOKENS)
 
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold to a limit of memory")
+
+
 @pytest.mark.parametrize("template, message", [
     ("{% for m in messages %}\n{{ m.role }}", "syntax error in line 2"),
     ("{{ 'a' ", "syntax error in line 1"),
@@ -140,15 +143,34 @@ def test_bad_messages(messages):
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 999 }}{% endfor %}{% endfor %}",
      "more than 16,777,216 characters"),
+    pytest.param("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+                 "TimeoutError: it runs for longer", marks=pytest.mark.slow),
+    pytest.param("{% set ns = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}"
+                 "{% endfor %}", "MemoryError", marks=LINUX),
+    pytest.param("{{ ('\t' * 60000).expandtabs(60000) }}", "MemoryError", marks=LINUX),
+    pytest.param("{{ ('%' ~ '99999999999d') % 3 }}", "failed with|characters", marks=LINUX),
     ("{{ " + "(" * 100_000, "RecursionError|syntax error"),
     ("{% if 1 %}" * 5000 + "{% endif %}" * 5000, "failed with|syntax error"),
     ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "failed with SyntaxError"),
 ])
-def test_faulty_and_hostile_templates(template, message):
+def test_faulty_and_hostile_templates(template, message, monkeypatch):
+    monkeypatch.setattr("nitinol.generate.bounds.SECONDS", 2.0)
+    monkeypatch.setattr("nitinol.generate.bounds.MEMORY_BYTES", 1 << 28)
     with pytest.raises(ValueError, match=message) as caught:
         render_chat(template, TALK, **TOKENS)
     text = str(caught.value)
     assert "\n" not in text and len(text) < 500 and not re.search(r"\.\s*;", text)
+
+
+@LINUX
+def test_bounds_are_taken_back():
+    import resource
+
+    before = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+    render_chat(CHATML, TALK, **TOKENS)
+    with pytest.raises(ValueError):
+        render_chat("{{ 1 / 0 }}", TALK, **TOKENS)
+    assert (sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)) == before
 
 
 def test_internals_read_as_nothing():

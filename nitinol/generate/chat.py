@@ -14,6 +14,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from nitinol.generate.bounds import bounded
+
 # A prompt of the longest contexts in use (1 M tokens) has about 4 MB.
 _MAX_CHARACTERS = 16 << 20
 
@@ -26,7 +28,7 @@ def render_chat(template: str | None, messages: Sequence[Mapping[str, Any]], *, 
 
     `extra` are further variables for the template (`enable_thinking=False`, `documents=...`). Raises
     ValueError, in one sentence, where there is no template, where it is faulty or hostile, and where it
-    refuses the messages. A template that loops for ever without output cannot be stopped.
+    refuses the messages.
     """
     if not template:
         raise ValueError("this model's file has no chat template, so it was probably not made for chats; "
@@ -39,12 +41,14 @@ def render_chat(template: str | None, messages: Sequence[Mapping[str, Any]], *, 
     variables = {"messages": messages, "tools": tools, "documents": None, "bos_token": bos_token or "",
                  "eos_token": eos_token or "", "add_generation_prompt": add_generation_prompt, **extra}
     try:
+        _environment()  # importing Jinja is not the template's doing
         pieces, length = [], 0
-        for piece in _compile(template).generate(variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > _MAX_CHARACTERS:
-                raise ValueError(f"it wrote more than {_MAX_CHARACTERS:,} characters")
+        with bounded():  # compiling too, for Jinja computes constants then
+            for piece in _compile(template).generate(variables):
+                pieces.append(piece)
+                length += len(piece)
+                if length > _MAX_CHARACTERS:
+                    raise ValueError(f"it wrote more than {_MAX_CHARACTERS:,} characters")
         return "".join(pieces)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the model's chat template has a syntax error in line {error.lineno}: "
