@@ -53,7 +53,7 @@ def _machine() -> llvm.TargetMachine:
     if target.vector_bytes == 64:
         features += ",-prefer-256-bit"
     return llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=features, opt=3, reloc="pic", codemodel="default", jit=True
+        cpu=target.cpu, features=features, opt=3, reloc="static", codemodel="jitdefault", jit=True
     )
 
 
