@@ -221,7 +221,9 @@ class TestLibrary:
     test_causal_attention = staticmethod(library.test_causal_attention)
 
 
-@pytest.mark.parametrize("format, tokens", [("Q8_0", 20), ("Q4_K", 20), ("BF16", 20), ("Q4_K", 1), ("F16", 3)])
+@pytest.mark.parametrize(
+    "format, tokens", [("Q8_0", 20), ("Q4_K", 130), ("BF16", 20), ("Q8_0", 1), ("Q4_K", 1), ("F16", 3)]
+)
 def test_products_with_weights(gpu, rng, format, tokens):
     library.test_linear_and_swiglu(rng, format, tokens, "cuda")
 
@@ -273,8 +275,9 @@ def weights(device, format, rows, columns):
     return na.QuantizedArray(device.allocate(rows * FORMATS[format].nbytes(columns)), format, (rows, columns))
 
 
-def test_products_of_a_large_model_stay_inside(corners, format="Q8_0"):
-    tokens, hidden, ffn = 2048, 4096, 14336
+@pytest.mark.parametrize("tokens", [100, 2048])  # by bytes; decoded first
+def test_products_of_a_large_model_stay_inside(corners, tokens, format="Q8_0"):
+    hidden, ffn = 4096, 14336
     x, h = (na.empty((tokens, width), "float32", corners) for width in (hidden, ffn))
     linear.linear(h, weights(corners, format, hidden, ffn), residual=x).evaluate()
     linear.linear(x, weights(corners, format, ffn, hidden), gate=h).evaluate()

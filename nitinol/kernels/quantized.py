@@ -65,12 +65,12 @@ def run_arguments(format: str, columns: int, values: int = 256) -> dict[str, Any
     return {"FORMAT": format, "BLOCKS": blocks, "VALUES": blocks * FORMATS[format].values}
 
 
-def dequantize(weights: Any) -> Any:
+def dequantize(weights: Any, dtype: str = "float32") -> Any:
     """Weights [rows, columns] of any supported format as an Array of float32, exactly as ggml's reference decodes
-    them: one product and one sum per value, rounded each."""
+    them: one product and one sum per value, rounded each; or of another float type, rounded once more."""
     rows, columns = weights.shape
     return launch(
-        dequantize_kernel, (rows,), weights=weights, out=Output(weights.shape, "float32"), columns=columns,
+        dequantize_kernel, (rows,), weights=weights, out=Output(weights.shape, dtype), columns=columns,
         row_bytes=FORMATS[weights.format].nbytes(columns), **run_arguments(weights.format, columns),
     )  # fmt: skip
 

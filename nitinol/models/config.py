@@ -135,11 +135,14 @@ def memory_needed(config: Config, weights: int, context: int, cache_dtype: str =
     """An estimate for a context of `context` tokens; `weights` are the bytes of the tensors.
 
     Activations: the float32 rows that are alive together in a prefill chunk (residual and its norm, queries,
-    keys, values, attention's result, the feed-forward's two inner products and their product), and logits.
+    keys, values, attention's result, the feed-forward's two inner products and their product), and logits; on CUDA
+    the two largest matrices of a layer in bfloat16 as well (`kernels.linear` decodes blocks for many tokens).
     """
     rows = min(context, PREFILL_CHUNK[device])
     row = 4 * config.hidden + 2 * config.q_width + 2 * config.kv_width + 3 * config.ffn
-    return Memory(weights, context * cache_bytes_per_token(config, cache_dtype), 4 * (rows * row + 2 * config.vocab))
+    decoded = 2 * 2 * config.hidden * config.ffn if device == "cuda" else 0
+    activations = 4 * (rows * row + 2 * config.vocab) + decoded
+    return Memory(weights, context * cache_bytes_per_token(config, cache_dtype), activations)
 
 
 def cache_bytes_per_token(config: Config, cache_dtype: str = "fp16") -> int:
