@@ -56,7 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ([], ["[[kernel", "softmax(", "device float *x [[buffer(0)]]", "int columns;", "// line 10"]),
     (["--arg", "x=*fp16", "--set", "TYPE=tl.float16"], ["device half *x"]),
     (["--target", "cuda"], ["__global__", "softmax("]),
-    (["--target", "cpu"], [".text", "ret"]),
+    (["--target", "cpu"], ["kernel:", "ret"]),
     (["--target", "cpu", "--show", "llvm"], ["define"]),
     (["--show", "ir", "--arg", "columns=int64:16"], ["%x: *fp32", "%columns: int64 /* multiple of 16 */"]),
     (["--show", "ir", "--arg", "columns=48", "--arg", "x=*float32:1"], ["%columns: int32 /* multiple of 16 */"]),

@@ -670,7 +670,8 @@ def test_the_suite_is_skipped_with_the_reason_where_there_is_no_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout
-    assert done.stdout.count("device 'cpu'\n") == 1 and "no test has run" in done.stdout
+    assert done.stdout.count("no test has run") == 1
+    assert "use device 'cpu'" in done.stdout or "nitinol[cuda]" in done.stdout, done.stdout  # why
 
 
 # ------------------------------------------------------------------------------------------------------------ NVRTC
