@@ -175,7 +175,7 @@ def test_a_large_upload_goes_through_pinned_memory_in_pieces_and_waits_once(monk
     assert calls["cuMemcpyHtoDAsync"] == 3 + 19 and calls["cuMemcpyDtoHAsync"] == 3
     assert calls["cuStreamSynchronize"] == 3 and calls["cuMemAlloc"] == 2  # the first from the pool
     stages = list(driver.pinned.values())[pinned:]
-    assert 8 <= len(stages) <= 16 and {stage.nbytes for stage in stages} == {8 << 20}
+    assert 2 <= len(stages) <= 16 and {stage.nbytes for stage in stages} == {8 << 20}  # two for each thread that ran
     device.wrap(np.zeros(150 << 20, np.uint8))
     assert len(driver.pinned) <= pinned + 16
 
