@@ -1,8 +1,8 @@
 """Bytes between host memory and the GPU, at the speed of the link.
 
-Ordinary memory (a mapped file) cannot be read by the GPU's copy engines, which need pinned pages. Several threads
-therefore take pieces in turn, each with two pinned buffers: it fills one while the GPU copies the other. One thread
-copies 5 to 10 GB/s out of a mapped file, a PCIe 5 link takes 50.
+Ordinary memory (a mapped file) cannot be read by the GPU's copy engines, which need pinned pages. Many threads
+therefore take pieces in turn, each with a pinned buffer that it fills while the GPU copies those of the others. One
+thread copies 4 to 6 GB/s out of a mapped file, the mapping of its pages included; a PCIe 5 link takes 55.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from nitinol.runtime.cuda import CudaDevice
 
 MADV_POPULATE_READ = 22  # Linux 5.14
-# At 50 GB/s a piece takes the link 170 us, the interpreter some 50 us, and one of eight threads 1 to 1.6 ms.
-PIECE = 8 << 20  # bytes; up to here the driver's own staging is quicker
-THREADS = 8
+# A piece takes the link 75 us, the interpreter some 20 us, and a thread 0.7 to 1.1 ms. So the link always has work:
+# while a thread fills its buffer, it copies up to fifteen others (1.1 ms). A thread whose buffer is under way sleeps.
+PIECE = 4 << 20  # bytes; up to here the driver's own staging is quicker
+THREADS = 16
 
 
 class Stage(NamedTuple):
@@ -37,13 +38,13 @@ class Stage(NamedTuple):
 
 
 class Transfers:
-    """The staging buffers of a device, at most 128 MB; one large transfer at a time."""
+    """The staging buffers of a device, at most 64 MB; one large transfer at a time."""
 
     def __init__(self, device: CudaDevice):
         self._device = device
-        # Two a thread, each made by its thread when it first takes a piece: pinning is slow (some 3 GB/s), and so the
-        # link has work after the first 8 MB, not after all 128.
-        self._stages: list[list[Stage]] = [[] for _ in range(THREADS)]
+        # One a thread, made by the thread when it first takes a piece: pinning is slow (some 3 GB/s), so the link has
+        # work after the first 4 MB, and a thread that has its buffer waits for nobody else's.
+        self._stages: list[Stage | None] = [None] * THREADS
         self._lock = threading.Lock()
 
     def copy(self, address: int, host: np.ndarray, upload: bool, progress: Progress | None = None) -> None:
@@ -72,30 +73,24 @@ class Transfers:
 
         def work(number: int) -> None:
             device.enter()
-            stages, turn = self._stages[number], 0
-            filled: list[tuple[Stage, np.ndarray]] = []  # by the GPU, when their events say so
             while not stopped.is_set():
                 with taking:
                     start = next(starts, None)
                 if start is None:
                     break
-                if len(stages) == turn:
-                    stages.append(self._stage())
-                stage, turn = stages[turn], 1 - turn
                 part = host[start:start + PIECE]
+                stage = self._stages[number] = self._stages[number] or self._stage()
+                staged = stage.memory.bytes[:part.nbytes]
                 if upload:
-                    _map_pages(part)
+                    _map_pages(part)  # meanwhile the GPU copies the piece before
                     device.call(device.cu.cuEventSynchronize, stage.event)
-                    np.copyto(stage.memory.bytes[:part.nbytes], part)  # other threads run meanwhile
-                elif len(filled) == 2:
-                    self._empty(*filled.pop(0))
+                    np.copyto(staged, part)  # other threads run meanwhile
                 self._enqueue(address + start, stage.memory.address, part.nbytes, upload)
                 device.call(device.cu.cuEventRecord, stage.event, device.stream)
                 if not upload:
-                    filled.append((stage, part))
+                    device.call(device.cu.cuEventSynchronize, stage.event)
+                    np.copyto(part, staged)
                 moved[number] += part.nbytes
-            for each in filled:
-                self._empty(*each)
 
         count = min(THREADS, -(-size // PIECE))
         with ThreadPoolExecutor(count, "nitinol-transfer") as threads:
@@ -115,10 +110,6 @@ class Transfers:
 
     def _stage(self) -> Stage:
         return Stage(Pinned(self._device, PIECE), self._device.event("DISABLE_TIMING", "BLOCKING_SYNC"))
-
-    def _empty(self, stage: Stage, part: np.ndarray) -> None:
-        self._device.call(self._device.cu.cuEventSynchronize, stage.event)
-        np.copyto(part, stage.memory.bytes[:part.nbytes])
 
 
 def _map_pages(part: np.ndarray) -> None:
