@@ -2,16 +2,18 @@
 """Nitinol on an NVIDIA GPU: beside official Triton, beside PyTorch's transformers, and beside what the GPU can do.
 
     python benchmarks/nvidia.py [--quick] [--json FILE] [--fill docs/performance.md] [kernels] [matmul]
-                                [attention] [limits] [decode] [prefill]
+                                [attention] [limits] [upload] [decode] [prefill]
 
 kernels, matmul, attention: the text of triton_kernels.py through both compilers, on the same tensors. Each side is one
 CUDA graph of many launches that go round among several sets of tensors, together larger than the L2 cache; events
 before and after it give the time. Both take turns; medians of the rounds. Both have the same list of block sizes, warps
 and stages to choose from, and the better choice of each is shown. First every result is compared with float64.
 
-limits: reading by a tile kernel, and PyTorch's matrix product (cuBLAS). decode: a random model of Llama 3 8B's shape,
-a token at a time with sampling, against the time that reading its weights takes. prefill: a prompt of 2048 tokens in
-bf16, and the same in transformers. The model's files take 30 GB, in --models FOLDER (default: memory, /dev/shm).
+limits: reading by a tile kernel, PyTorch's matrix product (cuBLAS), the link from pinned memory. upload: a model's file
+to the GPU as in a new process, mapped anew, with all that is allocated for it; and the whole of `load`. decode: a
+random model of Llama 3 8B's shape, a token at a time with sampling, against the time that reading its weights takes.
+prefill: a prompt of 2048 tokens in bf16, and the same in transformers. The model's files take 30 GB, in --models FOLDER
+(default: memory, /dev/shm).
 
 Needs torch with its Triton, and nitinol[cuda]; for prefill transformers. Takes some five minutes.
 """
@@ -19,6 +21,7 @@ Needs torch with its Triton, and nitinol[cuda]; for prefill transformers. Takes 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import statistics
 import sys
@@ -34,7 +37,7 @@ import numpy as np
 from common import NOT_MEASURED, ROOT, command, machine, parser, percent, table, write_json
 from run import fill
 
-PARTS = ("kernels", "matmul", "attention", "limits", "decode", "prefill")
+PARTS = ("kernels", "matmul", "attention", "limits", "upload", "decode", "prefill")
 SETS_BYTES = 256 << 20  # of the sets of tensors together, at least: four times the L2 cache of an H200
 GRAPH_SECONDS = 4e-3  # that one graph should take: its start is then less than a hundredth
 ROUNDS = 9
@@ -348,7 +351,7 @@ def compare(device: Any, case: Case, official: ModuleType, ours: ModuleType, rou
 
 
 def limits(device: Any, quick: bool) -> dict[str, float]:
-    """GB/s read by a tile kernel, and TFLOP/s of cuBLAS on random bf16 matrices."""
+    """GB/s read by a tile kernel, TFLOP/s of cuBLAS on random bf16 matrices, GB/s from pinned memory to the GPU."""
     import torch
 
     from nitinol.runtime.bandwidth import measure_read_bandwidth
@@ -360,7 +363,21 @@ def limits(device: Any, quick: bool) -> dict[str, float]:
     for _ in range(10):  # until the clocks are up
         run()
     seconds = statistics.median(run() for _ in range(7)) / 10
-    return {"read_gb_s": measure_read_bandwidth(device), "matmul_tflop_s": 2 * size**3 / seconds / 1e12}
+    return {"read_gb_s": measure_read_bandwidth(device), "matmul_tflop_s": 2 * size**3 / seconds / 1e12,
+            "link_gb_s": link_bandwidth(device, 64 << 20 if quick else 1 << 30)}
+
+
+def link_bandwidth(device: Any, nbytes: int) -> float:
+    """GB/s of one copy of so many bytes from pinned memory, the median of seven."""
+    from nitinol.runtime.cuda_driver import Pinned
+
+    source, target = Pinned(device, nbytes), device.allocate(nbytes)
+    run = timer(device, lambda: device.call(device.cu.cuMemcpyHtoDAsync, target.address, source.address, nbytes,
+                                            device.stream), device.stream)  # fmt: skip
+    run()
+    seconds = statistics.median(run() for _ in range(7))
+    target.free()
+    return nbytes / seconds / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -395,6 +412,29 @@ def model_file(folder: Path, preset: str, format: str) -> Path:
     write_gguf(part, maker.metadata(shape, format, path.stem), sources)
     part.rename(path)
     return path
+
+
+def measure_upload(path: Path, rounds: int) -> dict[str, Any]:
+    """Seconds that a file's bytes take to the GPU, and that all of `load` takes. Each upload is a process's first: by a
+    device of its own, which has no staging buffers yet, from a new mapping into new memory."""
+    import nitinol
+    from nitinol.formats.gguf import open_gguf
+    from nitinol.runtime.cuda import CudaDevice
+
+    uploads, loads = [], []
+    for _ in range(rounds):
+        device, file = CudaDevice(), open_gguf(path)
+        begun = time.perf_counter()
+        buffers = [device.wrap(part) for part in file.parts]
+        uploads.append(time.perf_counter() - begun)
+        del buffers, device, file
+        gc.collect()
+        begun = time.perf_counter()
+        model = nitinol.load(path, device="cuda")
+        loads.append(time.perf_counter() - begun)
+        del model
+        gc.collect()
+    return {"bytes": path.stat().st_size, "upload": uploads, "load": loads}
 
 
 def measure_model(path: Path, prompt: int, gen: int, rounds: int) -> dict[str, Any]:
@@ -529,6 +569,17 @@ def model_table(document: dict[str, Any], known: dict[str, float]) -> str:
     return table(head, rows)
 
 
+def upload_table(models: dict[str, Any], known: dict[str, float]) -> str:
+    link, rows = known["link_gb_s"], []
+    for format, found in models.items():
+        seconds, loaded = statistics.median(found["upload"]), statistics.median(found["load"])
+        rate = found["bytes"] / seconds / 1e9
+        rows.append([format, f"{found['bytes'] / 1e9:.2f}", f"{seconds:.3f}", f"{rate:.1f}", f"{link:.1f}",
+                     percent(rate, link), f"{loaded:.3f}"])  # fmt: skip
+    head = ["model", "GB", "upload s", "GB/s", "link GB/s", "of the link", "all of `load` s"]
+    return table(head, rows)
+
+
 def main() -> None:
     options = parser("Nitinol on an NVIDIA GPU beside Triton, PyTorch and the hardware.", threads=False)
     options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
@@ -561,7 +612,7 @@ def main() -> None:
 
     known = document["limits"] = limits(device, given.quick)
     say(f"{title}. Limits: reading {known['read_gb_s']:.0f} GB/s, bf16 matrix product "
-        f"{known['matmul_tflop_s']:.0f} TFLOP/s.")
+        f"{known['matmul_tflop_s']:.0f} TFLOP/s, link {known['link_gb_s']:.1f} GB/s.")
     official, ours = load_kernels("triton"), load_kernels("nitinol")
     for part, cases in (("kernels", row_cases), ("matmul", matmul_cases), ("attention", attention_cases)):
         if part in parts:
@@ -573,18 +624,21 @@ def main() -> None:
                 torch.cuda.empty_cache()
             document[part] = [vars(result) for result in results]
             say(kernel_table(results, known))
-    if "decode" in parts or "prefill" in parts:
+    if {"upload", "decode", "prefill"}.intersection(parts):
         preset, prompt = ("tiny", 64) if given.quick else ("llama-3-8b", 2048)
         shared = Path("/dev/shm")
         folder = given.models or (shared if shared.is_dir() else Path(tempfile.mkdtemp(prefix="nitinol-")))
-        found = document["language"] = {"prompt": prompt, "models": {}, "transformers": {}}
+        found = document["language"] = {"prompt": prompt, "upload": {}, "models": {}, "transformers": {}}
         if "prefill" in parts and importlib.util.find_spec("transformers"):
             found["transformers"] = measure_transformers(preset, prompt, 4 if given.quick else 16, 3)
             torch.cuda.empty_cache()
         for format in given.formats if "decode" in parts else ["BF16"]:
             path = model_file(folder, preset, format)
             try:
-                found["models"][format] = measure_model(path, prompt, 4 if given.quick else 64, 3)
+                if "upload" in parts:
+                    found["upload"][format] = measure_upload(path, 3)
+                if "decode" in parts or "prefill" in parts:
+                    found["models"][format] = measure_model(path, prompt, 4 if given.quick else 64, 3)
             except DeviceError as error:
                 print(f"{format}: {error}", file=sys.stderr, flush=True)
             finally:
@@ -592,7 +646,10 @@ def main() -> None:
                     path.unlink()
             if not device.usable:
                 break
-        say(model_table(found, known))
+        if found["upload"]:
+            say(upload_table(found["upload"], known))
+        if found["models"] or found["transformers"]:
+            say(model_table(found, known))
     if given.fill is not None:
         fill(given.fill, "cuda", "\n\n".join(tables))
     write_json(given.json, document)

@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_cuda_driver import use_fake
+
+import nitinol
+from nitinol.runtime import cuda_transfer, open_device
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -94,6 +98,29 @@ def test_tables() -> None:
     text = nvidia.kernel_table([result, nvidia.Result("other", problem="wrong by 1")], {"read_gb_s": 4})
     assert "| case  |        2.0 |       1.0 |            0.50× |                  50% |" in text
     assert "other: wrong by 1." in text and "Geometric mean 0.500×" in text
+
+
+def test_the_table_of_uploads() -> None:
+    found = {"bytes": 16e9, "upload": [0.5, 0.32, 0.31], "load": [0.4]}
+    lines = nvidia.upload_table({"BF16": found}, {"link_gb_s": 62.5}).splitlines()
+    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
+        "BF16", "16.00", "0.320", "50.0", "62.5", "80%", "0.400"]  # fmt: skip
+
+
+def test_an_upload_is_measured_each_time_from_the_beginning(monkeypatch: Any) -> None:
+    """Over a stand-in for the driver: memory and staging buffers are allocated in every round, and given back."""
+    demo = Path(nitinol.__file__).parent / "data" / "demo.gguf"
+    monkeypatch.setattr(cuda_transfer, "PIECE", 1 << 20)
+    monkeypatch.setattr(cuda_transfer, "THREADS", 1)
+    driver = use_fake(monkeypatch)
+    device = open_device("cuda")
+    assert nvidia.link_bandwidth(device, 1 << 20) > 0 and driver.calls["cuMemcpyHtoDAsync"] == 8
+    nvidia.measure_upload(demo, 1)
+    before, used, pinned = driver.calls.copy(), driver.used, len(driver.pinned)
+    found = nvidia.measure_upload(demo, 3)
+    assert len(found["upload"]) == len(found["load"]) == 3 and found["bytes"] == demo.stat().st_size
+    assert (driver.used, len(driver.pinned)) == (used, pinned)
+    assert (driver.calls - before)["cuMemHostAlloc"] == 3 * 2  # the status word of each device, and its staging buffer
 
 
 def test_without_a_gpu_it_says_so() -> None:
