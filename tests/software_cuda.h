@@ -393,6 +393,11 @@ inline void cvt_rn_bf16_f32(unsigned short &to, float x) {
     word bits = cuda_bits<word>(x);
     to = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+inline void mov_b32(unsigned short &low, unsigned short &high, word x) { low = x, high = x >> 16; }
+inline void mov_b32(word &to, unsigned short low, unsigned short high) { to = low | word(high) << 16; }
+inline void mov_b32(float &to, unsigned short low, unsigned short high) {
+    to = cuda_bits<float>(low | word(high) << 16);
+}
 #define PTX_HALF(NAME, SIGN) inline void NAME##_rn_f16(unsigned short &to, unsigned short x, unsigned short y) { \
     to = cuda_bits<unsigned short>((_Float16)(cuda_bits<_Float16>(x) SIGN cuda_bits<_Float16>(y))); }
 PTX_HALF(add, +) PTX_HALF(sub, -) PTX_HALF(mul, *)

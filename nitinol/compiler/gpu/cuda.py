@@ -91,14 +91,33 @@ def barrier(spaces: set[str]) -> str:
 
 
 def wide_load(element: DType, count: int, address: str) -> tuple[str, str, list[str]]:
-    """Type, text and the elements' texts (of a variable `wide`) of one load of 2, 4, 8 or 16 neighbours."""
-    kind = f"Vector<{memory_type(element)}, {count}>"
-    return kind, f"*({kind} *)({address})", [f"wide.at[{i}]" for i in range(count)]
+    """Type, text and the elements' texts (of a variable `wide`) of one load of 2, 4, 8 or 16 neighbours.
+
+    Elements of 16 bits come as words: the compiler keeps those of a struct in a register each.
+    """
+    name = memory_type(element)
+    if element.nbytes == 2:
+        kind = f"Vector<uint, {count // 2}>"
+        parts = [f"{half}_half<{name}>(wide.at[{i}])" for i in range(count // 2) for half in ("lower", "upper")]
+    else:
+        kind, parts = f"Vector<{name}, {count}>", [f"wide.at[{i}]" for i in range(count)]
+    return kind, f"*({kind} *)({address})", parts
 
 
-def wide_store(element: DType, address: str, values: Sequence[str]) -> str:
-    kind = f"Vector<{memory_type(element)}, {len(values)}>"
-    return f"*({kind} *)({address}) = {kind}{{{{{', '.join(values)}}}}};"
+def wide_value(element: DType, values: Sequence[str]) -> str:
+    """An initialiser of what `wide_load` loads."""
+    if element.nbytes == 2:
+        name = memory_type(element)
+        values = [f"pack<{name}>({low}, {high})" for low, high in zip(values[::2], values[1::2])]
+    return f"{{{{{', '.join(values)}}}}}"
+
+
+def wide_store(element: DType, address: str, values: Sequence[str], condition: str = "") -> str:
+    kind = wide_load(element, len(values), address)[0]
+    value = f"{kind}{wide_value(element, values)}"
+    if condition and len(values) * element.nbytes >= 4:
+        return f"store_if({condition}, {address}, {value});"
+    return f"{f'if ({condition}) ' if condition else ''}*({kind} *)({address}) = {value};"
 
 
 # ---------------------------------------------------------------------------------------------------------- lanes

@@ -120,7 +120,8 @@ INLINE float odd_float(double x) { float f = __double2float_rz(x); return sticky
         **_native("half", "f16"),
     ),
     "bfloat": _NARROW.format(
-        name="bfloat", ptx="bf16", to_float="return __uint_as_float(uint(bits) << 16);",
+        name="bfloat", ptx="bf16",
+        to_float='float x; asm("mov.b32 %0, {%1, %2};" : "=f"(x) : "h"(ushort(0)), "h"(bits)); return x;',
         **{op: f"return bfloat(float(x) {sign} float(y));" for op, sign in (("add", "+"), ("sub", "-"), ("mul", "*"))},
     ),
     **{
@@ -242,7 +243,9 @@ INLINE double atomic_add(double *cell, double x) { return atomicAdd(cell, x); }"
 }""",
     "pack": """template <typename T> INLINE uint pack(T x) { return bits_as<uint>(x); }
 template <typename T> INLINE uint pack(T x, T y) {
-    return uint(bits_as<ushort>(x)) | uint(bits_as<ushort>(y)) << 16;
+    uint word;
+    asm("mov.b32 %0, {%1, %2};" : "=r"(word) : "h"(bits_as<ushort>(x)), "h"(bits_as<ushort>(y)));
+    return word;
 }
 template <typename T> INLINE uint pack(T x, T y, T z, T w) {
     return uint(uchar(x)) | uint(uchar(y)) << 8 | uint(uchar(z)) << 16 | uint(uchar(w)) << 24;
@@ -256,6 +259,25 @@ template <typename T> INLINE uint pack(T x, T y, T z, T w) {
                 ("int8", "s8.s8"), ("uint8", "u8.u8"), ("int8_uint8", "s8.u8"), ("uint8_int8", "u8.s8"))),
         )
     },
+    # By mov, as ptxas sees through it both where halves become floats and where they are packed again.
+    **{
+        f"{name}_half": f"""template <typename T> INLINE T {name}_half(uint word) {{
+    ushort lower, upper;
+    asm("mov.b32 {{%0, %1}}, %2;" : "=h"(lower), "=h"(upper) : "r"(word));
+    return bits_as<T>({name});
+}}"""
+        for name in ("lower", "upper")
+    },
+    # What is stored is computed before the condition is looked at, which leaves one instruction under a predicate. The
+    # compiler would put off all that leads to it, behind a branch, and keep what it needs for that in registers.
+    "store_if": """template <typename T, int N> INLINE void store_if(bool condition, void *at, Vector<T, N> x) {
+    uint words[N * sizeof(T) / 4];
+    memcpy(words, &x, sizeof(x));
+#pragma unroll
+    for (int i = 0; i < N * sizeof(T) / 4; i++) asm volatile("" : "+r"(words[i]));
+    memcpy(&x, words, sizeof(x));
+    if (condition) *(Vector<T, N> *)at = x;
+}""",
     "shared_address": """INLINE uint shared_address(const void *x) { return uint(__cvta_generic_to_shared(x)); }""",
     "shared_store": """template <typename T, int N> INLINE void shared_store(uint address, Vector<T, N> x) {
     *(Vector<T, N> *)__cvta_shared_to_generic(address) = x;

@@ -84,8 +84,8 @@ def load(e: Emitter, op: Op) -> None:
             lines = [f"{type_} wide = {read};"]
             return [*lines, " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
         if e.dialect.PREDICATES:  # one load under a predicate into registers that have the other values
-            others = ", ".join(default(i.at(n)) for n in range(size))
-            lines = [f"{type_} wide = {{{{{others}}}}};", f"if ({mask.text(i)}) wide = {read};"]
+            others = e.dialect.wide_value(element, [default(i.at(n)) for n in range(size)])
+            lines = [f"{type_} wide = {others};", f"if ({mask.text(i)}) wide = {read};"]
             return [*lines, " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size))]
         lines = [f"if ({mask.text(i)}) {{", f"    {type_} wide = {read};"]
         lines.append("    " + " ".join(f"{name}[{i.at(n)}] = {parts[n]};" for n in range(size)))
@@ -137,25 +137,25 @@ def store(e: Emitter, op: Op) -> None:
     owner = e.owner(layout)
     width = e.assignment.widths.contiguous_bits(op, layout) if op.operands[0].shape else 0
 
-    def guard(i: Index) -> str:
-        conditions = owner + ([mask.operand(i)] if mask is not None else [])
-        if len(conditions) == 1 and mask is not None:
-            return f"if ({mask.text(i)}) "
-        return f"if ({' && '.join(conditions)}) " if conditions else ""
+    def condition(i: Index) -> str:
+        if not owner and mask is not None:
+            return mask.text(i)
+        return " && ".join(owner + ([mask.operand(i)] if mask is not None else []))
 
     def text(i: Index) -> str:
         return f"{e.dialect.memory_type(int1)}({value.text(i)})" if element == int1 else value.text(i)
 
     def single(i: Index) -> list[str]:
-        return [f"{guard(i)}{cell(pointer, i)} = {text(i)};"]
+        guard = f"if ({condition(i)}) " if condition(i) else ""
+        return [f"{guard}{cell(pointer, i)} = {text(i)};"]
 
     def wide(i: Index) -> list[str]:
         if width > 2 and value.words is not None and value.words.bits == (0, 1):
             first = i.mapped(lambda n: n >> 2)
             parts = [value.words.form.text(first.at(n)) for n in range(1 << width - 2)]
-            return [guard(i) + e.dialect.wide_store(uint32, pointer.text(i), parts)]
+            return [e.dialect.wide_store(uint32, pointer.text(i), parts, condition(i))]
         values = [text(i.at(n)) for n in range(1 << width)]
-        return [guard(i) + e.dialect.wide_store(element, pointer.text(i), values)]
+        return [e.dialect.wide_store(element, pointer.text(i), values, condition(i))]
 
     if width:
         vectors(e, layout, width, wide, reads, access)

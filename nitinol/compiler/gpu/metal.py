@@ -102,14 +102,15 @@ def wide_load(element: DType, count: int, address: str) -> tuple[str, str, list[
     return f"uint{words}", f"*(device uint{words} *)({address})", parts
 
 
-def wide_store(element: DType, address: str, values: Sequence[str]) -> str:
+def wide_store(element: DType, address: str, values: Sequence[str], condition: str = "") -> str:
+    guard = f"if ({condition}) " if condition else ""
     if len(values) <= 4:
         kind = vector(element, len(values))
-        return f"*(device {kind} *)({address}) = {kind}({', '.join(values)});"
+        return f"{guard}*(device {kind} *)({address}) = {kind}({', '.join(values)});"
     each = 4 // element.nbytes
     part = vector(element, each)
     words = [f"as_type<uint>({part}({', '.join(values[i : i + each])}))" for i in range(0, len(values), each)]
-    return f"*(device uint{len(words)} *)({address}) = uint{len(words)}({', '.join(words)});"
+    return f"{guard}*(device uint{len(words)} *)({address}) = uint{len(words)}({', '.join(words)});"
 
 
 # ---------------------------------------------------------------------------------------------------------- lanes
