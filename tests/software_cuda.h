@@ -334,6 +334,9 @@ inline int __mulhi(int x, int y) { return int((long long)x * y >> 32); }
 inline unsigned int __umulhi(unsigned int x, unsigned int y) { return (unsigned int)((unsigned long long)x * y >> 32); }
 inline long long __mul64hi(long long x, long long y) { return (long long)((__int128)x * y >> 64); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned count) {
+    return unsigned(((unsigned long long)high << 32 | low) >> (count & 31));
+}
     return (unsigned long long)((unsigned __int128)x * y >> 64);
 }
 

@@ -45,6 +45,28 @@ def gpu(monkeypatch):
     device.close()
 
 
+@jit
+def fields(x, out, row_bytes, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, AT: tl.constexpr,
+           COUNT: tl.constexpr):  # fmt: skip
+    block = tl.arange(0, ROWS)[:, None] * row_bytes + tl.arange(0, BLOCKS)[None, :] * STEP
+    at = tl.arange(0, COUNT)[None, None, :]
+    place = (tl.arange(0, ROWS)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :])[:, :, None] * COUNT
+    tl.store(out + place + at, tl.load(x + (block[:, :, None] + (AT + at))))
+
+
+@pytest.mark.parametrize("rows, blocks, step, at, count, warps", [
+    (2, 32, 34, 2, 32, 1), (4, 8, 210, 128, 64, 2), (1, 16, 18, 2, 16, 2), (8, 8, 22, 6, 16, 1), (2, 16, 110, 96, 8, 1),
+])  # fmt: skip
+def test_bytes_at_even_addresses(rng, rows, blocks, step, at, count, warps):
+    """They come as whole words, of which the last may be the last of the array."""
+    x = rng.integers(0, 256, (rows, blocks * step), np.uint8)
+    out = np.zeros((rows, blocks, count), np.uint8)
+    made = launch(fields, (1,), warps, x=x.reshape(-1), out=out, row_bytes=blocks * step, ROWS=rows, BLOCKS=blocks,
+                  STEP=step, AT=at, COUNT=count)  # fmt: skip
+    np.testing.assert_array_equal(out, x.reshape(rows, blocks, step)[:, :, at : at + count])
+    assert "loose_load<" in made.source.split("fields(")[1]
+
+
 # ------------------------------------------------------------------------------------------- what must be noticed
 
 
@@ -70,6 +92,47 @@ def test_accesses_outside_of_a_buffer_are_faults(rng):
     values[1] = 104
     with pytest.raises(AssertionError, match="kernel reverse_in_place: an access outside of memory, at 0x"):
         run(made, (1,), values)
+
+
+def test_who_does_not_wait_for_the_kernel_before_shows(rng):
+    x = rng.standard_normal(100).astype(np.float32)
+    made, values = compiled(reverse_in_place, warps=4, x=x, n=100, BLOCK=128)
+    assert made.source.count("griddepcontrol.wait;") == 1
+    with pytest.raises(AssertionError, match="does not wait for those before it"):
+        run(changed(made, "griddepcontrol.wait;", "griddepcontrol.launch_dependents; // griddepcontrol.wait"), (1,), values)
+    wait = next(line for line in made.source.splitlines() if "griddepcontrol.wait;" in line)
+    start, _, end = made.source.rpartition("}")
+    expected = x[::-1].copy()
+    run(replace(made, source=start.replace(wait, "") + wait + "\n}" + end), (1,), values)  # too late
+    assert not np.array_equal(x, expected)
+
+
+@jit
+def early(x, out, count, n, BLOCK: tl.constexpr):
+    first = tl.program_id(0) * BLOCK
+    tl.prefetch(x + first, count)
+    offsets = first + tl.arange(0, BLOCK)
+    tl.store(out + offsets, tl.load(x + offsets, mask=offsets < n), mask=offsets < n)
+
+
+@pytest.mark.parametrize("dtype, shift", [(np.float32, 0), (np.uint8, 3), (np.float16, 5)])
+def test_prefetch_comes_before_the_wait_and_stays_inside(rng, dtype, shift):
+    """Of any number of elements at any address: what is fetched is whole 16 bytes that are there."""
+    for count in (0, 1, 15, 33, 100):
+        memory = rng.integers(0, 100, 100 + shift).astype(dtype)
+        x, out = memory[shift:], np.zeros(100, dtype)
+        made = launch(early, (1,), 1, x=x, out=out, count=count, n=100, BLOCK=128)
+        np.testing.assert_array_equal(out, x)
+    text = made.source.split("early(")[1]
+    assert text.index("prefetch(x") < text.index("griddepcontrol.wait;")
+
+
+def test_older_gpus_have_no_early_start(rng):
+    x = rng.standard_normal(100).astype(np.float32)
+    out = np.zeros_like(x)
+    made = launch(early, (1,), 1, 80, x=x, out=out, count=100, n=100, BLOCK=128)
+    np.testing.assert_array_equal(out, x)
+    assert "griddepcontrol" not in made.source and "prefetch(" not in made.source
 
 
 def test_a_missing_barrier_shows(rng):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nitinol.compiler.analysis import AxisStrides, Strides
-from nitinol.compiler.gpu.layout import Layout, apply, axis_bits, bits_of, view_map
+from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, bits_of, view_map
 from nitinol.compiler.ir import COMPARISONS, Function, Op, Value, walk
 from nitinol.language.types import PointerType
 
@@ -117,6 +117,14 @@ class Widths:
             if first in bits:
                 return self.strides.of(value)[axis] if first == bits[0] and width <= len(bits) else None
         return None
+
+    def steps(self, value: Value, columns: Map) -> list[int | None]:
+        """By how much a value grows from place 0 to each of these, as far as that is known."""
+        weights: dict[int, int | None] = {}
+        for stride, bits in zip(self.strides.of(value), axis_bits(value.shape)):
+            weights |= {bit: None if stride is None else stride << i for i, bit in enumerate(bits)}
+        found = [[weights[bit] for bit in range(column.bit_length()) if column >> bit & 1] for column in columns]
+        return [None if None in parts else sum(parts) for parts in found]  # type: ignore[arg-type]
 
     def uniform(self, mask: Value, first: int, width: int) -> bool:
         """Whether a mask is the same in each aligned run of 2**width elements along these bits."""

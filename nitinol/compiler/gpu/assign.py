@@ -33,10 +33,12 @@ from nitinol.language.types import PointerType
 @dataclass(frozen=True)
 class Style:
     """`joined`: simdgroups share the rows of a tile. `run`: bytes that a thread loads side by side where elements are
-    smaller than 4 bytes."""
+    smaller than 4 bytes. `direct`: threads that want the same elements of a small tile load them each, from the cache,
+    where else one loads them and hands them on."""
 
     joined: bool = False
     run: int = 16
+    direct: bool = False
 
 
 Fragments = Callable[[Op, int], "tuple[Layout, Layout, Layout] | None"]
@@ -198,7 +200,8 @@ class Assignment:
             self.chosen[op] = coalesced
         else:
             order = memory_order(self.strides.of(pointer), pointer.shape)
-            found = loads.beside(self.near, pointer, order, self.vectors.get(pointer.shape, 0))
+            vector = self.vectors.get(pointer.shape, 0)
+            found = None if self.style.direct else loads.beside(self.near, pointer, order, vector)
             if found is None:
                 self.weak[op.result] = coalesced.bits, coalesced
                 return None
@@ -439,9 +442,9 @@ class Assignment:
         nbytes = pointer.element.element.nbytes
         if home is None:
             layout = min(wanted, key=lambda w: w.count, default=self.coalesced(op))
-            self.chosen[op] = self.home[op.result] = loads.spread(layout, order, nbytes)
+            self.chosen[op] = self.home[op.result] = loads.spread(layout, order, nbytes, self.style.direct)
         elif len(wanted) == 1 and wanted[0] != home and self.index_only(op):
-            layout = loads.spread(wanted[0], order, nbytes)
+            layout = loads.spread(wanted[0], order, nbytes, self.style.direct)
             if self.segments(op, layout) <= 4 * self.segments(op, home):
                 self.chosen[op] = self.home[op.result] = layout
                 self.moved |= {op} & self.large

@@ -25,7 +25,7 @@ def best_assignment(function: Function, warp_bits: int, fragments: Fragments, di
     """The cheapest of the styles; of equals the first."""
     narrow = any(op.kind == "load" and op.result.shape and op.result.element.nbytes < 4 for op in walk(function.body))
     runs = dialect.RUNS if narrow else dialect.RUNS[:1]
-    styles = [Style(joined, run) for run in runs for joined in (False, True)[: 2 if warp_bits else 1]]
+    styles = [Style(joined, run, dialect.DIRECT) for run in runs for joined in (False, True)[: 2 if warp_bits else 1]]
     made = [Assignment(function, warp_bits, fragments, style) for style in styles]
     made += [Assignment(function, warp_bits, fragments, a.style, frozenset(a.moved)) for a in made if a.moved]
     return min(made, key=lambda assignment: cost(function, assignment, dialect.PIECES))

@@ -33,6 +33,9 @@ WARP_GROUPS = True  # wgmma, of compute capability 9.0 only
 RUNS = (16, 32, 8, 4)  # bytes that a thread loads side by side, of elements smaller than 4 bytes: the choices
 PIECES = (0.125, 0.125)  # prices of 64 bytes that a warp touches, and where other warps do too: the L1 cache has them
 PREDICATES = True  # whether a load under a condition is one instruction
+DIRECT = True  # whether small loads are made by all threads that want them, not by one of them for all
+LOOSE = True  # whether words at even addresses are made of aligned ones (loose_load)
+EARLY_START = True  # programmatic dependent launch, of compute capability 9.0 and newer
 MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
 
 TYPES = {
@@ -133,6 +136,12 @@ def shuffle(element: DType | PointerType, value: str, lane: str, which: str = "f
 
 
 def reduce_lanes(kind: str, element: DType, value: str) -> str | None:
+def loose_load(count: int, address: str, past: str) -> tuple[str, str, list[str]]:
+    """The same for 32-bit words at an address of bytes that is `past` & 2 past a multiple of 4."""
+    read = f"loose_load<{count}>({address}, {past} & 2)"
+    return f"Vector<uint, {count}>", read, [f"wide.at[{i}]" for i in range(count)]
+
+
     """A reduction over all lanes in one operation, the same in every lane; None if there is none of that meaning."""
     if element.bits != 32 or element.is_float or kind not in ("add", "min", "max", "and", "or", "xor"):
         return None

@@ -25,14 +25,17 @@ def large_loads(function: Function) -> set[Op]:
     return {op for op in found if bits_of(op.operands[0].shape) >= most - 1}
 
 
-def spread(layout: Layout, order: Sequence[int], nbytes: int) -> Layout:
+def spread(layout: Layout, order: Sequence[int], nbytes: int, direct: bool) -> Layout:
     """A layout for loading what is wanted in `layout`: the same simdgroups have the same elements, but of lanes that
-    want the same ones each loads a part. `order`: the bits of the place, those that move the address least first.
+    want the same ones each loads a part, or with `direct` all do, which takes no more loads than shuffles. `order`: the
+    bits of the place, those that move the address least first.
 
     What is left of copies is masked off. Registers stay together up to 32 bits, which a shuffle moves at once.
     """
     rank = {1 << bit: number for number, bit in enumerate(order)}
     registers = sorted(layout.registers, key=lambda column: rank[column & -column])
+    if direct:
+        return replace(layout, registers=tuple(registers))
     lanes = list(layout.lanes)
     copies = Layout(layout.bits, layout.registers, layout.lanes, ()).copies[0]
     word = 0  # registers in one 32-bit word

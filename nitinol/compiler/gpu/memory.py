@@ -103,7 +103,11 @@ def load(e: Emitter, op: Op) -> None:
     if words.loads_words(element, layout, width):
         target, form = words.loaded(e, name, element, layout.count)
         declaration = e.type(uint32) + (f" {name}[{layout.count >> 2}];" if layout.count > 4 else f" {name};")
-        lines = words.load_lines(e, target, pointer, mask, word, width)
+        loose = words.loose_run(e, op, layout, width)
+        width = loose or width
+        past = words.remainder(e, op.operands[0], layout) if loose else None
+        reads += [past] if past is not None else []
+        lines = words.load_lines(e, target, pointer, mask, word, width, past)
         vectors(e, layout, max(2, width), lines, reads, access, name, declaration)
     elif width:
         vectors(e, layout, width, wide, reads, access, name, declaration)

@@ -23,6 +23,8 @@ ASYNCHRONOUS = False  # whether loads go to threadgroup memory ahead of time (pi
 RUNS = (16, 8, 4)  # bytes that a thread loads side by side, of elements smaller than 4 bytes: the choices
 PIECES = (2.0, 10.0)  # prices of 64 bytes that a simdgroup touches, and where others do too: from a cache, at best
 PREDICATES = False  # whether a load under a condition is one instruction
+DIRECT = False  # whether small loads are made by all threads that want them, not by one of them for all
+LOOSE = False  # whether words at even addresses are made of aligned ones
 MOST_BUFFERS = 31
 
 TYPES = {

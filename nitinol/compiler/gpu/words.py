@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from nitinol.compiler.gpu.forms import Form, Index, Words, expression, literal, variable
-from nitinol.compiler.gpu.layout import Layout
+from nitinol.compiler.gpu.access import neighbours
+from nitinol.compiler.gpu.assign import operand_layouts
+from nitinol.compiler.gpu.forms import Form, Index, Words, bare, expression, literal, variable
+from nitinol.compiler.gpu.layout import Layout, Map, compose, identity, view_map
 from nitinol.compiler.ir import Function, Op, Value, combine_kind, constant_of, walk
 from nitinol.language.types import DType, PointerType, int8, int32, uint8, uint16, uint32
 
@@ -125,11 +127,57 @@ def loads_words(element: DType, layout: Layout, width: int) -> bool:
     return element in _BYTES and width > 0 and len(layout.registers) >= 2
 
 
+def loose_run(e: Emitter, op: Op, layout: Layout, width: int) -> int:
+    """How many bits of neighbours a thread loads from an even address as whole words, 0 if it does not: without a mask,
+    up to 32 bytes that it has side by side.
+
+    Whole words reach over the ends of a run, never over those of an aligned word that has bytes of it: where these
+    words are mapped at all, as on a GPU, whose memory begins and ends at multiples of 16 bytes, they are so as a whole.
+    """
+    if not e.dialect.LOOSE or width != 1 or len(op.operands) > 1:
+        return 0
+    first, neighbours_ = neighbours(layout)
+    run = min(neighbours_, 5)
+    while run >= 2 and e.assignment.widths.step(op.operands[0], first, run) != 1:
+        run -= 1
+    return run if run >= 2 else 0
+
+
+def remainder(e: Emitter, pointer: Value, layout: Layout) -> Form:
+    """A number congruent to an address modulo 4: the sum of those of its terms that are not multiples of 4, which in a
+    loop of whole blocks does not change."""
+    terms: list[Form] = []
+
+    def collect(value: Value, layout: Layout, map_: Map) -> None:
+        op = value.op
+        if e.assignment.widths.multiple(value, 0) % 4 == 0:
+            return
+        if op is not None and op.kind in ("addptr", "add"):
+            for operand in op.operands:
+                collect(operand, layout, map_)
+        elif op is not None and op.kind in ("broadcast", "reshape", "trans"):
+            (source,), (needed,) = op.operands, operand_layouts(op, layout)
+            view = view_map(op.kind, source.shape, value.shape, op.attributes)
+            collect(source, needed, compose(e.registers(needed, layout, view), map_))
+        else:
+            steps = e.assignment.widths.steps(value, layout.registers) if value.shape else ()
+            kept = sum(1 << bit for bit, step in enumerate(steps) if step is None or step % 4)
+            map_ = tuple(column & kept for column in map_)  # one number for registers that are multiples of 4 apart
+            form = e.form(value, layout if value.shape else None).through(map_)
+            address, word = isinstance(value.element, PointerType), e.type(uint32)
+            number = e.dialect.to_number if address else bare
+            terms.append(expression(lambda x: f"{word}({number(x)})", form, simple=True))
+
+    collect(pointer, layout, identity(len(layout.registers)))
+    return expression(lambda *parts: " + ".join(parts) or "0", *terms)
+
+
 def load_lines(
-    e: Emitter, target: Form, pointer: Form, mask: Form | None, default: Callable[[Index], str], width: int
-) -> Callable[[Index], list[str]]:
+    e: Emitter, target: Form, pointer: Form, mask: Form | None, default: Callable[[Index], str], width: int,
+    past: Form | None = None,
+) -> Callable[[Index], list[str]]:  # fmt: skip
     """Lines that load into the variable `target` of words, 2**max(2, width) bytes; `default`: a word where the mask is
-    not set."""
+    not set. `past`: a number congruent to the address modulo 4, if that is even (loose_run)."""
     size = 1 << max(0, width - 2)
     half, word = e.type(PointerType(uint16)), e.type(PointerType(uint32))
 
@@ -140,12 +188,14 @@ def load_lines(
         return [default(i.at(number << 2)) for number in range(size)]
 
     def whole(i: Index) -> list[str]:
-        if size == 1:
+        if past is not None:
+            kind, read, parts = e.dialect.loose_load(size, pointer.text(i), past.operand(i))
+        elif size == 1:
             kind, read, parts = e.type(uint32), f"*({word})({pointer.text(i)})", ["wide"]
         else:
             kind, read, parts = e.dialect.wide_load(uint32, size, pointer.text(i))
         made = [f"{kind} wide = {read};", " ".join(f"{c} = {p};" for c, p in zip(cells(i), parts))]
-        if size == 1:
+        if size == 1 and past is None:
             made = [f"{cells(i)[0]} = {read};"]
         if mask is None:
             return made
