@@ -43,6 +43,7 @@ def view(address: int, nbytes: int) -> np.ndarray:
 class Node:
     def __init__(self, kind: str, before: list[Node], run: Callable[[], None] = lambda: None):
         self.kind, self.before, self.run = kind, list(before), run
+        self.early: list[Node] = []  # those of `before` that it waits for itself
 
 
 class Driver:
@@ -51,6 +52,9 @@ class Driver:
     CUresult = CUresult
     CUdevice_attribute = CUfunction_attribute = CUpointer_attribute = CUmemorytype = _Names()
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2, CU_EVENT_BLOCKING_SYNC=1)
+    CUgraphDependencyType = SimpleNamespace(CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC=1)
+    CUgraphEdgeData = SimpleNamespace
+    CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC = 1
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUDA_KERNEL_NODE_PARAMS = CUDA_MEMCPY3D = CUDA_MEMSET_NODE_PARAMS = SimpleNamespace
 
@@ -215,6 +219,17 @@ class Driver:
         assert all(other in graph for other in node.before) and len(set(node.before)) == len(node.before)
         graph.append(node)
         return 0, node
+
+    def cuGraphAddDependencies(
+        self, graph: list[Node], before: list[Node], after: list[Node], edges: list[Any], count: int
+    ) -> Any:
+        assert len(before) == len(after) == len(edges) == count and all((e.from_port, e.type) == (1, 1) for e in edges)
+        for one, other in zip(before, after):
+            assert one in graph and one not in other.before
+            assert not {one.kind, other.kind} & {"empty", "event", "copy", "fill"}  # only between kernels
+            other.before.append(one)
+            other.early.append(one)
+        return (0,)
 
     def cuGraphAddEmptyNode(self, graph: list[Node], before: list[Node], count: int) -> Any:
         return self._add(graph, Node("empty", before))

@@ -3,7 +3,7 @@
 // Threads of a block are fibers. They change only where they wait: in operations that a warp does together, and at
 // barriers. One warp runs as far as it can before the next begins, in an order that the seed chooses, so that a missing
 // barrier shows. Copies that are asynchronous are made when they are waited for, and their targets are garbage until
-// then. Operands of matrix products of warp groups must be the same when they are waited for. Shared memory and every stack end (or
+// then. What kernels before this one write comes when it waits for them. Operands of matrix products of warp groups must be the same when they are waited for. Shared memory and every stack end (or
 // begin) at pages that nobody may touch; a fault ends the launch with a message.
 //
 // Fragments and shared memory descriptors: PTX ISA, "Matrix multiply-accumulate operation" (mma.m16n8k*, ldmatrix) and
@@ -50,6 +50,7 @@ struct position { word x, y, z; };
 enum { MOST = 1024, STACK = 512 << 10, PAGE = 4096, SHARED_AT = 1024, COPIES = 256, PRODUCTS = 64, EXCHANGE = 8 };
 
 struct meeting { word arrived, times, kind; };
+struct late { void *to; const void *from; size_type nbytes; };
 struct copy { unsigned char *to; const void *from; int nbytes; word group; };
 struct product { address a, b, seen; int n; bool a_turned, b_turned; word group; };
 struct warp { meeting meet; word given[2][32][EXCHANGE]; };
@@ -247,6 +248,9 @@ static void shuffle_threads(word seed) {
 
 }  // namespace cuda
 
+// What the kernels before this one write: it is there once they have been waited for.
+extern "C" { const cuda::late *cuda_late; cuda::word cuda_late_count; }
+
 // Runs the blocks `programs` (three numbers each, `many` of them); what went wrong, or "".
 extern "C" const char *cuda_launch(void (*body)(void **), void **parameters, cuda::word threads, cuda::word shared_bytes,
                                    const cuda::word *grid, const cuda::word *programs, cuda::word many, cuda::word seed) {
@@ -330,13 +334,13 @@ inline float fmax(float x, float y) { return __builtin_fmaxf(x, y); }
 inline double fmax(double x, double y) { return __builtin_fmax(x, y); }
 template <typename T> inline T min(T x, T y) { return y < x ? y : x; }
 template <typename T> inline T max(T x, T y) { return x < y ? y : x; }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned count) {
+    return unsigned(((unsigned long long)high << 32 | low) >> (count & 31));
+}
 inline int __mulhi(int x, int y) { return int((long long)x * y >> 32); }
 inline unsigned int __umulhi(unsigned int x, unsigned int y) { return (unsigned int)((unsigned long long)x * y >> 32); }
 inline long long __mul64hi(long long x, long long y) { return (long long)((__int128)x * y >> 64); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned count) {
-    return unsigned(((unsigned long long)high << 32 | low) >> (count & 31));
-}
     return (unsigned long long)((unsigned __int128)x * y >> 64);
 }
 
@@ -466,6 +470,17 @@ template <int N, bool TURNED> inline void ldmatrix(word *to, word at) {
         word x[4]; ldmatrix<4, TURNED>(x, at); a = x[0], b = x[1], c = x[2], d = x[3]; }
 PTX_LDMATRIX(_shared_b16, false) PTX_LDMATRIX(_trans_shared_b16, true)
 
+inline void griddepcontrol_launch_dependents() { }
+inline void griddepcontrol_wait() {
+    for (; cuda_late_count; cuda_late_count--) {
+        const cuda::late &l = cuda_late[cuda_late_count - 1];
+        memcpy(l.to, l.from, l.nbytes);
+    }
+}
+inline void cp_async_bulk_prefetch_L2_global(address from, word nbytes) {  // in whole 16 bytes, which must be there
+    if (from % 16 || nbytes % 16) cuda::fail("a misaligned prefetch");
+    for (const volatile char *p = (const volatile char *)from; p < (const char *)from + nbytes; p += 16) (void)*p;
+}
 inline void cp_async_cg_shared_global(word to, const void *from, int nbytes = 16) {
     cuda::thread &t = *cuda::current;
     if (t.copies_made == cuda::COPIES) cuda::fail("too many asynchronous copies at a time");

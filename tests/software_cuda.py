@@ -95,6 +95,8 @@ def call(sections: Sequence[str]) -> str:
     if name.startswith("wgmma_mma"):
         return f"ptx::{name}({{{', '.join(f'&({o})' for o in outputs)}}}, {', '.join(inputs)})"
     numbers = [int(n) for n in re.findall(r"%(\d+)", instruction)]
+    if not numbers:  # operands only for what the compiler must not move over it
+        return f"ptx::{name}()"
     assert list(dict.fromkeys(numbers)) == list(range(len(outputs) + len(inputs))), f"operands out of order: {template}"
     return f"ptx::{name}({', '.join([*outputs, *inputs])})"
 
@@ -119,6 +121,10 @@ def split(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- running
 
 
+class Late(ctypes.Structure):
+    _fields_ = [("to", ctypes.c_void_p), ("given", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
+
+
 class Kernel:
     """A kernel as machine code for this processor."""
 
@@ -139,19 +145,27 @@ class Kernel:
     def __call__(
         self, grid: Sequence[int], threads: int, shared: int, words: Sequence[bytes],
         programs: Iterable[tuple[int, int, int]] | None = None, seed: int | None = None,
+        late: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     ) -> None:  # fmt: skip
         """Runs the programs of the grid (default: all) on parameters given as bytes. AssertionError for an access
-        outside of memory, and for threads that wait for each other for ever. `seed`: which threads run first."""
+        outside of memory, and for threads that wait for each other for ever. `seed`: which threads run first. `late`:
+        memory, and what kernels before this one write there, which it has to wait for."""
         if programs is None:
             programs = ((x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0]))
         numbers = list(itertools.chain(*programs))
         storage = [ctypes.create_string_buffer(word + bytes(-len(word) % 8)) for word in words]
         parameters = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in storage))
+        copies = (Late * len(late))(*((to.ctypes.data, given.ctypes.data, to.nbytes) for to, given in late))
+        ctypes.c_void_p.in_dll(self.code, "cuda_late").value = ctypes.addressof(copies)
+        waits = ctypes.c_uint32.in_dll(self.code, "cuda_late_count")
+        waits.value = len(late)
         seed = int(np.random.default_rng().integers(1 << 32)) if seed is None else seed
         told = self.code.cuda_launch(
             self.code.cuda_body, parameters, threads, shared, (ctypes.c_uint32 * 3)(*grid),
             (ctypes.c_uint32 * len(numbers))(*numbers), len(numbers) // 3, ctypes.c_uint32(seed),
         ).decode()  # fmt: skip
+        if not told and waits.value and len(numbers):
+            told = "it does not wait for those before it"
         if told:
             raise AssertionError(f"kernel {self.name}: {told} (seed {seed})")
 
@@ -197,7 +211,6 @@ def run(
         if id(value) not in copies:
             assert value.flags.c_contiguous
             memory = guarded(value.nbytes, value.ctypes.data % 16)
-            memory[:] = value.reshape(-1).view(np.uint8)
             copies[id(value)] = (value, memory)
         words.append(copies[id(value)][1].ctypes.data.to_bytes(8, "little"))
     words.append(executable.arguments(values, grid))
@@ -205,7 +218,15 @@ def run(
     words += [memory.ctypes.data.to_bytes(8, "little") for memory in extra]
     try:
         made = kernel(executable.name, executable.source)
-        made(grid, executable.threads, executable.threadgroup_bytes, words, programs, seed)
+        late = [(memory, value.reshape(-1).view(np.uint8)) for value, memory in copies.values()]
+        if "griddepcontrol.wait" in executable.source:
+            for memory, _ in late:
+                memory[:] = 255  # NaN
+        else:
+            for memory, given in late:
+                memory[:] = given
+            late = []
+        made(grid, executable.threads, executable.threadgroup_bytes, words, programs, seed, late)
         for value, memory in copies.values():
             if value.flags.writeable:
                 value.reshape(-1).view(np.uint8)[:] = memory

@@ -366,6 +366,30 @@ def test_every_entry_waits_for_all_before_its_barrier_and_overlaps_its_neighbour
         assert len(nodes) == len(fills)
 
 
+@pytest.mark.parametrize("capability, version", [((9, 0), 13000), ((8, 0), 13000), ((9, 0), 12020)])
+def test_kernels_start_before_those_they_wait_for_have_ended(
+    monkeypatch: Any, capability: tuple[int, int], version: int
+) -> None:
+    """Kernels that wait for themselves, on GPUs and drivers that can; beside all others every edge is a plain one."""
+    gpu = fake_cuda.Driver(version=version, capability=capability)
+    device, driver = open_fake(monkeypatch, gpu, fake_cuda.Nvrtc((12, 0)))
+    waiting = executable("late", ADD.replace("{", '{ asm volatile("griddepcontrol.wait;");', 1), (0, 1), ())
+    buffer = device.allocate(64)
+    commands = device.command_list()
+    for made in (waiting, waiting, executable("plain", ADD, (0, 1), ()), waiting):
+        commands.launch(made, (1,), [buffer, buffer], barrier=True)
+    commands.fill(buffer, 0, barrier=True)
+    commands.launch(waiting, (1,), [buffer, buffer], barrier=True)
+    for _ in range(2):
+        commands.launch(waiting, (1,), [buffer, buffer], barrier=False)
+    commands.launch(waiting, (1,), [buffer, buffer], barrier=True)
+    device.run(commands)
+    nodes = driver.graphs[-1]
+    assert [len(node.before) for node in nodes] == [0, 1, 1, 1, 1, 1, 1, 1, 3]
+    can = capability >= (9, 0) and version >= 12030
+    assert [len(node.early) for node in nodes] == ([0, 1, 0, 0, 0, 0, 0, 0, 3] if can else [0] * 9)
+
+
 def test_events_happen_in_order_and_out_of_order_waits_work(monkeypatch: Any) -> None:
     device, driver = open_fake(monkeypatch)
     driver.late = 3

@@ -34,7 +34,13 @@ def matvec_kernel(
     a multiple of ROWS and tokens is TOKENS. LANES: into how many sums the products of a group of 32 go before they meet
     the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    length = columns if x_scales is None else row_bytes
+    count = (ROWS if EVEN else tl.minimum(rows - first, ROWS)) * length
+    tl.prefetch(weights + first.to(tl.int64) * length, count)
+    if up is not None:
+        tl.prefetch(up + first.to(tl.int64) * length, count)
+    row = first + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     source = row if EVEN else tl.minimum(row, rows - 1)
     reader = token if EVEN else tl.minimum(token, tokens - 1)
@@ -56,25 +62,39 @@ def product(
     GROUPS: tl.constexpr = VALUES // 32
     group = tl.arange(0, GROUPS)
     pointers = weights + row.to(tl.int64) * row_bytes
+    count = columns // VALUES  # of runs; what is a multiple of it is known to be aligned
     values = x + token[:, None] * columns + group[None, :] * 32
-    scales = x_scales + token[:, None] * (columns // 32) + group[None, :]
-    sums = x_sums + token[:, None, None] * (columns // 16) + group[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    scales = x_scales + token[:, None] * (count * GROUPS) + group[None, :]
+    sums = x_sums + token[:, None, None] * (count * (2 * GROUPS)) + sixteen(GROUPS)[None]
     LANES: tl.constexpr = SUMS or lanes_of(FORMAT)
     SIDE: tl.constexpr = min(GROUPS, 16 // LANES)  # groups side by side: 16 lanes are a vector of 512 bits
     shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // SIDE, LANES * SIDE)
     total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
     low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
-    for run in range(0, columns // VALUES):
+    for run in range(0, count):
         quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
         dots = lane_dots(quants[0], values + run * VALUES, LANES)
         if len(quants) == 2:
             dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)
         x_scale = tl.load(scales + run * GROUPS)
         scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
-        total += tl.sum(tl.reshape(scaled, shape), axis=2)
         if minimum is not None:
-            low += minimum_term(minimum, tl.load(sums + run * (2 * GROUPS)), x_scale)
+            x_sum = tl.load(sums + run * (2 * GROUPS))
+            if LANES <= 2:  # where the products are, their minimums are as well
+                if LANES == 1:
+                    x_sum = tl.sum(x_sum, axis=2, keep_dims=True)
+                x_sum = (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
+                scaled += over_lanes(minimum[None], LANES) * x_sum
+            else:
+                low += minimum_term(minimum, x_sum, x_scale)
+        total += tl.sum(tl.reshape(scaled, shape), axis=2)
     return tl.sum(total, axis=2) + tl.sum(low, axis=2)
+
+
+@jit
+def sixteen(GROUPS: tl.constexpr):
+    """Places of the sums of 16 values: [GROUPS, 2]."""
+    return tl.arange(0, GROUPS)[:, None] * 2 + tl.arange(0, 2)[None, :]
 
 
 @jit

@@ -48,6 +48,7 @@ from nitinol.runtime.memory import Block, Pool
 EXACT_BYTES = 64 << 20  # wrapped memory of at least that size does not get a larger block of the pool
 SPIN_NS = 20_000_000  # a wait spins that long after the submission, then sleeps for 1/64 of the time since
 NOT_READY = 600
+EARLY_CAPABILITY, EARLY_DRIVER = (9, 0), 12030  # what programmatic edges of graphs need: Hopper, CUDA 12.3
 # Errors after which the context is lost, and what they say of a kernel.
 FAULTS = {
     214: "met an uncorrectable memory error", 700: "accessed an illegal address", 702: "ran into the time limit",
@@ -72,6 +73,7 @@ class CudaDevice:
         capability = self._ask("COMPUTE_CAPABILITY_MAJOR"), self._ask("COMPUTE_CAPABILITY_MINOR")
         self.architecture = architecture(self.cu, nvrtc, self.description, capability)
         self.target = "cuda:{}{}".format(*capability)
+        self.early_start = capability >= EARLY_CAPABILITY and call(self.cu.cuDriverGetVersion) >= EARLY_DRIVER
         self.context = call(self.cu.cuDevicePrimaryCtxRetain, self._handle)
         self._process, self.closed = os.getpid(), False
         self.enter()

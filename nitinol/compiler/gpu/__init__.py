@@ -142,6 +142,7 @@ def compile_function(
         raise e.error(f"{function.name} has {len(pointers)} pointer parameters and {dialect.NAME} kernels at most "
                       f"{most}; put arrays together")  # fmt: skip
     e.run(function.body)
+    e.wait()
     nbytes = allocate(e.body, dialect.SHARED_ROOMY)
     if nbytes > dialect.SHARED_LIMIT:
         e.location = function.location
@@ -154,7 +155,8 @@ def compile_function(
     groups = [aliases[index] for index in pointers]
     meeting = [groups.count(group) > 1 for group in groups]
     head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts), bool(e.prints), meeting)
-    lines = ["    " + dialect.shared_memory(nbytes)] if nbytes else []
+    lines = ["    " + dialect.LET_NEXT_START] if dialect.EARLY_START else []
+    lines += ["    " + dialect.shared_memory(nbytes)] if nbytes else []
     text = "\n".join([*head, *lines, *render(e.body, dialect.UNROLL), "}", ""])
     return Executable(
         name, "\n".join([*dialect.prelude(text, e.helpers), text]), simdgroups, nbytes, barriers, tuple(pointers),

@@ -61,6 +61,8 @@ def for_capability(capability: int) -> ModuleType:
     module.__dict__.update(globals())
     module.__dict__["SHARED_LIMIT"] = SHARED_LIMITS.get(capability, min(SHARED_LIMITS.values()))
     module.__dict__["WARP_GROUPS"] = capability == 90
+    if capability < 90:
+        module.__dict__.update(EARLY_START=False, prefetch=lambda pointer, count: "")
     return module
 
 
@@ -93,6 +95,25 @@ def barrier(spaces: set[str]) -> str:
     return "__syncthreads();"
 
 
+LET_NEXT_START = 'asm volatile("griddepcontrol.launch_dependents;");'  # once all blocks have come here
+
+
+def wait_for_previous(pointers: Sequence[str]) -> list[str]:
+    """Waits until the kernels before this one have ended and what they wrote is visible.
+
+    The pointers are operands because the compiler could otherwise take memory that this kernel only reads for constant
+    (they are __restrict__), and does load from it before the wait.
+    """
+    groups = [pointers[i : i + 16] for i in range(0, len(pointers), 16)] or [()]
+    texts = [", ".join(f'"l"({pointer})' for pointer in group) for group in groups]
+    return [f'asm volatile("{"" if i else "griddepcontrol.wait;"}" :: {t} : "memory");' for i, t in enumerate(texts)]
+
+
+def prefetch(pointer: str, count: str) -> str:
+    """Brings memory into the L2 cache."""
+    return f"if (threadIdx.x == 0) prefetch({pointer}, {count});"
+
+
 def wide_load(element: DType, count: int, address: str) -> tuple[str, str, list[str]]:
     """Type, text and the elements' texts (of a variable `wide`) of one load of 2, 4, 8 or 16 neighbours.
 
@@ -113,6 +134,12 @@ def wide_value(element: DType, values: Sequence[str]) -> str:
         name = memory_type(element)
         values = [f"pack<{name}>({low}, {high})" for low, high in zip(values[::2], values[1::2])]
     return f"{{{{{', '.join(values)}}}}}"
+
+
+def loose_load(count: int, address: str, past: str) -> tuple[str, str, list[str]]:
+    """The same for 32-bit words at an address of bytes that is `past` & 2 past a multiple of 4."""
+    read = f"loose_load<{count}>({address}, {past} & 2)"
+    return f"Vector<uint, {count}>", read, [f"wide.at[{i}]" for i in range(count)]
 
 
 def wide_store(element: DType, address: str, values: Sequence[str], condition: str = "") -> str:
@@ -136,12 +163,6 @@ def shuffle(element: DType | PointerType, value: str, lane: str, which: str = "f
 
 
 def reduce_lanes(kind: str, element: DType, value: str) -> str | None:
-def loose_load(count: int, address: str, past: str) -> tuple[str, str, list[str]]:
-    """The same for 32-bit words at an address of bytes that is `past` & 2 past a multiple of 4."""
-    read = f"loose_load<{count}>({address}, {past} & 2)"
-    return f"Vector<uint, {count}>", read, [f"wide.at[{i}]" for i in range(count)]
-
-
     """A reduction over all lanes in one operation, the same in every lane; None if there is none of that meaning."""
     if element.bits != 32 or element.is_float or kind not in ("add", "min", "max", "and", "or", "xor"):
         return None

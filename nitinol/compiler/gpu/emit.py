@@ -49,6 +49,9 @@ from nitinol.language.types import DType, PointerType
 
 Lines = Callable[[Index], Sequence[str]]
 
+# What a kernel may do while those before it still run: it touches no memory.
+EARLY = ELEMENTWISE | VIEWS | {"constant", "program_id", "num_programs", "arange", "prefetch"}
+
 
 class Emitter:
     """State of one kernel: the statements so far, and how each value is written in each of its layouts."""
@@ -80,6 +83,7 @@ class Emitter:
         self.spread, self.spread_loops = spread_sums(function, self.uses, found.home, found.wanted, found.chosen)
         self.parts: set[Value] = set()  # sums of loops whose parts still lie in several threads
         self.byte_products = words.byte_products(function, self.uses)
+        self.waits = not dialect.EARLY_START  # whether the kernel has waited for those before it
         self.note_blocks(function.body)
 
     # ----------------------------------------------------------------------------------------------- small parts
@@ -268,11 +272,20 @@ class Emitter:
     def run(self, block: Block) -> None:
         for op in block.ops:
             self.location = op.location or self.location
+            if op.kind not in EARLY:
+                self.wait()
             try:
                 self.operation(op)
             except self.dialect.Unsupported as problem:
                 raise self.error(f"{op.kind} of {problem}") from None
             self.convert_results(op.results)
+
+    def wait(self) -> None:
+        """The kernel waits for the results of those before it, once: before all that touches memory or may end it."""
+        if not self.waits:
+            self.waits = True
+            pointers = [v for v in self.function.parameters if isinstance(v.element, PointerType)]
+            self.say(*self.dialect.wait_for_previous([self.form(v).text(fixed(0)) for v in pointers]))
 
     def operation(self, op: Op) -> None:
         kind = op.kind
@@ -388,6 +401,7 @@ class SharedPointer(Statement):
 HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "load": memory.load,
     "store": memory.store,
+    "prefetch": memory.prefetch,
     "atomic_rmw": memory.atomic_rmw,
     "atomic_cas": memory.atomic_cas,
     "reduce": reduction.reduce,

@@ -26,6 +26,7 @@ PREDICATES = False  # whether a load under a condition is one instruction
 DIRECT = False  # whether small loads are made by all threads that want them, not by one of them for all
 LOOSE = False  # whether words at even addresses are made of aligned ones
 MOST_BUFFERS = 31
+EARLY_START = False  # whether a kernel may start while those before it run, and waits for them itself
 
 TYPES = {
     "int1": "bool", "int8": "char", "int16": "short", "int32": "int", "int64": "long", "uint8": "uchar",
@@ -82,6 +83,10 @@ def shared_pointer(element: DType | PointerType, name: str, offset: int) -> str:
 def shared_memory(nbytes: int) -> str:
     return f"threadgroup ulong scratch_memory[{(nbytes + 7) // 8}];\n    " \
         "threadgroup uchar *scratch = (threadgroup uchar *)scratch_memory;"  # fmt: skip
+
+
+def prefetch(pointer: str, count: str) -> str:
+    return ""
 
 
 def barrier(spaces: set[str]) -> str:
