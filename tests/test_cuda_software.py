@@ -67,6 +67,26 @@ def test_bytes_at_even_addresses(rng, rows, blocks, step, at, count, warps):
     assert "loose_load<" in made.source.split("fields(")[1]
 
 
+@jit
+def sums_where(x, y, out, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    j = tl.arange(0, BLOCK)
+    one = tl.load(x + j, mask=j < n, other=OTHER)
+    tl.store(out + j, one + tl.load(y + j))
+    tl.store(out + BLOCK + j, one, mask=j < n)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "i2", "u2"])
+@pytest.mark.parametrize("n, block, warps", [(48, 64, 1), (1008, 1024, 4), (999, 1024, 2), (16, 256, 1)])
+def test_halves_of_words(rng, dtype, n, block, warps):
+    """16-bit elements go as words: what a mask leaves out is the other value, and is not stored."""
+    x, y = (rng.integers(0, 100, (2, block))).astype(dtype)
+    out = np.full(2 * block, 7, dtype)
+    made = launch(sums_where, (1,), warps, x=x, y=y, out=out, n=n, OTHER=3, BLOCK=block)
+    one = np.where(np.arange(block) < n, x, np.asarray(3, dtype))
+    np.testing.assert_array_equal(out, np.concatenate([one + y, np.where(np.arange(block) < n, one, 7)]))
+    assert ("store_if(" in made.source.split("sums_where(")[1]) == (n % 16 == 0)
+
+
 # ------------------------------------------------------------------------------------------- what must be noticed
 
 
