@@ -72,7 +72,7 @@ def product(
     total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
     low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
     for run in range(0, count):
-        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS)
+        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, SUMS > 0)
         dots = lane_dots(quants[0], values + run * VALUES, LANES)
         if len(quants) == 2:
             dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)

@@ -45,6 +45,11 @@ class RunStrides(AxisStrides):
 
     def _compute(self, value: Value) -> Strides:
         op = value.op
+        if op is not None and op.kind == "bitcast" and isinstance(value.element, PointerType):
+            source = op.operands[0].element
+            assert isinstance(source, PointerType)
+            old, new = source.element.nbytes, value.element.element.nbytes
+            return tuple(None if s is None or s * old % new else s * old // new for s in self.of(op.operands[0]))
         if op is None or op.kind != "rem" or not value.shape:
             return super()._compute(value)
         x, n = op.operands
@@ -188,7 +193,7 @@ class Widths:
         if kind == "mul":
             a, b = (self.multiple(v, places) for v in op.operands)
             return min(a * b, LARGEST)
-        if kind == "cast" and value.element.nbytes >= op.operands[0].element.nbytes:
+        if kind in ("cast", "bitcast") and value.element.nbytes >= op.operands[0].element.nbytes:
             return self.multiple(op.operands[0], places)
         if kind == "addptr":
             assert isinstance(value.element, PointerType)

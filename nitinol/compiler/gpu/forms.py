@@ -161,10 +161,12 @@ def unsqueeze(number: int, bits: tuple[int, int]) -> int:
 @dataclass(frozen=True)
 class Words:
     """`form`'s registers are 32-bit words of four bytes each, numbered as the bytes' registers without the two `bits`,
-    which number the bytes of a word, the lower one first."""
+    which number the bytes of a word, the lower one first. `raised`: words whose bytes are larger by powers of two, and
+    by which: what they are before a shift, for sums that can be shifted instead."""
 
     bits: tuple[int, int]
     form: Form
+    raised: tuple[Form, Form] | None = None
 
     def number(self, index: Index) -> Index:
         """The word of a byte."""
@@ -182,8 +184,13 @@ class Words:
         if len(bits) < 2 or any(column & sum(wanted) for column in others):
             return None
         view = tuple(squeeze(column, self.bits) for column in map_ if column not in wanted)
-        form = shifted(self.form, view, squeeze(constant, self.bits)) if constant else self.form.through(view)
-        return Words((bits[0], bits[1]), form)
+        number = squeeze(constant, self.bits)
+
+        def viewed(form: Form) -> Form:
+            return shifted(form, view, number) if constant else form.through(view)
+
+        raised = self.raised and (viewed(self.raised[0]), viewed(self.raised[1]))
+        return Words((bits[0], bits[1]), viewed(self.form), raised)
 
 
 def variable(name: str, count: int) -> Form:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nitinol.compiler.gpu.access import neighbours
 from nitinol.compiler.gpu.assign import operand_layouts
-from nitinol.compiler.gpu.forms import Form, Index, Words, bare, expression, literal, variable
+from nitinol.compiler.gpu.forms import Form, Index, Words, bare, expression, fixed, literal, squeeze, variable
 from nitinol.compiler.gpu.layout import Layout, Map, compose, identity, view_map
 from nitinol.compiler.ir import Function, Op, Value, combine_kind, constant_of, walk
 from nitinol.language.types import DType, PointerType, int8, int32, uint8, uint16, uint32
@@ -70,8 +70,9 @@ def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set
     if found is None or element not in _BYTES or any(v.element not in _BYTES for v in op.operands):
         return None
     if kind in ("cast", "bitcast"):
-        return found
-    bits, constants = found.bits, [constant_of(v) for v in op.operands]
+        return Words(found.bits, found.form)
+    bits = found.bits
+    constants: list[Any] = [constant_of(v) for v in op.operands]
     if kind in ("shl", "shr"):
         count = constants[1]
         if not isinstance(count, int) or not 0 <= count < 8 or operands[0].words is None:
@@ -79,7 +80,10 @@ def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set
         if kind == "shr" and element == int8:
             return None
         sign, mask = ("<<", 255 << count) if kind == "shl" else (">>", 255 >> count)
-        return Words(bits, expression(lambda x: f"{x} {sign} {count} & {repeated(mask)}", operands[0].words.form))
+        source = operands[0].words.form
+        made = expression(lambda x: f"{x} {sign} {count} & {repeated(mask)}", source)
+        before = expression(lambda x: f"{x} & {repeated(mask << count)}", source)
+        return Words(bits, made, (before, literal(str(count))) if kind == "shr" else None)
     if kind == "sub" and constants[1] is not None:
         kind, constants[1] = "add", -constants[1]
     words = [
@@ -87,13 +91,23 @@ def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set
         for form, constant in zip(operands, constants)
     ]
     if kind in _BITWISE:
-        return Words(bits, expression(lambda x, y: f"{x} {_BITWISE[kind]} {y}", *words))
+        made = expression(lambda x, y: f"{x} {_BITWISE[kind]} {y}", *words)
+        raised, mask = raised_of(operands[0]), constants[1]
+        if kind != "and" or raised is None or mask is None or not raised[1].simple:
+            return Words(bits, made)
+        kept = repeated((int(mask) & 255) << int(raised[1].text(fixed(0))))
+        return Words(bits, made, (expression(lambda x: f"{x} & {kept}", raised[0]), raised[1]))
     if kind == "not":
         return Words(bits, expression(lambda x: f"~{x}", *words))
     if kind in ("add", "sub"):
         helpers.add(f"{kind}_bytes")
         return Words(bits, expression(lambda x, y: f"{kind}_bytes({x}, {y})", *words, simple=True))
     return None
+
+
+def raised_of(form: Form) -> tuple[Form, Form] | None:
+    """A form's words before a shift, and its count, which is `simple` if it is one number."""
+    return None if form.words is None else form.words.raised
 
 
 def chosen(
@@ -105,13 +119,20 @@ def chosen(
         return None
     if any(layout.registers[bit] >> cut & 1 for bit in first.bits):
         return None
-    forms = [Form(lambda i, w=w: w.form.text(w.number(i)), lambda i, w=w: w.form.names(w.number(i)), w.form.simple)  # type: ignore[misc]
-             for w in (first, second)]  # fmt: skip
 
-    def names(i: Index) -> set[tuple[str, bool]]:
-        return first.form.names(i) | second.form.names(i)
+    def choice(forms: Sequence[Form]) -> Form:
+        by_byte = [Form(lambda i, f=f: f.text(first.number(i)), lambda i: set(), f.simple) for f in forms]  # type: ignore[misc]
 
-    return Words(first.bits, Form(lambda i: text(first.first(i), forms), names, False))
+        def names(i: Index) -> set[tuple[str, bool]]:
+            return set().union(*(f.names(i) for f in forms))
+
+        return Form(lambda i: text(first.first(i), by_byte), names, False)
+
+    raised = None
+    if first.raised or second.raised:
+        pairs = [w.raised or (w.form, literal("0")) for w in (first, second)]
+        raised = choice([form for form, _ in pairs]), choice([count for _, count in pairs])
+    return Words(first.bits, choice([first.form, second.form]), raised)
 
 
 def store(e: Emitter, name: str, element: DType | PointerType, count: int, words: Words) -> Form:
@@ -256,4 +277,18 @@ def four_products(
     name = f"dot4_{''.join('s' if value.element == int8 else 'u' for value in values)}"
     e.helpers.add(name)
     words = [together(form, found[0], e.dialect) for form in forms]
-    return found[0], words, lambda i, start: f"{name}({words[0].text(i)}, {words[1].text(i)}, {start})"
+    within = squeeze(along, found[0])
+    raised = raised_of(forms[0])
+    if raised and values[0].element == uint8 and forms[0].words and forms[0].words.bits == found[0]:
+        texts = [raised[1].text(fixed(number)) for number in range(layout.count >> 2)]
+        if bin(along).count("1") <= 8 and all(text == texts[n & ~within] for n, text in enumerate(texts)):
+            words[0] = raised[0]  # the sum is shifted, once, not each word: it is a multiple of what they are raised by
+
+    def onto(i: Index, start: str) -> str:
+        text = f"{name}({words[0].text(i)}, {words[1].text(i)}, {start})"
+        if raised is None or words[0] is not raised[0]:
+            return text
+        shifted = f"{text} >> {raised[1].operand(i)}"
+        return f"(r & {within}) == {within} ? {shifted} : {text}" if within else shifted
+
+    return found[0], words, onto
