@@ -51,15 +51,15 @@ def compile_source(executable: Executable, architecture: str = "sm_90a", words: 
     program = checked(nvrtc.nvrtcCreateProgram(executable.source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={architecture}".encode(), *(o.encode() for o in executable.options)]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+    log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))  # a bytes object of one byte is Python's own b" "
     checked(nvrtc.nvrtcGetProgramLog(program, log))
     if words is not None:
         words.append(log.decode())
     assert int(error) == 0, f"{log.decode()}\n{executable.source}"
-    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
     checked(nvrtc.nvrtcGetCUBIN(program, code))
     checked(nvrtc.nvrtcDestroyProgram(program))
-    return code
+    return bytes(code)
 
 
 class Device:
