@@ -186,8 +186,8 @@ class CudaDevice:
             event = self._idle_events.pop() if self._idle_events else self.event("DISABLE_TIMING")
             sequence, encoded.submitted = self._submitted + 1, time.monotonic_ns()
             for graph, names in zip(encoded.graphs, encoded.names):
-                blamed = names if encoded.blocking else ()
-                self.call(self.cu.cuGraphLaunch, graph, self.stream, what="kernels " + ", ".join(names[:6]), names=blamed)
+                self.call(self.cu.cuGraphLaunch, graph, self.stream, what="kernels " + ", ".join(names[:6]),
+                          names=names if encoded.blocking else ())
                 if encoded.blocking:
                     self.call(self.cu.cuStreamSynchronize, self.stream, names=names)
             self.call(self.cu.cuEventRecord, event, self.stream)
