@@ -45,25 +45,31 @@ def lanes_of(format: str) -> int:
     return 4 if format in ("Q4_0", "Q4_1", "Q5_0", "Q5_1") else 8
 
 
+def centre_of(format: str) -> int:
+    """What `decode` subtracts from stored quants."""
+    return {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32}.get(format, 0)
+
+
 @jit
-def decode(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexpr, HEAD: tl.constexpr = False):
+def decode(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexpr, STORED: tl.constexpr = False):
     """Blocks first .. first + BLOCKS of rows that start at `row_pointers` (uint8 pointers [rows]).
 
-    HEAD: a block's first 16 bytes, where they hold all of its scales, are loaded at once: each thread of a GPU that has
-    some of a block's values takes one load for ten, but a CPU's loop would be 265 instructions instead of 229 (Q4_K).
+    STORED: as suits the threads of a GPU. Quants are as they are stored, centre_of(FORMAT) too large; the first 16
+    bytes of blocks of Q4_K and Q5_K come in one load instead of ten (with which a CPU's loop would be 265 instructions
+    instead of 229).
     """
     if FORMAT == "Q8_0":
         return decode_q8_0(row_pointers, first, BLOCKS)
     if FORMAT == "Q4_0" or FORMAT == "Q4_1" or FORMAT == "Q5_0" or FORMAT == "Q5_1":
-        return decode_4_5(row_pointers, first, BLOCKS, FORMAT == "Q5_0" or FORMAT == "Q5_1", FORMAT[-1] == "1")
+        return decode_4_5(row_pointers, first, BLOCKS, FORMAT == "Q5_0" or FORMAT == "Q5_1", FORMAT[-1] == "1", STORED)
     if FORMAT == "Q2_K":
         return decode_q2_k(row_pointers, first, BLOCKS)
     if FORMAT == "Q3_K":
-        return decode_q3_k(row_pointers, first, BLOCKS)
+        return decode_q3_k(row_pointers, first, BLOCKS, STORED)
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
-        return decode_q4_k_q5_k(row_pointers, first, BLOCKS, FORMAT == "Q5_K", HEAD)
+        return decode_q4_k_q5_k(row_pointers, first, BLOCKS, FORMAT == "Q5_K", STORED)
     tl.static_assert(FORMAT == "Q6_K", "decode: not a block format of the kernels")
-    return decode_q6_k(row_pointers, first, BLOCKS)
+    return decode_q6_k(row_pointers, first, BLOCKS, STORED)
 
 
 @jit
@@ -170,7 +176,9 @@ def decode_q8_0(row_pointers, first, BLOCKS: tl.constexpr):
 
 
 @jit
-def decode_4_5(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constexpr, MINIMUM: tl.constexpr):
+def decode_4_5(
+    row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constexpr, MINIMUM: tl.constexpr, STORED: tl.constexpr
+):
     """0 d f16; [2 m f16;] [high 1:1 u8[4];] low 4:16 u8[16]. Without a minimum the quants are centred."""
     high_at: tl.constexpr = 4 if MINIMUM else 2
     low_at: tl.constexpr = high_at + 4 if FIVE else high_at
@@ -183,6 +191,8 @@ def decode_4_5(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constexpr, MI
     scale = half(blocks, 0)[:, :, None]
     if MINIMUM:
         return (low, high), scale, half(blocks, 2)[:, :, None]
+    if STORED:
+        return (low, high), scale, None
     CENTRE: tl.constexpr = 16 if FIVE else 8
     return (low.to(tl.int8, bitcast=True) - CENTRE, high.to(tl.int8, bitcast=True) - CENTRE), scale, None
 
@@ -206,22 +216,25 @@ def decode_q2_k(row_pointers, first, BLOCKS: tl.constexpr):
 
 
 @jit
-def decode_q3_k(row_pointers, first, BLOCKS: tl.constexpr):
+def decode_q3_k(row_pointers, first, BLOCKS: tl.constexpr, STORED: tl.constexpr):
     """0 high 1:32 u8[32]; 32 low 2:32 u8[64]; 96 scales u8[12]; 108 d f16
 
     Scales: (bytes 0-7 as 4:8) + 16 * (bytes 8-11 as 2:4).
     """
     blocks = block_pointers(row_pointers, first, BLOCKS, 110)
     low = planes(runs(field(blocks, 32, 64), 32), 2)
-    quants = (low | (planes(field(blocks, 0, 32), 1) << 2)).to(tl.int8, bitcast=True) - 4
+    quants = low | (planes(field(blocks, 0, 32), 1) << 2)
     low_scales = tl.reshape(planes(field(blocks, 96, 8), 4), (low.shape[0], BLOCKS, 16))
     high_scales = tl.reshape(planes(field(blocks, 104, 4), 2), (low.shape[0], BLOCKS, 16))
     scales = (low_scales | (high_scales << 4)).to(tl.int8, bitcast=True) - 32
-    return (quants,), runs(half(blocks, 108)[:, :, None] * scales.to(tl.float32), 2), None
+    scale = runs(half(blocks, 108)[:, :, None] * scales.to(tl.float32), 2)
+    if STORED:
+        return (quants,), scale, None
+    return (quants.to(tl.int8, bitcast=True) - 4,), scale, None
 
 
 @jit
-def decode_q4_k_q5_k(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constexpr, HEAD: tl.constexpr):
+def decode_q4_k_q5_k(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constexpr, STORED: tl.constexpr):
     """0 d f16; 2 dmin f16; 4 scales u8[12]; [16 high 1:32 u8[32];] low 4:32 u8[128]
 
     Scales, of 6 bits: 0-3 and minimums 0-3 are the low bits of bytes 0-3 and 4-7; 4-7 of both have their low four bits
@@ -232,7 +245,7 @@ def decode_q4_k_q5_k(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constex
     quants = planes(runs(field(blocks, low_at, 128), 32), 4)
     if FIVE:
         quants |= planes(field(blocks, 16, 32), 1) << 4
-    if HEAD:
+    if STORED:
         head, high, low, both = words(blocks)
         scales = beside(bytes_of(high & 0x3F3F3F3F), bytes_of((both & 0x0F0F0F0F) | ((high >> 2) & 0x30303030)))
         minimums = beside(bytes_of(low & 0x3F3F3F3F), bytes_of(((both >> 4) & 0x0F0F0F0F) | ((low >> 2) & 0x30303030)))
@@ -248,14 +261,16 @@ def decode_q4_k_q5_k(row_pointers, first, BLOCKS: tl.constexpr, FIVE: tl.constex
 
 
 @jit
-def decode_q6_k(row_pointers, first, BLOCKS: tl.constexpr):
+def decode_q6_k(row_pointers, first, BLOCKS: tl.constexpr, STORED: tl.constexpr):
     """0 low 4:64 u8[128]; 128 high 2:32 u8[64]; 192 scales i8[16]; 208 d f16"""
     blocks = block_pointers(row_pointers, first, BLOCKS, 210)
     low = runs(planes(runs(field(blocks, 0, 128), 64), 4), 32)
-    high = planes(runs(field(blocks, 128, 64), 32), 2)
-    quants = (low | (high << 4)).to(tl.int8, bitcast=True) - 32
+    quants = low | (planes(runs(field(blocks, 128, 64), 32), 2) << 4)
     scales = field(blocks, 192, 16).to(tl.int8, bitcast=True)
-    return (quants,), runs(half(blocks, 208)[:, :, None] * scales.to(tl.float32), 2), None
+    scale = runs(half(blocks, 208)[:, :, None] * scales.to(tl.float32), 2)
+    if STORED:
+        return (quants,), scale, None
+    return (quants.to(tl.int8, bitcast=True) - 32,), scale, None
 
 
 @jit

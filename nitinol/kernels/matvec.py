@@ -16,7 +16,7 @@ import numpy as np
 import nitinol.language as tl
 from nitinol.formats.quantization import dequantize
 from nitinol.kernels.activations import Activations
-from nitinol.kernels.decode import decode, lanes_of
+from nitinol.kernels.decode import centre_of, decode, lanes_of
 from nitinol.kernels.epilogue import finish, silu
 from nitinol.language.jit import jit
 
@@ -67,24 +67,28 @@ def product(
     scales = x_scales + token[:, None] * (count * GROUPS) + group[None, :]
     sums = x_sums + token[:, None, None] * (count * (2 * GROUPS)) + sixteen(GROUPS)[None]
     LANES: tl.constexpr = SUMS or lanes_of(FORMAT)
+    STORED: tl.constexpr = LANES <= 2 and SUMS > 0  # each thread has the values that one sum of activations is for
+    CENTRE: tl.constexpr = centre_of(FORMAT) if STORED else 0
     SIDE: tl.constexpr = min(GROUPS, 16 // LANES)  # groups side by side: 16 lanes are a vector of 512 bits
     shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // SIDE, LANES * SIDE)
     total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
     low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
     for run in range(0, count):
-        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, SUMS > 0)
+        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, STORED)
         dots = lane_dots(quants[0], values + run * VALUES, LANES)
         if len(quants) == 2:
             dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)
         x_scale = tl.load(scales + run * GROUPS)
+        if minimum is not None or CENTRE > 0:
+            x_sum = tl.load(sums + run * (2 * GROUPS))
+            if LANES == 1:
+                x_sum = tl.sum(x_sum, axis=2, keep_dims=True)
+        if CENTRE > 0:
+            dots -= CENTRE * x_sum[:, None]
         scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
         if minimum is not None:
-            x_sum = tl.load(sums + run * (2 * GROUPS))
-            if LANES <= 2:  # where the products are, their minimums are as well
-                if LANES == 1:
-                    x_sum = tl.sum(x_sum, axis=2, keep_dims=True)
-                x_sum = (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
-                scaled += over_lanes(minimum[None], LANES) * x_sum
+            if STORED:  # minimums are where the products are
+                scaled += over_lanes(minimum[None], LANES) * (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
             else:
                 low += minimum_term(minimum, x_sum, x_scale)
         total += tl.sum(tl.reshape(scaled, shape), axis=2)

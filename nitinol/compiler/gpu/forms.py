@@ -161,12 +161,12 @@ def unsqueeze(number: int, bits: tuple[int, int]) -> int:
 @dataclass(frozen=True)
 class Words:
     """`form`'s registers are 32-bit words of four bytes each, numbered as the bytes' registers without the two `bits`,
-    which number the bytes of a word, the lower one first. `raised`: words whose bytes are larger by powers of two, and
-    by which: what they are before a shift, for sums that can be shifted instead."""
+    which number the bytes of a word, the lower one first. `field`: words, a count and a mask, if each byte is (byte >>
+    count) & mask of the same byte of these words."""
 
     bits: tuple[int, int]
     form: Form
-    raised: tuple[Form, Form] | None = None
+    field: tuple[Form, Form, int] | None = None
 
     def number(self, index: Index) -> Index:
         """The word of a byte."""
@@ -189,8 +189,8 @@ class Words:
         def viewed(form: Form) -> Form:
             return shifted(form, view, number) if constant else form.through(view)
 
-        raised = self.raised and (viewed(self.raised[0]), viewed(self.raised[1]))
-        return Words((bits[0], bits[1]), viewed(self.form), raised)
+        field = self.field and (viewed(self.field[0]), viewed(self.field[1]), self.field[2])
+        return Words((bits[0], bits[1]), viewed(self.form), field)
 
 
 def variable(name: str, count: int) -> Form:

@@ -74,16 +74,18 @@ def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set
     bits = found.bits
     constants: list[Any] = [constant_of(v) for v in op.operands]
     if kind in ("shl", "shr"):
-        count = constants[1]
-        if not isinstance(count, int) or not 0 <= count < 8 or operands[0].words is None:
+        number = constants[1]
+        if not isinstance(number, int) or not 0 <= number < 8 or operands[0].words is None:
             return None
-        if kind == "shr" and element == int8:
+        source, count, mask = field_of(operands[0].words)
+        if kind == "shl":
+            kept = repeated(mask << number)
+            return Words(bits, expression(lambda x, c: f"{moved(x, c)} << {number} & {kept}", source, count))
+        if element == int8:
             return None
-        sign, mask = ("<<", 255 << count) if kind == "shl" else (">>", 255 >> count)
-        source = operands[0].words.form
-        made = expression(lambda x: f"{x} {sign} {count} & {repeated(mask)}", source)
-        before = expression(lambda x: f"{x} & {repeated(mask << count)}", source)
-        return Words(bits, made, (before, literal(str(count))) if kind == "shr" else None)
+        more = literal(str(int(count.text(fixed(0))) + number)) if count.simple else expression(
+            lambda c: f"{c} + {number}", count)  # fmt: skip
+        return field_words(bits, source, more, mask >> number)
     if kind == "sub" and constants[1] is not None:
         kind, constants[1] = "add", -constants[1]
     words = [
@@ -91,12 +93,10 @@ def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set
         for form, constant in zip(operands, constants)
     ]
     if kind in _BITWISE:
-        made = expression(lambda x, y: f"{x} {_BITWISE[kind]} {y}", *words)
-        raised, mask = raised_of(operands[0]), constants[1]
-        if kind != "and" or raised is None or mask is None or not raised[1].simple:
-            return Words(bits, made)
-        kept = repeated((int(mask) & 255) << int(raised[1].text(fixed(0))))
-        return Words(bits, made, (expression(lambda x: f"{x} & {kept}", raised[0]), raised[1]))
+        if kind == "and" and constants[1] is not None and operands[0].words is not None:
+            source, count, mask = field_of(operands[0].words)
+            return field_words(bits, source, count, mask & int(constants[1]))
+        return Words(bits, expression(lambda x, y: f"{x} {_BITWISE[kind]} {y}", *words))
     if kind == "not":
         return Words(bits, expression(lambda x: f"~{x}", *words))
     if kind in ("add", "sub"):
@@ -105,9 +105,18 @@ def computed(op: Op, operands: Sequence[Form], dialect: ModuleType, helpers: set
     return None
 
 
-def raised_of(form: Form) -> tuple[Form, Form] | None:
-    """A form's words before a shift, and its count, which is `simple` if it is one number."""
-    return None if form.words is None else form.words.raised
+def field_of(words: Words) -> tuple[Form, Form, int]:
+    return words.field or (words.form, literal("0"), 255)
+
+
+def field_words(bits: tuple[int, int], source: Form, count: Form, mask: int) -> Words:
+    """Words whose bytes are (source >> count) & mask."""
+    form = expression(lambda x, c: f"{moved(x, c)} & {repeated(mask)}", source, count)
+    return Words(bits, form, (source, count, mask))
+
+
+def moved(word: str, count: str) -> str:
+    return word if count == "0" else f"{word} >> {count}"
 
 
 def chosen(
@@ -128,11 +137,11 @@ def chosen(
 
         return Form(lambda i: text(first.first(i), by_byte), names, False)
 
-    raised = None
-    if first.raised or second.raised:
-        pairs = [w.raised or (w.form, literal("0")) for w in (first, second)]
-        raised = choice([form for form, _ in pairs]), choice([count for _, count in pairs])
-    return Words(first.bits, choice([first.form, second.form]), raised)
+    one, two = field_of(first), field_of(second)
+    numbers = [fixed(number) for number in range(layout.count >> 2)]
+    if one[2] == two[2] < 255 and all(one[0].text(n) == two[0].text(n) for n in numbers):
+        return field_words(first.bits, one[0], choice([one[1], two[1]]), one[2])
+    return Words(first.bits, choice([first.form, second.form]))
 
 
 def store(e: Emitter, name: str, element: DType | PointerType, count: int, words: Words) -> Form:
@@ -278,17 +287,21 @@ def four_products(
     e.helpers.add(name)
     words = [together(form, found[0], e.dialect) for form in forms]
     within = squeeze(along, found[0])
-    raised = raised_of(forms[0])
-    if raised and values[0].element == uint8 and forms[0].words and forms[0].words.bits == found[0]:
-        texts = [raised[1].text(fixed(number)) for number in range(layout.count >> 2)]
-        if bin(along).count("1") <= 8 and all(text == texts[n & ~within] for n, text in enumerate(texts)):
-            words[0] = raised[0]  # the sum is shifted, once, not each word: it is a multiple of what they are raised by
+    count = None
+    exact = values[0].element == uint8 and bin(along).count("1") <= 8  # sums of 256 products, times 128 at most
+    if exact and forms[0].words is not None and forms[0].words.bits == found[0]:
+        source, count, mask = field_of(forms[0].words)
+        texts = [count.text(fixed(number)) for number in range(layout.count >> 2)]
+        if any(text != texts[n & ~within] for n, text in enumerate(texts)) or set(texts) == {"0"}:
+            count = None
+        else:  # the sum is shifted, once, not each word
+            words[0] = expression(lambda x, c: f"{x} & ({repeated(mask)} << {c})", source, count)
 
     def onto(i: Index, start: str) -> str:
         text = f"{name}({words[0].text(i)}, {words[1].text(i)}, {start})"
-        if raised is None or words[0] is not raised[0]:
+        if count is None:
             return text
-        shifted = f"{text} >> {raised[1].operand(i)}"
+        shifted = f"{text} >> {count.operand(i)}"
         return f"(r & {within}) == {within} ? {shifted} : {text}" if within else shifted
 
     return found[0], words, onto
