@@ -470,16 +470,11 @@ template <int N, bool TURNED> inline void ldmatrix(word *to, word at) {
         word x[4]; ldmatrix<4, TURNED>(x, at); a = x[0], b = x[1], c = x[2], d = x[3]; }
 PTX_LDMATRIX(_shared_b16, false) PTX_LDMATRIX(_trans_shared_b16, true)
 
-inline void griddepcontrol_launch_dependents() { }
 inline void griddepcontrol_wait() {
     for (; cuda_late_count; cuda_late_count--) {
         const cuda::late &l = cuda_late[cuda_late_count - 1];
         memcpy(l.to, l.from, l.nbytes);
     }
-}
-inline void cp_async_bulk_prefetch_L2_global(address from, word nbytes) {  // in whole 16 bytes, which must be there
-    if (from % 16 || nbytes % 16) cuda::fail("a misaligned prefetch");
-    for (const volatile char *p = (const volatile char *)from; p < (const char *)from + nbytes; p += 16) (void)*p;
 }
 inline void cp_async_cg_shared_global(word to, const void *from, int nbytes = 16) {
     cuda::thread &t = *cuda::current;

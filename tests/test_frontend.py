@@ -8,7 +8,6 @@ import pytest
 
 import nitinol.language as tl
 from nitinol.compiler import interpreter, ir
-from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.frontend import build_ir
 from nitinol.language import jit, specialise
 from nitinol.runtime import get_device
@@ -486,41 +485,6 @@ def test_block_pointers(run, rng):
         c = np.full((m, n), np.nan, np.float32)
         run(kernel, (-(-m // 4), -(-n // 4)), a, b, c, m, n, k, 4, descriptor)
         assert np.array_equal(c, a @ b.T)
-
-
-def test_a_prefetch_changes_nothing(run, rng):
-    @jit
-    def kernel(x_ptr, out, count, N: tl.constexpr):
-        tl.prefetch(x_ptr, count)
-        lanes = tl.arange(0, N)
-        x = tl.load(x_ptr + lanes)
-        if count > 3:
-            tl.prefetch(x_ptr + 3, count - 3)
-        tl.store(out + lanes, x)
-
-    x = rng.standard_normal(16).astype(np.float32)
-    for count in (0, 16):
-        out = np.zeros_like(x)
-        run(kernel, (1,), x, out, count, 16)
-        assert np.array_equal(out, x)
-
-
-def test_a_prefetch_takes_a_pointer_and_a_number():
-    @jit
-    def tile(x_ptr, n):
-        tl.prefetch(x_ptr + tl.arange(0, 4), 4)
-
-    @jit
-    def fraction(x_ptr, n):
-        tl.prefetch(x_ptr, 1.5)
-
-    @jit
-    def number(x_ptr, n):
-        tl.prefetch(n, 4)
-
-    for kernel in (tile, fraction, number):
-        with pytest.raises(CompilationError, match="prefetch takes one pointer and a number of elements, found"):
-            kernel.warmup(np.zeros(4, np.float32), 4, grid=(1,))
 
 
 def test_atomics(run, rng):

@@ -363,9 +363,6 @@ class _Machine:
 
         return step
 
-    def step_prefetch(self, op: ir.Op) -> Step:
-        return lambda *values: None
-
     def step_breakpoint(self, op: ir.Op) -> Step:
         code = compile("breakpoint()", str(op.location or "kernel"), "exec")
 

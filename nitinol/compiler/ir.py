@@ -36,7 +36,6 @@ blocks are visible inside. Scalars are values whose type is a bare element type;
     addptr          ptr, int -> ptr                            offset in elements
     load            ptr[, mask[, other]] -> value              masked-off lanes: other, or unspecified without it
     store           ptr, value[, mask]
-    prefetch        ptr, count                                 scalars; a hint: so many elements will be read
     atomic_rmw      ptr, value[, mask] -> old                  kind: add, max, min, and, or, xor, xchg
     atomic_cas      ptr, expected, desired -> old
     dot             a[..M,K], b[..K,N], acc[..M,N] -> acc      acc: fp32 (fp64 of fp64), int32 of int8/uint8
@@ -79,7 +78,7 @@ UNARY = FLOAT_UNARY | {"neg", "not", "abs"}
 ELEMENTWISE = BINARY | COMPARISONS | UNARY | {"fma", "select", "cast", "bitcast", "addptr"}
 VIEWS = frozenset("splat broadcast reshape trans join split cat".split())  # compute nothing
 WRITES = frozenset("store atomic_rmw atomic_cas".split())
-EFFECTS = WRITES | {"prefetch", "device_print", "assert", "breakpoint"}
+EFFECTS = WRITES | {"device_print", "assert", "breakpoint"}
 TERMINATORS = frozenset(("yield", "condition"))
 CONTROL = frozenset(("for", "while", "if"))
 
@@ -352,9 +351,6 @@ def _check(op: Op) -> str | None:
             return "the mask is not int1 of the pointer's shape"
         if kind == "load" and len(rest) == 2 and rest[1] != value:
             return "`other` is not of the loaded type"
-    elif kind == "prefetch":
-        if not isinstance(first, PointerType) or not _is_int(element(1)) or shape(1):
-            return "needs a pointer and an integer"
     elif kind in ("atomic_rmw", "atomic_cas"):
         pointer = element(0)
         if not isinstance(pointer, PointerType) or operands[1] != results[0] != with_shape(pointer.element, shape(0)):

@@ -34,13 +34,7 @@ def matvec_kernel(
     a multiple of ROWS and tokens is TOKENS. LANES: into how many sums the products of a group of 32 go before they meet
     the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them.
     """
-    first = tl.program_id(0) * ROWS
-    length = columns if x_scales is None else row_bytes
-    count = (ROWS if EVEN else tl.minimum(rows - first, ROWS)) * length
-    tl.prefetch(weights + first.to(tl.int64) * length, count)
-    if up is not None:
-        tl.prefetch(up + first.to(tl.int64) * length, count)
-    row = first + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     source = row if EVEN else tl.minimum(row, rows - 1)
     reader = token if EVEN else tl.minimum(token, tokens - 1)

@@ -52,7 +52,6 @@ from nitinol.language.memory import (
     atomic_xchg,
     atomic_xor,
     load,
-    prefetch,
     store,
 )
 from nitinol.language.operations import arange, full, num_programs, program_id, where, zeros

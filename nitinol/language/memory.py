@@ -193,19 +193,6 @@ def atomic_xchg(pointer: Any, val: Any, mask: Any = None, sem: Any = None, scope
 
 
 @member
-def prefetch(pointer: Any, count: Any) -> None:
-    """A hint: the program will read `count` elements from one pointer on. Nothing is checked, nothing changes.
-
-    NVIDIA GPUs of compute capability 9.0 and newer bring them into the L2 cache; where this stands before everything
-    that touches memory, they do so while the kernel before is still running. Elsewhere it does nothing.
-    """
-    start, number = tile(pointer, "prefetch"), to_tensor(count)
-    whole = isinstance(number.type, DType) and number.type.is_int
-    if not isinstance(start.type, PointerType) or not whole:
-        raise TypeError(f"prefetch takes one pointer and a number of elements, found {start.type} and {number.type}")
-    emit_many("prefetch", (start, number), ())
-
-
 def atomic_cas(pointer: Any, cmp: Any, val: Any, sem: Any = None, scope: Any = None) -> tensor:
     """Stores `val` where memory equals `cmp`, atomically; returns what was there before."""
     p = _pointers(pointer, "atomic_cas")

@@ -108,8 +108,6 @@ class Generator(LaneBuilder):
             self.emit_store(op)
         elif kind in ("atomic_rmw", "atomic_cas"):
             effects.emit_atomic(self, op)
-        elif kind == "prefetch":
-            pass  # of a program's own data; what pays here is the next program's, see prefetch.py
         elif kind == "device_print":
             effects.emit_print(self, op)
         elif kind == "assert":

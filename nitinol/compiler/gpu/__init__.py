@@ -154,9 +154,10 @@ def compile_function(
             statement.settle()
     groups = [aliases[index] for index in pointers]
     meeting = [groups.count(group) > 1 for group in groups]
-    head = dialect.kernel(name, buffers, fields, 32 * simdgroups, bool(e.asserts), bool(e.prints), meeting)
-    lines = ["    " + dialect.LET_NEXT_START] if dialect.EARLY_START else []
-    lines += ["    " + dialect.shared_memory(nbytes)] if nbytes else []
+    threads = 32 * simdgroups
+    resident = dialect.RESIDENT // threads if e.byte_products else 0
+    head = dialect.kernel(name, buffers, fields, threads, bool(e.asserts), bool(e.prints), meeting, resident)
+    lines = ["    " + dialect.shared_memory(nbytes)] if nbytes else []
     text = "\n".join([*head, *lines, *render(e.body, dialect.UNROLL), "}", ""])
     return Executable(
         name, "\n".join([*dialect.prelude(text, e.helpers), text]), simdgroups, nbytes, barriers, tuple(pointers),

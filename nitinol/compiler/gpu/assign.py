@@ -363,7 +363,7 @@ class Assignment:
                 self.place_load(op)
             for operand in op.operands:
                 self.want(operand, self.chosen[op] if operand.shape else self.scalar)
-        elif kind in ("device_print", "prefetch"):
+        elif kind == "device_print":
             for operand in op.operands:
                 self.want(operand, self.first([operand]) if operand.shape else self.scalar)
         elif kind == "gather":

@@ -34,6 +34,10 @@ RUNS = (16, 32, 8, 4)  # bytes that a thread loads side by side, of elements sma
 PIECES = (0.125, 0.125)  # prices of 64 bytes that a warp touches, and where other warps do too: the L1 cache has them
 PREDICATES = True  # whether a load under a condition is one instruction
 DIRECT = True  # whether small loads are made by all threads that want them, not by one of them for all
+# Threads that a multiprocessor shall have where four products of bytes are added in an instruction: with 128 registers
+# for each, all loads of a matrix-vector product's run come before the first is used. Left to itself NVRTC gives 64 to
+# blocks of one warp, and waits for memory two or three times a run.
+RESIDENT = 512
 LOOSE = True  # whether words at even addresses are made of aligned ones (loose_load)
 EARLY_START = True  # programmatic dependent launch, of compute capability 9.0 and newer
 MOST_BUFFERS = 480  # 8 bytes each of the 4 KB of a kernel's parameters
@@ -61,8 +65,7 @@ def for_capability(capability: int) -> ModuleType:
     module.__dict__.update(globals())
     module.__dict__["SHARED_LIMIT"] = SHARED_LIMITS.get(capability, min(SHARED_LIMITS.values()))
     module.__dict__["WARP_GROUPS"] = capability == 90
-    if capability < 90:
-        module.__dict__.update(EARLY_START=False, prefetch=lambda pointer, count: "")
+    module.__dict__["EARLY_START"] = capability >= 90
     return module
 
 
@@ -95,9 +98,6 @@ def barrier(spaces: set[str]) -> str:
     return "__syncthreads();"
 
 
-LET_NEXT_START = 'asm volatile("griddepcontrol.launch_dependents;");'  # once all blocks have come here
-
-
 def wait_for_previous(pointers: Sequence[str]) -> list[str]:
     """Waits until the kernels before this one have ended and what they wrote is visible.
 
@@ -107,11 +107,6 @@ def wait_for_previous(pointers: Sequence[str]) -> list[str]:
     groups = [pointers[i : i + 16] for i in range(0, len(pointers), 16)] or [()]
     texts = [", ".join(f'"l"({pointer})' for pointer in group) for group in groups]
     return [f'asm volatile("{"" if i else "griddepcontrol.wait;"}" :: {t} : "memory");' for i, t in enumerate(texts)]
-
-
-def prefetch(pointer: str, count: str) -> str:
-    """Brings memory into the L2 cache."""
-    return f"if (threadIdx.x == 0) prefetch({pointer}, {count});"
 
 
 def wide_load(element: DType, count: int, address: str) -> tuple[str, str, list[str]]:
@@ -313,8 +308,9 @@ def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
 
 
 def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]], threads: int,
-           asserts: bool, prints: bool, meeting: Sequence[bool]) -> tuple[str, str]:  # fmt: skip
-    """The struct of scalar arguments and the kernel's head.
+           asserts: bool, prints: bool, meeting: Sequence[bool], resident: int) -> tuple[str, str]:  # fmt: skip
+    """The struct of scalar arguments and the kernel's head. `resident`: how many blocks at least shall fit on a
+    multiprocessor, 0 to leave it to NVRTC.
 
     `parameters`: element type and name of each pointer; `fields`: type and name of each scalar. The grid's extents end
     the struct. `meeting`: which pointers may share memory with another.
@@ -322,7 +318,8 @@ def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tu
     lines = [f"struct {name}_arguments {{"]
     lines += [f"    {kind} {field};" for kind, field in fields]
     lines += ["    int grid[3];", "};", ""]
-    head = [f'extern "C" __global__ void __launch_bounds__({threads}) {name}(']
+    bounds = f"{threads}, {resident}" if resident else str(threads)
+    head = [f'extern "C" __global__ void __launch_bounds__({bounds}) {name}(']
     for number, (kind, parameter) in enumerate(parameters):
         restrict = "" if meeting[number] else "__restrict__ "
         head.append(f"    {kind} *{restrict}{parameter},")

@@ -301,12 +301,6 @@ template <typename T> INLINE uint pack(T x, T y, T z, T w) {
     "shared_load": """template <typename T> INLINE T shared_load(uint address) {
     return *(T *)__cvta_shared_to_generic(address);
 }""",
-    # Whole 16 bytes; those that the first byte is in are mapped with it.
-    "prefetch": """template <typename T> INLINE void prefetch(const T *from, ulong64 count) {
-    const ulong64 first = ulong64(from) & ~15ull;
-    const uint nbytes = uint(ulong64(from + count) - first) & ~15u;
-    if (nbytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(first), "r"(nbytes) : "memory");
-}""",
     "cp_async": """INLINE void cp_async(uint to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
 }

@@ -50,7 +50,7 @@ from nitinol.language.types import DType, PointerType
 Lines = Callable[[Index], Sequence[str]]
 
 # What a kernel may do while those before it still run: it touches no memory.
-EARLY = ELEMENTWISE | VIEWS | {"constant", "program_id", "num_programs", "arange", "prefetch"}
+EARLY = ELEMENTWISE | VIEWS | {"constant", "program_id", "num_programs", "arange"}
 
 
 class Emitter:
@@ -401,7 +401,6 @@ class SharedPointer(Statement):
 HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "load": memory.load,
     "store": memory.store,
-    "prefetch": memory.prefetch,
     "atomic_rmw": memory.atomic_rmw,
     "atomic_cas": memory.atomic_cas,
     "reduce": reduction.reduce,

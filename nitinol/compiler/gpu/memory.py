@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import convert, words
-from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, expression, fixed, literal, variable
+from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, expression, literal, variable
 from nitinol.compiler.gpu.layout import Layout
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op, constant_of
@@ -32,12 +32,6 @@ def touched(e: Emitter, op: Op, how: str, layout: Layout) -> Access:
     where = None if base is None else e.aliases[base]
     own = layout.copies == (0, 0) and e.depth.get(pointer, 0) == 0
     return Access(how, where, (pointer, layout) if own else None)
-
-
-def prefetch(e: Emitter, op: Op) -> None:
-    pointer, count = (e.form(value) for value in op.operands)
-    if text := e.dialect.prefetch(pointer.operand(fixed(0)), count.text(fixed(0))):
-        e.say(text)
 
 
 def element_of(op: Op) -> DType:

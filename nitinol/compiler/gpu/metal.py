@@ -24,6 +24,7 @@ RUNS = (16, 8, 4)  # bytes that a thread loads side by side, of elements smaller
 PIECES = (2.0, 10.0)  # prices of 64 bytes that a simdgroup touches, and where others do too: from a cache, at best
 PREDICATES = False  # whether a load under a condition is one instruction
 DIRECT = False  # whether small loads are made by all threads that want them, not by one of them for all
+RESIDENT = 0  # threads that a core shall have at least, where the language lets one say so
 LOOSE = False  # whether words at even addresses are made of aligned ones
 MOST_BUFFERS = 31
 EARLY_START = False  # whether a kernel may start while those before it run, and waits for them itself
@@ -83,10 +84,6 @@ def shared_pointer(element: DType | PointerType, name: str, offset: int) -> str:
 def shared_memory(nbytes: int) -> str:
     return f"threadgroup ulong scratch_memory[{(nbytes + 7) // 8}];\n    " \
         "threadgroup uchar *scratch = (threadgroup uchar *)scratch_memory;"  # fmt: skip
-
-
-def prefetch(pointer: str, count: str) -> str:
-    return ""
 
 
 def barrier(spaces: set[str]) -> str:
@@ -311,7 +308,7 @@ def atomic(kind: str, element: DType, pointer: str, value: str) -> str:
 
 
 def kernel(name: str, parameters: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]], threads: int,
-           asserts: bool, prints: bool, meeting: Sequence[bool]) -> tuple[str, str]:  # fmt: skip
+           asserts: bool, prints: bool, meeting: Sequence[bool], resident: int) -> tuple[str, str]:  # fmt: skip
     """The struct of scalar arguments and the kernel's head.
 
     `parameters`: element type and name of each buffer; `fields`: type and name of each scalar. The grid's extents end
