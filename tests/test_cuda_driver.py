@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ import pytest
 from model_files import random_file
 
 from nitinol import runtime
-from nitinol.cli import main
+from nitinol.cli import main, sentence
 from nitinol.commands.output import Progress
 from nitinol.compiler.gpu import Executable
 from nitinol.compiler.gpu.effects import Print
+from nitinol.formats import gguf
+from nitinol.formats.gguf import open_gguf
+from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.generate.model import load
 from nitinol.generate.options import Options
 from nitinol.language.types import float32, int32
@@ -175,15 +181,15 @@ def test_a_large_upload_goes_through_pinned_memory_in_pieces_and_waits_once(monk
     assert calls["cuMemcpyHtoDAsync"] == 3 + 38 and calls["cuMemcpyDtoHAsync"] == 3
     assert calls["cuStreamSynchronize"] == 3 and calls["cuMemAlloc"] == 2  # the first from the pool
     stages = list(driver.pinned.values())[pinned:]
-    assert 1 <= len(stages) <= 16 and {stage.nbytes for stage in stages} == {4 << 20}  # one for each thread that ran
+    assert 1 <= len(stages) <= 20 and {stage.nbytes for stage in stages} == {4 << 20}
     device.wrap(np.zeros(150 << 20, np.uint8))
-    assert len(driver.pinned) <= pinned + 16
+    assert len(driver.pinned) <= pinned + 20
 
 
 def test_a_buffer_is_filled_again_only_after_its_copy(monkeypatch: Any) -> None:
     """One thread, one buffer, and a GPU that copies only when somebody waits for it: who does not wait sends the last
     piece again and again."""
-    monkeypatch.setattr(cuda_transfer, "THREADS", 1)
+    monkeypatch.setattr(cuda_transfer, "STAGES", 1)
     device, driver = open_fake(monkeypatch)
     pinned = len(driver.pinned)
     data = np.random.default_rng().integers(0, 256, (21 << 20) + 5, np.uint8)
@@ -198,6 +204,116 @@ def test_memory_that_cannot_be_pinned(monkeypatch: Any) -> None:
         device.wrap(np.zeros(20 << 20, np.uint8))
     driver.pinnable = 1 << 30
     assert device.wrap(np.ones(20 << 20, np.uint8)).read().all()
+
+
+def file_of(path: Path, size: int) -> np.ndarray:
+    """Random bytes in a file of that name."""
+    data = np.random.default_rng().integers(0, 256, size, np.uint8)
+    path.write_bytes(data)
+    return data
+
+
+@pytest.fixture
+def reads(monkeypatch: Any) -> list[int]:
+    """The offsets of reads; every second one is cut short, as a system call may be."""
+    offsets: list[int] = []
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: Any, offset: int) -> int:
+        offsets.append(offset)
+        (buffer,) = buffers
+        return real(descriptor, [buffer[:1000] if len(offsets) % 2 and len(buffer) > 1000 else buffer], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return offsets
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
+def test_a_mapped_file_is_read_not_copied(monkeypatch: Any, tmp_path: Path, reads: list[int]) -> None:
+    """The view begins in the middle of the file. Memory without a file is copied, and so are small files."""
+    device, _ = open_fake(monkeypatch)
+    data = file_of(tmp_path / "file", (23 << 20) + 77)
+    whole = np.frombuffer(gguf._map(tmp_path / "file"), np.uint8)
+    for view, expected in ((whole, data), (whole[12345:-9].reshape(-1, 1), data[12345:-9])):
+        pieces = -(-expected.nbytes // (4 << 20))
+        reads.clear()
+        assert np.array_equal(device.wrap(view).read(), expected)
+        assert len(reads) > pieces and min(reads) == 12345 * (expected is not data)
+    reads.clear()
+    for memory in (whole[: 1 << 20], data, np.memmap(tmp_path / "file", mode="c")):
+        assert np.array_equal(device.wrap(memory).read(), np.asarray(memory))
+    assert not reads
+
+
+def test_a_split_model_is_read_from_each_of_its_files(monkeypatch: Any, tmp_path: Path, reads: list[int]) -> None:
+    monkeypatch.setattr(cuda_transfer, "PIECE", 1000)
+    device, _ = open_fake(monkeypatch)
+    for number in range(2):
+        values = np.random.default_rng().standard_normal(7001).astype(np.float32)
+        metadata = {"split.no": np.uint16(number), "split.count": np.uint16(2), "split.tensors.count": np.int32(2)}
+        write_gguf(tmp_path / f"m-{number + 1:05}-of-00002.gguf", metadata,
+                   [TensorSource(f"t{number}", values.shape, "F32", values)])  # fmt: skip
+    file = open_gguf(tmp_path / "m-00001-of-00002.gguf")
+    for number, part in enumerate(file.parts):
+        path = tmp_path / f"m-{number + 1:05}-of-00002.gguf"
+        assert device.wrap(part).read().tobytes() == path.read_bytes()
+    assert len(reads) > 56 or not hasattr(os, "preadv")
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
+def test_a_file_that_was_cut_short_or_cannot_be_read(monkeypatch: Any, tmp_path: Path) -> None:
+    """Through the mapping, both would end the process. The device and its staging buffers stay usable."""
+    device, driver = open_fake(monkeypatch)
+    path = tmp_path / "file"
+    data = file_of(path, 150 << 20)
+    whole = np.frombuffer(gguf._map(path), np.uint8)
+    os.truncate(path, 149 << 20)
+    before = driver.used
+    for _ in range(2):
+        with pytest.raises(OSError, match=rf"{path} has {149 << 20} bytes now, but had {150 << 20} when it was opened"):
+            device.wrap(whole)
+    path.write_bytes(data)
+    with monkeypatch.context() as patch:
+        def fail(descriptor: int, buffers: Any, offset: int) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(OSError) as raised:
+            device.wrap(whole)
+    assert sentence(raised.value) == f"cannot use {str(path)!r}: {os.strerror(errno.EIO)}"
+    del raised
+    gc.collect()
+    assert driver.used == before
+    assert np.array_equal(device.wrap(whole).read(), data)
+
+
+def test_threads_begin_with_the_first_pinned_buffer(monkeypatch: Any) -> None:
+    """Pinning goes on only when the buffers that are there have been used: so it would never end if threads waited
+    until all are there. Then it ends, because nothing is left to be copied."""
+    device, driver = open_fake(monkeypatch)
+    pin, copied = driver.cuMemHostAlloc, threading.Event()
+    allocated: list[int] = []
+
+    def slow(nbytes: int, flags: int) -> Any:
+        allocated.append(nbytes)
+        assert len(allocated) < 3 or copied.wait(60)
+        return pin(nbytes, flags)
+
+    copy = driver.cuMemcpyHtoDAsync
+    copies: list[int] = []
+
+    def copying(*arguments: Any) -> Any:
+        copies.append(arguments[0])
+        if len(copies) == 30:
+            copied.set()
+        return copy(*arguments)
+
+    monkeypatch.setattr(driver, "cuMemHostAlloc", slow)
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", copying)
+    data = np.random.default_rng().integers(0, 256, 120 << 20, np.uint8)
+    buffer = device.wrap(data)
+    assert len(allocated) == 3 and len(set(copies)) == 30
+    assert np.array_equal(buffer.read(), data)
 
 
 def test_an_upload_that_is_stopped_leaves_the_device_usable(monkeypatch: Any) -> None:

@@ -1,5 +1,7 @@
 """The GGUF reader and writer: against the `gguf` package in both directions, and against broken files."""
 
+import gc
+import os
 import re
 import struct
 import tracemalloc
@@ -198,6 +200,21 @@ def test_data_is_a_read_only_view_of_the_mapping(tmp_path, rng):
     model.close()
     assert model.tensors == {} and model.parts == []
     assert np.array_equal(view.view("<f4").reshape(x.shape), x), "a view must outlive close()"
+
+
+def test_the_file_stays_open_as_long_as_its_mapping(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, {}, [TensorSource("a", (64,), "F32", np.ones(64, np.float32))])
+    view = open_gguf(path).tensors["a"].data
+    mapping = view.base.base.obj
+    descriptor = mapping.descriptor
+    assert mapping.path == path and os.path.samestat(os.fstat(descriptor), path.stat())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    assert os.read(descriptor, 1 << 20) == path.read_bytes() == mapping[:]
+    del view, mapping
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 # ---- split files -----------------------------------------------------------------------------------------

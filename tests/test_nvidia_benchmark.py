@@ -111,7 +111,7 @@ def test_an_upload_is_measured_each_time_from_the_beginning(monkeypatch: Any) ->
     """Over a stand-in for the driver: memory and staging buffers are allocated in every round, and given back."""
     demo = Path(nitinol.__file__).parent / "data" / "demo.gguf"
     monkeypatch.setattr(cuda_transfer, "PIECE", 1 << 20)
-    monkeypatch.setattr(cuda_transfer, "THREADS", 1)
+    monkeypatch.setattr(cuda_transfer, "STAGES", 1)
     driver = use_fake(monkeypatch)
     device = open_device("cuda")
     assert nvidia.link_bandwidth(device, 1 << 20) > 0 and driver.calls["cuMemcpyHtoDAsync"] == 8

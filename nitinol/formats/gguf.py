@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,7 +95,8 @@ class GGUF:
 
     `metadata`: key to int, float, bool, str, a NumPy array (copied, of the file's element type), or a list of
     strings or of arrays. `tensors`: name to `Tensor`, in file order. `parts`: the bytes of each mapped file,
-    whole and page-aligned, for a runtime to wrap; a tensor lies at `tensor.offset` of `parts[tensor.part]`.
+    whole and page-aligned, for a runtime to wrap (views of a `FileMapping`); a tensor lies at `tensor.offset` of
+    `parts[tensor.part]`.
     """
 
     path: Path
@@ -208,7 +210,15 @@ class _Cursor:
         return [self.value(ARRAY, what, depth + 1) for _ in range(count)]
 
 
-def _map(path: Path) -> mmap.mmap:
+class FileMapping(mmap.mmap):
+    """A whole file in memory, read-only, that stays open for those who would rather read it: through `descriptor`, the
+    same bytes at the same offsets. It is closed with the mapping."""
+
+    path: Path
+    descriptor: int
+
+
+def _map(path: Path) -> FileMapping:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise FormatError(f"{path}: expected a GGUF file, found something that is not a regular file")
@@ -216,7 +226,10 @@ def _map(path: Path) -> mmap.mmap:
         size = os.fstat(file.fileno()).st_size
         if size < 24:
             raise FormatError(f"{path}: {size} bytes are too few for a GGUF file, whose header alone has 24")
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        mapping = FileMapping(file.fileno(), size, access=mmap.ACCESS_READ)
+        mapping.path, mapping.descriptor = path, os.dup(file.fileno())
+        weakref.finalize(mapping, os.close, mapping.descriptor)
+        return mapping
 
 
 def _version(cursor: _Cursor) -> int:
