@@ -288,7 +288,7 @@ extern "C" const char *cuda_launch(void (*body)(void **), void **parameters, cud
 #define __forceinline__ inline __attribute__((always_inline))
 #define __global__
 #define __grid_constant__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __shared__
 #define __align__(n)
 #define threadIdx (cuda::current->index)

@@ -52,7 +52,7 @@ def host_source(name: str, source: str) -> str:
     text = without_ptx(source)
     text = re.sub(r"#pragma unroll.*", "", text)
     text = re.sub(r"extern __shared__ .*? uchar scratch\[\];", "uchar *const scratch = cuda::shared;", text)
-    head = re.search(rf'extern "C" __global__ void __launch_bounds__\(\d+\) {name}\((.*?)\)\n\{{', text, re.S)
+    head = re.search(rf'extern "C" __global__ void __launch_bounds__\([\d, ]+\) {name}\((.*?)\)\n\{{', text, re.S)
     assert head is not None, f"no kernel {name} in\n{text}"
     types = [re.sub(r"\w+$", "", p.replace("__grid_constant__", "").replace("const ", "").strip())
              for p in head[1].replace("__restrict__", "").split(",")]  # fmt: skip

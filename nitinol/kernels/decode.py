@@ -50,6 +50,11 @@ def centre_of(format: str) -> int:
     return {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32}.get(format, 0)
 
 
+def has_minimum(format: str) -> bool:
+    """Whether `decode` gives a format a minimum."""
+    return format in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+
+
 @jit
 def decode(row_pointers, first, FORMAT: tl.constexpr, BLOCKS: tl.constexpr, STORED: tl.constexpr = False):
     """Blocks first .. first + BLOCKS of rows that start at `row_pointers` (uint8 pointers [rows]).

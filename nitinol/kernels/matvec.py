@@ -16,7 +16,7 @@ import numpy as np
 import nitinol.language as tl
 from nitinol.formats.quantization import dequantize
 from nitinol.kernels.activations import Activations
-from nitinol.kernels.decode import centre_of, decode, lanes_of
+from nitinol.kernels.decode import centre_of, decode, has_minimum, lanes_of
 from nitinol.kernels.epilogue import finish, silu
 from nitinol.language.jit import jit
 
@@ -38,11 +38,17 @@ def matvec_kernel(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     source = row if EVEN else tl.minimum(row, rows - 1)
     reader = token if EVEN else tl.minimum(token, tokens - 1)
+    if residual is not None:  # on its way while the weights are, not after them
+        place = token[:, None].to(tl.int64) * rows + row[None, :]
+        inside = (token < tokens)[:, None] & (row < rows)[None, :]
+        added = tl.load(residual + place) if EVEN else tl.load(residual + place, mask=inside, other=0.0)
     y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES, LANES)
     if up is not None:
         right = product(x, x_scales, x_sums, up, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES, LANES)
         y = silu(y) * right
-    finish(y, out, token, row, tokens, rows, bias, residual, None, EVEN)
+    if residual is not None:
+        y += added
+    finish(y, out, token, row, tokens, rows, bias, None, None, EVEN)
 
 
 @jit
@@ -63,30 +69,33 @@ def product(
     LANES: tl.constexpr = SUMS or lanes_of(FORMAT)
     STORED: tl.constexpr = LANES <= 2 and SUMS > 0  # each thread has the values that one sum of activations is for
     CENTRE: tl.constexpr = centre_of(FORMAT) if STORED else 0
+    MINIMUM: tl.constexpr = has_minimum(FORMAT) and not STORED  # sums of minimums' own
     SIDE: tl.constexpr = min(GROUPS, 16 // LANES)  # groups side by side: 16 lanes are a vector of 512 bits
     shape: tl.constexpr = (token.shape[0], row.shape[0], GROUPS // SIDE, LANES * SIDE)
     total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
-    low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
+    if MINIMUM:
+        low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
     for run in range(0, count):
         quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, STORED)
-        dots = lane_dots(quants[0], values + run * VALUES, LANES)
-        if len(quants) == 2:
-            dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)
         x_scale = tl.load(scales + run * GROUPS)
         if minimum is not None or CENTRE > 0:
             x_sum = tl.load(sums + run * (2 * GROUPS))
             if LANES == 1:
                 x_sum = tl.sum(x_sum, axis=2, keep_dims=True)
+        dots = lane_dots(quants[0], values + run * VALUES, LANES)
+        if len(quants) == 2:
+            dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)
         if CENTRE > 0:
             dots -= CENTRE * x_sum[:, None]
         scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
-        if minimum is not None:
-            if STORED:  # minimums are where the products are
-                scaled += over_lanes(minimum[None], LANES) * (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
-            else:
-                low += minimum_term(minimum, x_sum, x_scale)
+        if MINIMUM:
+            low += minimum_term(minimum, x_sum, x_scale)
+        elif minimum is not None:  # where the products are
+            scaled += over_lanes(minimum[None], LANES) * (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
         total += tl.sum(tl.reshape(scaled, shape), axis=2)
-    return tl.sum(total, axis=2) + tl.sum(low, axis=2)
+    if MINIMUM:
+        return tl.sum(total, axis=2) + tl.sum(low, axis=2)
+    return tl.sum(total, axis=2)
 
 
 @jit
