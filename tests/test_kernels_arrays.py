@@ -110,6 +110,28 @@ def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng):
     np.testing.assert_array_equal(found.numpy(), again.numpy())
 
 
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_the_last_step_of_attention_is_one_kernel_with_the_rounding(rng, head_dim):
+    kv_heads, group, context, position = 2, 2, 192, 150
+    width = kv_heads * group * head_dim
+    q, k, v = normal(rng, 1, width), normal(rng, kv_heads, context, head_dim), normal(rng, kv_heads, context, head_dim)
+    weights, values = weights_of(normal(rng, 8, width), "Q4_0")
+    arrays = [na.array(a) for a in (q, k, v, np.array([position], np.int32))]
+
+    @na.compile
+    def step(*arrays):
+        h = attention.cached_attention(*arrays)
+        return linear.linear(h, weights), linear.linear(h, weights)
+
+    found, again = step(*arrays)
+    names = [record.name for record in step.records]
+    assert names.count("combine_quantize_kernel") == 1 and "combine_kernel" not in names
+    parts = activations.quantize_activations_reference(attention.cached_attention(*arrays).numpy())
+    given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
+    np.testing.assert_allclose(found.numpy(), given @ values.T.astype(np.float64), rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(found.numpy(), again.numpy())
+
+
 def test_activations_are_quantised_once_for_several_products(rng):
     x = na.array(normal(rng, 1, 64)) * 2.0
     first = activations.quantize_activations(x)

@@ -16,6 +16,7 @@ import numpy as np
 import nitinol.language as tl
 from nitinol.array import Array, Output, launch
 from nitinol.array.graph import Launch, View, whole
+from nitinol.kernels.attention import combine_kernel, combined
 from nitinol.kernels.norm import rms_norm_kernel
 from nitinol.kernels.tiles import load_row
 from nitinol.language.jit import JITFunction, jit
@@ -55,6 +56,22 @@ def rms_norm_quantize_kernel(x, weight, values, scales, sums, columns, epsilon, 
 
 
 @jit
+def combine_quantize_kernel(
+    part, tops, totals, values, scales, sums, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Program h: attention's parts of query head h as one, then as above. HEAD_DIM is a multiple of 32."""
+    head = tl.program_id(0)
+    value = combined(part, tops, totals, head, SPLITS, HEAD_DIM, BLOCK_D)
+    group = tl.arange(0, BLOCK_D // 32)
+    at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    first = head * (HEAD_DIM // 32) + group
+    store_quantized(
+        tl.reshape(value, (BLOCK_D // 32, 2, 16)), values + head * HEAD_DIM + at, scales + first,
+        sums + first[:, None] * 2, group < HEAD_DIM // 32,
+    )  # fmt: skip
+
+
+@jit
 def store_quantized(value, values, scales, sums, inside):
     """Groups [groups, 2, 16] as bytes with a scale each and sums of 16, where `inside` [groups] (None: everywhere)."""
     largest = tl.max(tl.max(tl.abs(value), axis=2), axis=1)
@@ -70,8 +87,8 @@ def quantize_activations(x: Array) -> Activations:
     """x float32 [T, columns], columns a multiple of 32, as int8 with a scale per 32 values.
 
     Asked again for the same pending array, as by the projections to queries, keys and values, it gives the result
-    that is recorded already. Of an RMSNorm that is still pending it makes one kernel with the norm (which, if nothing
-    else wants its result, does not run at all).
+    that is recorded already. Of an RMSNorm or the last step of attention that is still pending it makes one kernel with
+    that (which, if nothing else wants its result, does not run at all).
     """
     tokens, columns = x.shape
     if columns % 32:
@@ -80,14 +97,23 @@ def quantize_activations(x: Array) -> Activations:
         "values": Output((tokens, columns), "int8"), "scales": Output((tokens, columns // 32), "float32"),
         "sums": Output((tokens, columns // 16), "int32"),
     }  # fmt: skip
-    norm = _pending_norm(x)
-    if norm is not None:
-        source, weight = cast(tuple[View, View], norm.inputs)
+    before = _pending(x)
+    if before is not None and _is_norm_of_rows(before, columns):
+        source, weight = cast(tuple[View, View], before.inputs)
         if found := _recorded(rms_norm_quantize_kernel, source, weight):
             return found
         return Activations(*launch(
             rms_norm_quantize_kernel, (tokens,), x=Array(source), weight=Array(weight), columns=columns,
-            epsilon=norm.arguments["epsilon"], BLOCK=tl.next_power_of_2(columns), **outputs,
+            epsilon=before.arguments["epsilon"], BLOCK=tl.next_power_of_2(columns), **outputs,
+        ))  # fmt: skip
+    if before is not None and before.kernel is combine_kernel and before.arguments["HEAD_DIM"] % 32 == 0:
+        part, tops, totals = cast(tuple[View, View, View], before.inputs)
+        if found := _recorded(combine_quantize_kernel, part, tops, totals):
+            return found
+        constants = {name: before.arguments[name] for name in ("SPLITS", "HEAD_DIM", "BLOCK_D")}
+        return Activations(*launch(
+            combine_quantize_kernel, (columns // constants["HEAD_DIM"],), part=Array(part), tops=Array(tops),
+            totals=Array(totals), **constants, **outputs,
         ))  # fmt: skip
     if found := _recorded(quantize_activations_kernel, x.view):
         return found
@@ -106,14 +132,18 @@ def _recorded(kernel: JITFunction, *inputs: Any) -> Activations | None:
     return None
 
 
-def _pending_norm(x: Array) -> Launch | None:
-    """The RMSNorm over whole rows of x, without a sum, that x is the result of, if it has not run."""
+def _pending(x: Array) -> Launch | None:
+    """The launch that x is the whole result of, if it has not run and its inputs are still what they were."""
     node, view = x.view.value.node, x.view
-    if not isinstance(node, Launch) or node.done or node.kernel is not rms_norm_kernel or node.arguments["ADD"]:
+    if not isinstance(node, Launch) or node.done or view != whole(view.value) or view.value.writes:
         return None
     later = any(write.number > node.number for v in node.inputs if isinstance(v, View) for write in v.value.writes)
-    whole_rows = node.arguments["columns"] == x.shape[1] and view == whole(view.value) and not view.value.writes
-    return node if whole_rows and not later else None
+    return None if later else node
+
+
+def _is_norm_of_rows(node: Launch, columns: int) -> bool:
+    """Whether it is an RMSNorm over rows of so many values, without a sum."""
+    return node.kernel is rms_norm_kernel and not node.arguments["ADD"] and node.arguments["columns"] == columns
 
 
 def groups_per_program(columns: int) -> int:

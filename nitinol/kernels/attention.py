@@ -145,14 +145,21 @@ def decode_attention_kernel(
 def combine_kernel(part, tops, totals, out, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Program h: the parts of query head h, brought to a common maximum and added."""
     head = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_D)
+    value = combined(part, tops, totals, head, SPLITS, HEAD_DIM, BLOCK_D)
+    tl.store(out + head * HEAD_DIM + lane, value, mask=lane < HEAD_DIM)
+
+
+@jit
+def combined(part, tops, totals, head, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A head's values [BLOCK_D], of its parts."""
     split = head * SPLITS + tl.arange(0, SPLITS)
     lane = tl.arange(0, BLOCK_D)
-    inside = lane < HEAD_DIM
     top = tl.load(tops + split)
     weight = tl.exp2(top - tl.max(top))
     total = tl.sum(tl.load(totals + split) * weight)
-    acc = tl.load(part + split[:, None] * HEAD_DIM + lane[None, :], mask=inside[None, :], other=0.0)
-    tl.store(out + head * HEAD_DIM + lane, tl.sum(acc * weight[:, None], axis=0) / total, mask=inside)
+    acc = tl.load(part + split[:, None] * HEAD_DIM + lane[None, :], mask=(lane < HEAD_DIM)[None, :], other=0.0)
+    return tl.sum(acc * weight[:, None], axis=0) / total
 
 
 def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None) -> Any:
