@@ -157,7 +157,7 @@ def test_a_spread_load_asks_once_and_reaches_all_lanes(rng):
     for _ in range(300):
         wanted = random_layout(rng, int(rng.integers(0, 9)))
         order = [int(bit) for bit in rng.permutation(wanted.bits)]
-        made = spread(wanted, order, int(rng.choice([1, 2, 4])))
+        made = spread(wanted, order, int(rng.choice([1, 2, 4])), False)
         copies = made.copies[0]
         assert made.sparse == (copies != 0) and made.count <= wanted.count
         for warp in range(4):
@@ -165,6 +165,11 @@ def test_a_spread_load_asks_once_and_reaches_all_lanes(rng):
             assert len(asked) == len(set(asked))
             assert set(asked) == {wanted.place(r, lane, warp) for r in range(wanted.count) for lane in range(32)}
         assert find_shuffle(made, wanted) is not None
+        direct = spread(wanted, order, 1, True)  # the same elements in each lane, in the order of memory
+        assert (direct.lanes, direct.warps, direct.sparse) == (wanted.lanes, wanted.warps, wanted.sparse)
+        assert sorted(direct.registers) == sorted(wanted.registers)
+        ranks = [order.index((column & -column).bit_length() - 1) for column in direct.registers if column]
+        assert ranks == sorted(ranks)
 
 
 def independent_parts(rng, source):
