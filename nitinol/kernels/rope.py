@@ -33,62 +33,68 @@ def rope_kernel(
     heads = tl.num_programs(1)
     place = tl.load(position) + token
     pair = tl.arange(0, BLOCK)
-    angle = place.to(tl.float32) * tl.load(frequencies + pair, mask=pair < HEAD_DIM // 2, other=0.0)
-    cosine, sine = tl.cos(angle), tl.sin(angle)
-    for member in range(GROUP):
-        at = ((token * heads + head) * GROUP + member) * HEAD_DIM
-        first, second = load_pairs(q + at, HEAD_DIM, BLOCK, INTERLEAVED)
-        if NORM:
-            first, second = normalise(first, second, q_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
-        rotate(q_out + at, first, second, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
+    frequency = tl.load(frequencies + pair, mask=pair < HEAD_DIM // 2, other=0.0)
+    # All loads come before the first use of one: a program that does little else waits for memory once.
+    ROWS: tl.constexpr = 1 << (GROUP - 1).bit_length()
+    member = tl.arange(0, ROWS)
+    row = (token * heads + head) * GROUP + member
+    query, query_pair = load_pairs(q, row, member < GROUP, HEAD_DIM, BLOCK, INTERLEAVED)
+    alone = tl.arange(0, 1)
+    key, key_pair = load_pairs(k, token * heads + head + alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+    lane = tl.arange(0, 2 * BLOCK)
+    value = tl.load(v + (token * heads + head) * HEAD_DIM + lane, mask=lane < HEAD_DIM)
+    if NORM:
+        query, query_pair = normalise(query, query_pair, q_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
+        key, key_pair = normalise(key, key_pair, k_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
+    angle = place.to(tl.float32) * frequency
+    cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    rotate(q_out, row, member < GROUP, query, query_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
     if (place >= 0) & (place < context):
-        at = (token * heads + head) * HEAD_DIM
-        slot = (head.to(tl.int64) * context + place) * HEAD_DIM
-        first, second = load_pairs(k + at, HEAD_DIM, BLOCK, INTERLEAVED)
-        if NORM:
-            first, second = normalise(first, second, k_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
-        rotate(k_cache + slot, first, second, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
-        lane = tl.arange(0, 2 * BLOCK)
-        tl.store(v_cache + slot + lane, tl.load(v + at + lane, mask=lane < HEAD_DIM), mask=lane < HEAD_DIM)
+        slot = head.to(tl.int64) * context + place
+        rotate(k_cache, slot + alone, alone < 1, key, key_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
+        tl.store(v_cache + slot * HEAD_DIM + lane, value, mask=lane < HEAD_DIM)
 
 
 @jit
-def load_pairs(head, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second values of a head's pairs, [BLOCK] each, 0 past the end."""
+def load_pairs(base, row, inside, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second values of the pairs of heads `row`, [rows, BLOCK] each, 0 past the end."""
     pair = tl.arange(0, BLOCK)
     if INTERLEAVED:
         lane = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
-        return tl.split(tl.load(head + lane, mask=lane < HEAD_DIM, other=0.0))
-    inside = pair < HEAD_DIM // 2
-    first = tl.load(head + pair, mask=inside, other=0.0)
-    return first, tl.load(head + HEAD_DIM // 2 + pair, mask=inside, other=0.0)
+        at, mask = (row * HEAD_DIM)[:, None, None] + lane[None], inside[:, None, None] & (lane < HEAD_DIM)[None]
+        return tl.split(tl.load(base + at, mask=mask, other=0.0))
+    at, mask = (row * HEAD_DIM)[:, None] + pair[None, :], inside[:, None] & (pair < HEAD_DIM // 2)[None, :]
+    return tl.load(base + at, mask=mask, other=0.0), tl.load(base + at + HEAD_DIM // 2, mask=mask, other=0.0)
 
 
 @jit
 def normalise(
     first, second, weight, epsilon, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """RMSNorm of a head that is given as pairs."""
-    scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second) / HEAD_DIM + epsilon)
-    first_weight, second_weight = load_pairs(weight, HEAD_DIM, BLOCK, INTERLEAVED)
-    return first * scale * first_weight, second * scale * second_weight
+    """RMSNorm of heads that are given as pairs."""
+    alone = tl.arange(0, 1)
+    first_weight, second_weight = load_pairs(weight, alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+    scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=1) / HEAD_DIM + epsilon)
+    return first * scale[:, None] * first_weight, second * scale[:, None] * second_weight
 
 
 @jit
 def rotate(
-    out, first, second, cosine, sine, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
-):
-    """Writes a head's pairs, turned."""
+    out, row, inside, first, second, cosine, sine,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Writes the pairs of heads, turned, as heads `row`."""
     pair = tl.arange(0, BLOCK)
     turned_first = first * cosine - second * sine
     turned_second = second * cosine + first * sine
     if INTERLEAVED:
         lane = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(out + lane, tl.join(turned_first, turned_second), mask=lane < HEAD_DIM)
+        at, mask = (row * HEAD_DIM)[:, None, None] + lane[None], inside[:, None, None] & (lane < HEAD_DIM)[None]
+        tl.store(out + at, tl.join(turned_first, turned_second), mask=mask)
     else:
-        inside = pair < HEAD_DIM // 2
-        tl.store(out + pair, turned_first, mask=inside)
-        tl.store(out + HEAD_DIM // 2 + pair, turned_second, mask=inside)
+        at, mask = (row * HEAD_DIM)[:, None] + pair[None, :], inside[:, None] & (pair < HEAD_DIM // 2)[None, :]
+        tl.store(out + at, turned_first, mask=mask)
+        tl.store(out + at + HEAD_DIM // 2, turned_second, mask=mask)
 
 
 def rope_and_cache(
@@ -108,11 +114,14 @@ def rope_and_cache(
             f"rope_and_cache: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected "
             f"{(tokens, kv_heads * head_dim)} for k and v, and a multiple of that width for q"
         )
+    constants = head_arguments(width // k.shape[1], head_dim, interleaved, q_norm is not None)
+    # On a GPU one angle for each thread where there are few programs: each waits for memory, a sine and a cosine once.
+    angles = constants["BLOCK"] if interleaved else constants["BLOCK"] * tl.next_power_of_2(constants["GROUP"])
+    warps = min(8, max(1, angles // 32)) if tokens <= 16 else 0
     return launch(
         rope_kernel, (tokens, kv_heads), q=q, k=k, v=v, frequencies=frequencies, position=position, q_norm=q_norm,
         k_norm=k_norm, q_out=Output(q.shape, "float32"), k_cache=InPlace(k_cache), v_cache=InPlace(v_cache),
-        context=context, epsilon=float(epsilon),
-        **head_arguments(width // k.shape[1], head_dim, interleaved, q_norm is not None),
+        context=context, epsilon=float(epsilon), _warps=warps, **constants,
     )  # fmt: skip
 
 
