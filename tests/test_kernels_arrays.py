@@ -90,9 +90,10 @@ def test_linear_refuses_shapes_that_do_not_fit(rng):
         linear.linear(na.array(normal(rng, 2, 64)), weights, bias=na.array(normal(rng, 4)))
 
 
-def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng):
-    x, scale = normal(rng, 3, 96), normal(rng, 96)
-    weights, values = weights_of(normal(rng, 8, 96), "Q8_0")
+@pytest.mark.parametrize("columns", [96, 1536])
+def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng, columns):
+    x, scale = normal(rng, 3, columns), normal(rng, columns)
+    weights, values = weights_of(normal(rng, 8, columns), "Q8_0")
 
     @na.compile
     def step(x):
@@ -104,8 +105,8 @@ def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng):
     assert names.count("rms_norm_quantize_kernel") == 1 and "rms_norm_kernel" not in names
     parts = activations.quantize_activations_reference(norm.rms_norm_reference(x, scale).astype(np.float32))
     given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
-    # The norm is rounded otherwise in float64, so that a value between two integers may go to the other: each of 96
-    # products moves by a step of 1/127 of its largest neighbour at most; few do.
+    # The norm is rounded otherwise in float64, so that a value between two integers may go to the other: each of
+    # `columns` products moves by a step of 1/127 of its largest neighbour at most; few do.
     np.testing.assert_allclose(found.numpy(), given @ values.T.astype(np.float64), atol=0.1)
     np.testing.assert_array_equal(found.numpy(), again.numpy())
 

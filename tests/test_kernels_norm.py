@@ -38,6 +38,22 @@ def test_rms_norm(rng, engine, columns):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("columns", [64, 70, 1024])
+def test_programs_share_a_row(rng, engine, columns):
+    """Of 70 columns in parts of 32 the last is empty."""
+    rows, parts = 2, 4
+    x, residual = rng.normal(size=(2, rows, columns)).astype(np.float32) * 3
+    weight = rng.normal(size=columns).astype(np.float32)
+    out, total = poisoned((rows + 1, columns)), poisoned((rows + 1, columns))
+    common = {"columns": columns, "epsilon": 1e-5, "PARTS": parts, **norm._block(columns)}
+    run(engine, norm.rms_norm_kernel, (rows, parts), x=padded(x), weight=padded(weight), residual=padded(residual),
+        total=total, out=out, ADD=True, **common)  # fmt: skip
+    np.testing.assert_array_equal(total[:rows], x + residual)
+    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x + residual, weight, 1e-5), **CLOSE)
+    assert np.isnan(out[rows]).all() and np.isnan(total[rows]).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("columns", [1, 48, 128, 1000])
 def test_layer_norm(rng, engine, columns):
     rows = 4

@@ -91,7 +91,8 @@ def test_quantize_activations(rng, columns):
           activations.quantize_activations_reference(x)._asdict(), 0, x=x, columns=columns, GROUPS=groups)  # fmt: skip
 
 
-def test_norm_and_quantize(rng):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_norm_and_quantize(rng, parts):
     """On inputs of which no rounding to int8 is near a tie, which the order of a sum would decide."""
     columns, near = 96, np.array(0.0)
     while near.min() < 1e-3:
@@ -99,8 +100,8 @@ def test_norm_and_quantize(rng):
         normal_form = norm.rms_norm_reference(x, weight, 1e-5).astype(np.float32)
         expected = activations.quantize_activations_reference(normal_form)
         near = np.abs(normal_form.reshape(-1, 32) / expected.scales.reshape(-1, 1) % 1 - 0.5)
-    check(activations.rms_norm_quantize_kernel, (2,), expected._asdict(), x=x, weight=weight, columns=columns,
-          epsilon=1e-5, BLOCK=128)  # fmt: skip
+    check(activations.rms_norm_quantize_kernel, (2, parts), expected._asdict(), x=x, weight=weight, columns=columns,
+          epsilon=1e-5, BLOCK=128, PARTS=parts)  # fmt: skip
 
 
 def test_fused_chains_of_arrays(rng):

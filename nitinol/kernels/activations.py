@@ -17,9 +17,9 @@ import nitinol.language as tl
 from nitinol.array import Array, Output, launch
 from nitinol.array.graph import Launch, View, whole
 from nitinol.kernels.attention import combine_kernel, combined
-from nitinol.kernels.norm import rms_norm_kernel
-from nitinol.kernels.tiles import load_row
+from nitinol.kernels.norm import normal_part, rms_norm_kernel, row_parts
 from nitinol.language.jit import JITFunction, jit
+from nitinol.runtime import get_device
 
 
 class Activations(NamedTuple):
@@ -40,18 +40,20 @@ def quantize_activations_kernel(x, values, scales, sums, columns, GROUPS: tl.con
 
 
 @jit
-def rms_norm_quantize_kernel(x, weight, values, scales, sums, columns, epsilon, BLOCK: tl.constexpr):
-    """One program per row: RMSNorm, then as above. BLOCK is at least `columns`, a multiple of 32."""
+def rms_norm_quantize_kernel(
+    x, weight, values, scales, sums, columns, epsilon,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr = False, PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """Program (r, p): RMSNorm of part p of PARTS of row r, then as above. BLOCK is at least `columns`, a multiple of
+    32 (EVEN: the same)."""
     row = tl.program_id(0).to(tl.int64) * columns
-    at = tl.arange(0, BLOCK)
-    value = load_row(x + row, at, columns, False)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value) / columns + epsilon)
-    normal = value * scale * load_row(weight, at, columns, False)
-    group = tl.arange(0, BLOCK // 32)
+    _, _, normal = normal_part(x, weight, None, row, columns, epsilon, BLOCK, EVEN, False, PARTS)
+    GROUPS: tl.constexpr = BLOCK // PARTS // 32
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
     store_quantized(
-        tl.reshape(normal, (BLOCK // 32, 2, 16)), values + row + at, scales + row // 32 + group,
-        sums + row // 16 + group[:, None] * 2, group < columns // 32,
+        tl.reshape(normal, (GROUPS, 2, 16)), values + row + at, scales + row // 32 + group,
+        sums + row // 16 + group[:, None] * 2, None if EVEN else group < columns // 32,
     )  # fmt: skip
 
 
@@ -102,9 +104,11 @@ def quantize_activations(x: Array) -> Activations:
         source, weight = cast(tuple[View, View], before.inputs)
         if found := _recorded(rms_norm_quantize_kernel, source, weight):
             return found
+        block, (parts, warps) = tl.next_power_of_2(columns), row_parts(tokens, columns)
         return Activations(*launch(
-            rms_norm_quantize_kernel, (tokens,), x=Array(source), weight=Array(weight), columns=columns,
-            epsilon=before.arguments["epsilon"], BLOCK=tl.next_power_of_2(columns), **outputs,
+            rms_norm_quantize_kernel, (tokens, parts), x=Array(source), weight=Array(weight), columns=columns,
+            epsilon=before.arguments["epsilon"], BLOCK=block, EVEN=block == columns, PARTS=parts, _warps=warps,
+            **outputs,
         ))  # fmt: skip
     if before is not None and before.kernel is combine_kernel and before.arguments["HEAD_DIM"] % 32 == 0:
         part, tops, totals = cast(tuple[View, View, View], before.inputs)
@@ -117,7 +121,7 @@ def quantize_activations(x: Array) -> Activations:
         ))  # fmt: skip
     if found := _recorded(quantize_activations_kernel, x.view):
         return found
-    groups = groups_per_program(columns)
+    groups = groups_per_program(columns, 4 if get_device().name == "cuda" and tokens <= 16 else 32)
     return Activations(*launch(
         quantize_activations_kernel, (tokens, columns // (32 * groups)), x=x, columns=columns, GROUPS=groups, **outputs,
     ))  # fmt: skip
@@ -146,9 +150,9 @@ def _is_norm_of_rows(node: Launch, columns: int) -> bool:
     return node.kernel is rms_norm_kernel and not node.arguments["ADD"] and node.arguments["columns"] == columns
 
 
-def groups_per_program(columns: int) -> int:
-    """Groups of 32 for one program: a power of two that divides the row, at most 32 (1024 values)."""
-    groups = 32
+def groups_per_program(columns: int, most: int = 32) -> int:
+    """Groups of 32 for one program: a power of two that divides the row, at most `most`."""
+    groups = most
     while columns // 32 % groups:
         groups //= 2
     return groups

@@ -13,6 +13,7 @@ import nitinol.language as tl
 from nitinol.array import Output, launch
 from nitinol.kernels.tiles import load_row, store_row
 from nitinol.language.jit import jit
+from nitinol.runtime import get_device
 
 LARGEST_ROW = 1 << 20  # the most values of a tile
 
@@ -20,17 +21,47 @@ LARGEST_ROW = 1 << 20  # the most values of a tile
 @jit
 def rms_norm_kernel(
     x, weight, residual, total, out, columns, epsilon,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """One program per row. With ADD the row is x + residual, which `total` keeps."""
+    """Program (r, p): part p of PARTS of row r. With ADD the row is x + residual, which `total` keeps."""
     row = tl.program_id(0).to(tl.int64) * columns
-    at = tl.arange(0, BLOCK)
+    at, value, normal = normal_part(x, weight, residual, row, columns, epsilon, BLOCK, EVEN, ADD, PARTS)
+    if ADD:
+        store_row(total + row, at, columns, value, EVEN)
+    store_row(out + row, at, columns, normal, EVEN)
+
+
+@jit
+def normal_part(
+    x, weight, residual, row, columns, epsilon,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Places in the row, values and normal form of a program's part. Every part adds up the whole row's squares.
+
+    All loads come before the first use of one: weights behind the sum would wait for memory a second time.
+    """
+    SIZE: tl.constexpr = BLOCK // PARTS
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE) if PARTS > 1 else tl.arange(0, SIZE)
+    value = load_sum(x, residual, row, at, columns, EVEN, ADD)
+    gain = load_row(weight, at, columns, EVEN)
+    if PARTS == 1:
+        squares = value * value
+    else:
+        squares = tl.zeros((SIZE,), tl.float32)
+        for part in tl.static_range(PARTS):
+            other = load_sum(x, residual, row, part * SIZE + tl.arange(0, SIZE), columns, EVEN, ADD)
+            squares += other * other
+    scale = 1.0 / tl.sqrt(tl.sum(squares) / columns + epsilon)
+    return at, value, value * scale * gain
+
+
+@jit
+def load_sum(x, residual, row, at, columns, EVEN: tl.constexpr, ADD: tl.constexpr):
+    """x, or x + residual, at places of a row."""
     value = load_row(x + row, at, columns, EVEN)
     if ADD:
         value += load_row(residual + row, at, columns, EVEN)
-        store_row(total + row, at, columns, value, EVEN)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value) / columns + epsilon)
-    store_row(out + row, at, columns, value * scale * load_row(weight, at, columns, EVEN), EVEN)
+    return value
 
 
 @jit
@@ -57,8 +88,13 @@ def rms_norm(x: Any, weight: Any, epsilon: float = 1e-6, residual: Any = None) -
     if residual is not None and tuple(residual.shape) != tuple(x.shape):
         raise ValueError(f"rms_norm: residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}")
     result = Output(x.shape, "float32")
-    arguments = {"x": x, "weight": weight, "columns": columns, "epsilon": float(epsilon), **_block(columns)}
-    grid = (_size(x) // columns,)
+    rows = _size(x) // columns
+    parts, warps = row_parts(rows, columns)
+    arguments = {
+        "x": x, "weight": weight, "columns": columns, "epsilon": float(epsilon), "PARTS": parts, "_warps": warps,
+        **_block(columns),
+    }  # fmt: skip
+    grid = (rows, parts)
     if residual is None:
         return launch(rms_norm_kernel, grid, residual=None, total=None, out=result, ADD=False, **arguments)
     total = Output(x.shape, "float32")
@@ -73,6 +109,18 @@ def layer_norm(x: Any, weight: Any, bias: Any, epsilon: float = 1e-5) -> Any:
         layer_norm_kernel, (_size(x) // columns,), x=x, weight=weight, bias=bias, out=Output(x.shape, "float32"),
         columns=columns, epsilon=float(epsilon), **_block(columns),
     )  # fmt: skip
+
+
+def row_parts(rows: int, columns: int) -> tuple[int, int]:
+    """Programs that share a row's norm, and their warps (0: the compiler chooses).
+
+    A few rows on CUDA are a matter of how long one program takes: then 512 values of the result are a program's, 2 a
+    thread's. That all read the whole row costs nothing. Many rows fill the multiprocessors as they are.
+    """
+    block = tl.next_power_of_2(columns)
+    if get_device().name != "cuda" or rows > 16 or block < 1024:
+        return 1, 0
+    return min(16, block // 512), 8
 
 
 def _columns(name: str, x: Any, weight: Any) -> int:
