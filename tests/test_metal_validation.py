@@ -227,8 +227,8 @@ def test_decode_attention(rng):
     softmetal.set_seed(1)
     attention.decode_attention_kernel[kv_heads, splits](
         out=None, part=part, tops=tops, totals=totals, **common, **{**constants, "SPLITS": splits})  # fmt: skip
-    check(attention.combine_kernel, (heads,), {"out": expected}, CLOSE * 2, part=part, tops=tops, totals=totals,
-          SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"])  # fmt: skip
+    check(attention.combine_kernel, (heads, 2), {"out": expected}, CLOSE * 2, part=part, tops=tops, totals=totals,
+          SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=32)  # fmt: skip
 
 
 @pytest.mark.parametrize("format", ["F16", "BF16", "Q5_0", "Q3_K"])

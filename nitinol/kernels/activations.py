@@ -61,15 +61,17 @@ def rms_norm_quantize_kernel(
 def combine_quantize_kernel(
     part, tops, totals, values, scales, sums, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Program h: attention's parts of query head h as one, then as above. HEAD_DIM is a multiple of 32."""
+    """Program (h, c): attention's parts of query head h as one, BLOCK_D of its values, then as above. HEAD_DIM and
+    BLOCK_D are multiples of 32."""
     head = tl.program_id(0)
-    value = combined(part, tops, totals, head, SPLITS, HEAD_DIM, BLOCK_D)
-    group = tl.arange(0, BLOCK_D // 32)
+    lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)
+    group = tl.program_id(1) * (BLOCK_D // 32) + tl.arange(0, BLOCK_D // 32)
     at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
     first = head * (HEAD_DIM // 32) + group
     store_quantized(
         tl.reshape(value, (BLOCK_D // 32, 2, 16)), values + head * HEAD_DIM + at, scales + first,
-        sums + first[:, None] * 2, group < HEAD_DIM // 32,
+        sums + first[:, None] * 2, None if HEAD_DIM % BLOCK_D == 0 else group < HEAD_DIM // 32,
     )  # fmt: skip
 
 
@@ -115,8 +117,9 @@ def quantize_activations(x: Array) -> Activations:
         if found := _recorded(combine_quantize_kernel, part, tops, totals):
             return found
         constants = {name: before.arguments[name] for name in ("SPLITS", "HEAD_DIM", "BLOCK_D")}
+        grid = (columns // constants["HEAD_DIM"], tl.cdiv(constants["HEAD_DIM"], constants["BLOCK_D"]))
         return Activations(*launch(
-            combine_quantize_kernel, (columns // constants["HEAD_DIM"],), part=Array(part), tops=Array(tops),
+            combine_quantize_kernel, grid, part=Array(part), tops=Array(tops),
             totals=Array(totals), **constants, **outputs,
         ))  # fmt: skip
     if found := _recorded(quantize_activations_kernel, x.view):

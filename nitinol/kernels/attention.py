@@ -143,23 +143,26 @@ def decode_attention_kernel(
 
 @jit
 def combine_kernel(part, tops, totals, out, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Program h: the parts of query head h, brought to a common maximum and added."""
+    """Program (h, c): the parts of query head h, brought to a common maximum and added; BLOCK_D of its values."""
     head = tl.program_id(0)
-    lane = tl.arange(0, BLOCK_D)
-    value = combined(part, tops, totals, head, SPLITS, HEAD_DIM, BLOCK_D)
-    tl.store(out + head * HEAD_DIM + lane, value, mask=lane < HEAD_DIM)
+    lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)
+    tl.store(out + head * HEAD_DIM + lane, value, mask=None if HEAD_DIM % BLOCK_D == 0 else lane < HEAD_DIM)
 
 
 @jit
-def combined(part, tops, totals, head, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A head's values [BLOCK_D], of its parts."""
+def combined(part, tops, totals, head, lane, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Values `lane` of a head, of its parts."""
     split = head * SPLITS + tl.arange(0, SPLITS)
-    lane = tl.arange(0, BLOCK_D)
     top = tl.load(tops + split)
+    total = tl.load(totals + split)
+    at = split[:, None] * HEAD_DIM + lane[None, :]
+    if HEAD_DIM % lane.shape[0] == 0:
+        acc = tl.load(part + at)
+    else:
+        acc = tl.load(part + at, mask=(lane < HEAD_DIM)[None, :], other=0.0)
     weight = tl.exp2(top - tl.max(top))
-    total = tl.sum(tl.load(totals + split) * weight)
-    acc = tl.load(part + split[:, None] * HEAD_DIM + lane[None, :], mask=(lane < HEAD_DIM)[None, :], other=0.0)
-    return tl.sum(acc * weight[:, None], axis=0) / total
+    return tl.sum(acc * weight[:, None], axis=0) * (1.0 / tl.sum(total * weight))
 
 
 def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None) -> Any:
@@ -196,9 +199,10 @@ def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: f
         decode_attention_kernel, (kv_heads, splits), out=None, part=Output((heads, splits, head_dim), "float32"),
         tops=Output((heads, splits), "float32"), totals=Output((heads, splits), "float32"), **arguments, **constants,
     )  # fmt: skip
+    columns = constants["BLOCK_D"] if get_device().name == "cpu" else 32  # on GPUs many programs with short sums
     return launch(
-        combine_kernel, (heads,), part=part, tops=tops, totals=totals, out=Output(q.shape, "float32"), SPLITS=splits,
-        HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"],
+        combine_kernel, (heads, tl.cdiv(head_dim, columns)), part=part, tops=tops, totals=totals,
+        out=Output(q.shape, "float32"), SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=columns,
     )  # fmt: skip
 
 
