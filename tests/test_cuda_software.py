@@ -91,6 +91,40 @@ def test_halves_of_words(rng, dtype, n, block, warps):
 
 
 @jit
+def block_sums(x, out, steps, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr):
+    block, row, column = tl.arange(0, COUNT), tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    at = (block[:, None, None] * ROWS + row[None, :, None]) * COLUMNS + column[None, None, :]
+    if KIND == "max":
+        found = tl.max(tl.load(x + at).to(out.dtype.element_ty), axis=1)
+    elif KIND == "sum":
+        found = tl.sum(tl.load(x + at).to(out.dtype.element_ty), axis=1)
+    else:
+        found = tl.zeros((COUNT, COLUMNS), out.dtype.element_ty)
+        for step in range(steps):
+            tile = tl.load(x + step * (COUNT * ROWS * COLUMNS) + at)
+            found += tl.sum(tile.to(out.dtype.element_ty), axis=1)
+    tl.store(out + block[:, None] * COLUMNS + column[None, :], found)
+
+
+@pytest.mark.parametrize("kind", ["max", "sum", "loop"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize(
+    ("warps", "count", "rows", "columns"), [(1, 4, 16, 64), (4, 4, 64, 128), (2, 8, 16, 128), (8, 2, 64, 256)]
+)
+def test_reductions_that_are_wanted_elsewhere(rng, kind, dtype, warps, count, rows, columns):
+    """Lanes take a part of the result each, and simdgroups read what the others have where it is wanted: it is not put
+    into shared memory a second time."""
+    steps = 3 if kind == "loop" else 1
+    x = rng.integers(-9, 9, (steps, count, rows, columns)).astype(np.float16 if dtype == np.float32 else np.int8)
+    out = np.full((count, columns), 0x5A, dtype)
+    made = launch(block_sums, (1, 1, 1), warps, x=x, out=out, steps=steps, COUNT=count, ROWS=rows, COLUMNS=columns,
+                  KIND=kind)  # fmt: skip
+    expected = x[0].max(axis=1) if kind == "max" else x.sum(axis=(0, 2), dtype=dtype)
+    np.testing.assert_array_equal(out, expected)
+    assert made.barriers <= 1
+
+
+@jit
 def reverse_in_place(x, n, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n

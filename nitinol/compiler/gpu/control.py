@@ -103,18 +103,20 @@ def for_loop(e: Emitter, op: Op) -> None:
     for number, (result, form, argument) in enumerate(zip(op.results, variables, carried)):
         layout = e.home(argument)
         if number in sums:
-            form = loop_sum(e, loop_sums[number], result, form, layout, sums[number])
+            form, layout = loop_sum(e, loop_sums[number], result, form, layout, sums[number])
         e.forms[result, layout] = form
 
 
-def loop_sum(e: Emitter, op: Op, result: Value, form: Form, layout: Layout, threads: Threads) -> Form:
-    """The whole of a sum after its loop, or still its parts if another sum is all that wants it."""
+def loop_sum(
+    e: Emitter, op: Op, result: Value, form: Form, layout: Layout, threads: Threads
+) -> tuple[Form, Layout]:  # fmt: skip
+    """The whole of a sum after its loop and its layout, or still its parts if another sum is all that wants it."""
     if goes_on(e, result):
         e.parts.add(result)
-        return form
+        return form, layout
     running = Running(e, op, [form], layout.count)
-    between_threads(e, op, running, layout, threads)
-    return running.forms[0]
+    layout = between_threads(e, op, running, result, threads)
+    return running.forms[0], layout
 
 
 def while_loop(e: Emitter, op: Op) -> None:

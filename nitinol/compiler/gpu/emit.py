@@ -262,7 +262,7 @@ class Emitter:
             home = self.assignment.home.get(value)
             self.depth[value] = self.loops
             for layout in self.assignment.wanted.get(value, []):
-                if home is not None and layout != home:
+                if home is not None and layout != home and (value, layout) not in self.forms:
                     self.forms[value, layout] = convert.convert(self, value, self.forms[value, home], home, layout)
             if value in self.assignment.spilled:
                 self.stages[value] = staging.put(self, value)

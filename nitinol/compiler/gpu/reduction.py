@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu import convert, elementwise, sums, words
@@ -10,7 +11,7 @@ from nitinol.compiler.gpu.forms import Form, Index, closed, fixed, squeeze, vari
 from nitinol.compiler.gpu.layout import Layout, axis_bits
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import ELEMENTWISE, Op, Value, combine_kind
-from nitinol.language.types import DType
+from nitinol.language.types import DType, PointerType
 
 if TYPE_CHECKING:
     from nitinol.compiler.gpu.emit import Emitter
@@ -118,6 +119,24 @@ class Running:
 
         e.each(self.count, scoped(lines) if self.count == 1 else lines, forms, defines=[f.variable for f in forms])
 
+    def halve(self, mask: int, number: int) -> None:
+        """The same, but of registers that differ in bit `number` the lower goes to the lane without the mask's bit and
+        the other one to the lane with it: half as many shuffles, and half as many registers are left."""
+        e, op, form = self.e, self.op, self.forms[0]
+        kept = tuple(1 << bit for bit in range(self.count.bit_length() - 1) if bit != number)
+
+        def text(i: Index) -> str:
+            low = i.through(kept)
+            pair = [form.operand(low), form.operand(low.at(1 << number))]
+            own, other = (f"lane & {mask} ? {b} : {a}" for a, b in (pair, pair[::-1]))
+            far = e.dialect.shuffle(op.operands[0].element, other, str(mask), "xor")
+            return combine(e, op, [f"({own})"], [far])[1][0]
+
+        made = Form(text, lambda i: {(n, False) for n, _ in form.names(i.through(kept))}, False)
+        self.count >>= 1
+        self.forms = [e.store_in(self.names()[0], op.operands[0].element, self.count, made)]
+        self.owned = True
+
 
 def assign(targets: Sequence[str], texts: Sequence[str]) -> list[str]:
     return [f"{target} = {text};" for target, text in zip(targets, texts)]
@@ -155,40 +174,88 @@ def reduce(e: Emitter, op: Op) -> None:
         running.fold(own)
     threads = sums.sum_threads(e, op)
     if op not in e.spread:
-        between_threads(e, op, running, result_layout, threads)
+        result_layout = between_threads(e, op, running, op.results[0], threads)
     for result, form in zip(op.results, running.forms):
         e.forms[result, result_layout] = form
 
 
-def between_threads(e: Emitter, op: Op, running: Running, layout: Layout, threads: sums.Threads) -> None:
-    """Combines what lanes and simdgroups have; then each has the whole in the result's layout."""
-    lanes = [bit for bit in range(len(layout.lanes)) if threads[0] >> bit & 1]
+def between_threads(e: Emitter, op: Op, running: Running, result: Value, threads: sums.Threads) -> Layout:
+    """Combines what lanes and simdgroups have; then each has the whole, in the layout that is returned: the result's
+    home, or the only one in which it is wanted."""
+    layout = e.home(result)
     kind, element = combine_kind(op), op.operands[0].element
     assert isinstance(element, DType)
+    target = only_wanted(e, result) if kind is not None else None
+    lanes = [bit for bit in range(len(layout.lanes)) if threads[0] >> bit & 1]
     whole = None
     if len(lanes) == len(layout.lanes) and kind is not None and not (element.is_float and kind in ("min", "max")):
         whole = e.dialect.reduce_lanes(kind, element, "x")
     if whole is not None:
         form = running.forms[0]
-        name = e.name(op.results[0].name or "part")
+        name = e.name(result.name or "part")
         reduced = Form(lambda i: e.dialect.reduce_lanes(kind, element, form.text(i)) or "", form.names)
         running.forms = [e.store_in(name, element, running.count, reduced)]
     elif lanes:
-        running.own()
+        spread = layout if target is None else halved(layout, target, lanes)
+        if target is not None and not threads[1] and price(spread, target, element) > price(layout, target, element):
+            spread = layout
         for bit in lanes:
-            running.across(1 << bit)
+            if layout.lanes[bit] == spread.lanes[bit]:
+                running.own()
+                running.across(1 << bit)
+            else:
+                number = layout.registers.index(spread.lanes[bit])
+                running.halve(1 << bit, number)
+                layout = replace(
+                    layout, registers=(*layout.registers[:number], *layout.registers[number + 1 :]),
+                    lanes=(*layout.lanes[:bit], spread.lanes[bit], *layout.lanes[bit + 1 :]),
+                )  # fmt: skip
     if threads[1]:
-        between_warps(e, op, running, layout, threads[1])
+        between_warps(e, op, running, layout, target or layout, threads[1])
+        return target or layout
+    if layout != e.home(result):  # spread over lanes
+        assert target is not None
+        running.forms = [convert.convert(e, op.operands[0], running.forms[0], layout, target)]
+        return target
+    return layout
 
 
-def between_warps(e: Emitter, op: Op, running: Running, result: Layout, mask: int) -> None:
-    """Each simdgroup puts down its part; all threads take all parts, in one order."""
-    parts = [bit for bit in range(len(result.warps)) if mask >> bit & 1]
-    warps = list(result.warps)
+def only_wanted(e: Emitter, value: Value) -> Layout | None:
+    """The layout of a value that is wanted in one only, not its home, and has to be moved to."""
+    home, wanted = e.home(value), e.assignment.wanted.get(value, [])
+    if len(wanted) != 1 or wanted[0] == home or value in e.assignment.spilled or home.sparse or wanted[0].sparse:
+        return None
+    return wanted[0] if price(home, wanted[0], value.element) else None
+
+
+def price(source: Layout, result: Layout, element: DType | PointerType) -> float:
+    return convert.price(source, result, convert.find_shuffle(source, result), element)
+
+
+def halved(layout: Layout, target: Layout, lanes: Sequence[int]) -> Layout:
+    """Registers in the place of copies in these lanes: those that the target has in the same lane, in lanes, or not in
+    registers first, of these the ones that are nearest in memory."""
+    for bit in lanes:
+        if not layout.registers or layout.lanes[bit]:
+            continue
+        column = min(
+            layout.registers,
+            key=lambda c: (c != target.lanes[bit], c not in target.lanes, c in target.registers, c),
+        )
+        registers = tuple(c for c in layout.registers if c != column)
+        layout = replace(layout, registers=registers, lanes=(*layout.lanes[:bit], column, *layout.lanes[bit + 1 :]))
+    return layout
+
+
+def between_warps(e: Emitter, op: Op, running: Running, source: Layout, result: Layout, mask: int) -> None:
+    """Each simdgroup puts down its part, which it has in the layout `source`; all threads take all parts of what they
+    have in `result`, in one order."""
+    parts = [bit for bit in range(len(source.warps)) if mask >> bit & 1]
+    warps = list(source.warps)
     for number, bit in enumerate(parts):
-        warps[bit] ^= 1 << (result.bits + number)
-    partial = Layout(result.bits + len(parts), result.registers, result.lanes, tuple(warps))
-    assert running.count == result.count
+        warps[bit] ^= 1 << (source.bits + number)
+    partial = Layout(source.bits + len(parts), source.registers, source.lanes, tuple(warps))
+    assert running.count == source.count
     pieces = []
 
     def at(shared: str, number: int, place: str) -> str:
