@@ -25,7 +25,7 @@ from nitinol.generate.options import Options
 from nitinol.kernels import attention, linear, norm, quantized, rope
 from nitinol.kernels.activations import quantize_activations
 from nitinol.language.jit import jit
-from nitinol.language.types import bfloat16
+from nitinol.language.types import bfloat16, float16
 from nitinol.runtime import using_device
 
 DTYPES = (*INTEGERS, *FLOATS)
@@ -289,6 +289,34 @@ def test_products(rng, dtypes, m, n, k, step, warps, stages, capability, turned,
     # k roundings of partial sums of products of standard normals; of operands to 10 bits
     atol = 8 * k * 2.0**-23 + (2.0**-9 * 8 * np.sqrt(k) if dtypes.endswith("tf") else 0.0)
     np.testing.assert_allclose(c, a.astype(np.float64) @ b.astype(np.float64), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "position", "splits"),
+    [(4, 128, 140, 1), (4, 128, 255, 4), (7, 64, 200, 2), (1, 80, 5, 4), (16, 128, 130, 2)],
+)
+def test_attention_of_one_token_goes_through_matrices(rng, group, head_dim, position, splits):
+    kv_heads, context = 2, 256
+    heads = kv_heads * group
+    q = rng.normal(size=(heads, 1, head_dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, kv_heads, context, head_dim)).astype(np.float16)
+    expected = attention.attention_reference(q, k, v, position, 0.1)[:, 0]
+    k[:, position + 1 :] = v[:, position + 1 :] = np.nan  # are not read
+    part, out = np.full((heads, splits, head_dim), np.nan, np.float32), np.full((heads, head_dim), np.nan, np.float32)
+    tops, totals = np.full((2, heads, splits), np.nan, np.float32)
+    constants = attention.decode_constants(group, head_dim, kv_heads)
+    made = launch(
+        attention.decode_attention_kernel, (kv_heads, splits, 1), 4, q=q, k=k, v=v,
+        position=np.array([position], np.int32), out=out, part=part, tops=tops, totals=totals, context=context,
+        scale=0.1, **constants | {"SPLITS": splits, "ROWS": 16, "DOT": float16},
+    )  # fmt: skip
+    assert "mma_fp16_16(" in made.source
+    if splits > 1:
+        width = constants["BLOCK_D"] // 2
+        launch(attention.combine_kernel, (heads, 2, 1), part=part, tops=tops, totals=totals, out=out, SPLITS=splits,
+               HEAD_DIM=head_dim, BLOCK_D=width)  # fmt: skip
+    # queries, of up to 4, and weights are rounded to 11 bits; sums of weighted values of size 1
+    np.testing.assert_allclose(out, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_copies_that_are_not_waited_for_show(rng):

@@ -99,13 +99,13 @@ def load_block(base, at, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 def decode_attention_kernel(
     q, k, v, position, out, part, tops, totals, context, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, DOT: tl.constexpr = tl.float32,
 ):  # fmt: skip
     """Program (h, s): the GROUP query heads of key and value head h, on part s of the positions 0 .. position.
 
-    ROWS is GROUP rounded up to a power of two. With one part the result goes to `out`; with more, each leaves its
-    weighted values (part [heads, SPLITS, head_dim]), maximum and sum of weights (tops, totals [heads, SPLITS]) to
-    `combine_kernel`. A part without positions leaves maximum -inf.
+    ROWS is GROUP rounded up to a power of two, or more; DOT as above. With one part the result goes to `out`; with
+    more, each leaves its weighted values (part [heads, SPLITS, head_dim]), maximum and sum of weights (tops, totals
+    [heads, SPLITS]) to `combine_kernel`. A part without positions leaves maximum -inf.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -114,6 +114,7 @@ def decode_attention_kernel(
     row = head * GROUP + member
     inside = (member < GROUP)[:, None] & (lane < HEAD_DIM)[None, :]
     query = tl.load(q + row[:, None] * HEAD_DIM + lane[None, :], mask=inside, other=0.0) * (scale * LOG2_E)
+    query = query.to(DOT)
     base = head.to(tl.int64) * context * HEAD_DIM
     length = tl.minimum(tl.load(position) + 1, context)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
@@ -187,17 +188,18 @@ def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: f
             prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), out=Output(q.shape, "float32"),
             tokens=tokens, q_token=width, q_head=head_dim, _warps=warps, **arguments, **constants,
         )  # fmt: skip
-    constants = decode_constants(heads // kv_heads, head_dim, kv_heads)
+    constants, warps = decode_blocks(heads // kv_heads, head_dim, kv_heads, k_cache)
     splits = min(constants["SPLITS"], tl.next_power_of_2(tl.cdiv(context, constants["BLOCK_N"])))  # others were empty
     constants["SPLITS"] = splits
     if splits == 1:
         return launch(
             decode_attention_kernel, (kv_heads, 1), out=Output(q.shape, "float32"), part=None, tops=None, totals=None,
-            **arguments, **constants,
+            _warps=warps, **arguments, **constants,
         )  # fmt: skip
     part, tops, totals = launch(
         decode_attention_kernel, (kv_heads, splits), out=None, part=Output((heads, splits, head_dim), "float32"),
-        tops=Output((heads, splits), "float32"), totals=Output((heads, splits), "float32"), **arguments, **constants,
+        tops=Output((heads, splits), "float32"), totals=Output((heads, splits), "float32"), _warps=warps, **arguments,
+        **constants,
     )  # fmt: skip
     columns = constants["BLOCK_D"] if get_device().name == "cpu" else 32  # on GPUs many programs with short sums
     return launch(
@@ -250,6 +252,15 @@ def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,
         "SPLITS": tl.next_power_of_2(max(1, programs // kv_heads)),
     }  # fmt: skip
+
+
+def decode_blocks(group: int, head_dim: int, kv_heads: int, keys: Any) -> tuple[dict[str, Any], int]:
+    """The constants and the warps for the current device. CUDA's matrix instructions take 16 rows, most of them empty
+    here: a fifth of the instructions that single products need, and keys and values come at the same time."""
+    constants: dict[str, Any] = decode_constants(group, head_dim, kv_heads)
+    if get_device().name != "cuda" or keys.dtype.nbytes != 2:
+        return constants, 0
+    return constants | {"ROWS": max(16, constants["ROWS"]), "DOT": keys.dtype}, 4
 
 
 def check_head(head_dim: int) -> None:
