@@ -109,6 +109,7 @@ def decode_attention_kernel(
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
+    length = tl.minimum(tl.load(position) + 1, context)  # first: all else waits for it
     member = tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK_D)
     row = head * GROUP + member
@@ -116,20 +117,21 @@ def decode_attention_kernel(
     query = tl.load(q + row[:, None] * HEAD_DIM + lane[None, :], mask=inside, other=0.0) * (scale * LOG2_E)
     query = query.to(DOT)
     base = head.to(tl.int64) * context * HEAD_DIM
-    length = tl.minimum(tl.load(position) + 1, context)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     begin = split * share
     end = tl.minimum(begin + share, length)
-    whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
     place = tl.zeros((ROWS,), tl.int32) + (length - 1)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in range(begin, whole, BLOCK_N):
-        top, total, acc = attend(
-            query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, False
-        )
-    for start in range(whole, end, BLOCK_N):
+    rest = begin
+    if tl.float32 == DOT:  # whole blocks without masks; with matrix instructions masks cost less than a second loop
+        rest += tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+        for start in range(begin, rest, BLOCK_N):
+            top, total, acc = attend(
+                query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, False
+            )
+    for start in range(rest, end, BLOCK_N):
         top, total, acc = attend(
             query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
         )
