@@ -41,6 +41,7 @@ def normal_part(
     All loads come before the first use of one: weights behind the sum would wait for memory a second time.
     """
     SIZE: tl.constexpr = BLOCK // PARTS
+    inverse = 1.0 / BLOCK if EVEN else 1.0 / columns
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE) if PARTS > 1 else tl.arange(0, SIZE)
     value = load_sum(x, residual, row, at, columns, EVEN, ADD)
     gain = load_row(weight, at, columns, EVEN)
@@ -51,7 +52,7 @@ def normal_part(
         for part in tl.static_range(PARTS):
             other = load_sum(x, residual, row, part * SIZE + tl.arange(0, SIZE), columns, EVEN, ADD)
             squares += other * other
-    scale = 1.0 / tl.sqrt(tl.sum(squares) / columns + epsilon)
+    scale = tl.rsqrt(tl.sum(squares) * inverse + epsilon)
     return at, value, value * scale * gain
 
 
