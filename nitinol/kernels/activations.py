@@ -21,6 +21,8 @@ from nitinol.kernels.norm import normal_part, rms_norm_kernel, row_parts
 from nitinol.language.jit import JITFunction, jit
 from nitinol.runtime import get_device
 
+SMALLEST = tl.constexpr(1e-30)  # of the largest of a group: groups below it, and those of zeros, become zeros
+
 
 class Activations(NamedTuple):
     """Quantised activations of T tokens: `values` int8 [T, columns], `scales` float32 [T, columns / 32], and `sums`
@@ -79,10 +81,10 @@ def combine_quantize_kernel(
 def store_quantized(value, values, scales, sums, inside):
     """Groups [groups, 2, 16] as bytes with a scale each and sums of 16, where `inside` [groups] (None: everywhere)."""
     largest = tl.max(tl.max(tl.abs(value), axis=2), axis=1)
-    inverse = tl.where(largest > 0, 127.0 / largest, 0.0)
+    inverse = 127.0 / tl.maximum(largest, SMALLEST)
     quant = tl.floor(value * inverse[:, None, None] + 0.5).to(tl.int32)
     tl.store(values, quant.to(tl.int8), mask=None if inside is None else inside[:, None, None])
-    tl.store(scales, largest / 127.0, mask=inside)
+    tl.store(scales, largest * (1.0 / 127.0), mask=inside)
     halves = sums + tl.arange(0, 2)[None, :]
     tl.store(halves, tl.sum(quant, axis=2), mask=None if inside is None else inside[:, None])
 
@@ -165,10 +167,9 @@ def quantize_activations_reference(x: np.ndarray) -> Activations:
     """The same in NumPy float32, operation by operation."""
     groups = x.reshape(-1, 2, 16)
     largest = np.abs(groups).max(axis=(1, 2), keepdims=True)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+    inverse = np.float32(127) / np.maximum(largest, np.float32(SMALLEST.value))
     quants = np.floor(groups * inverse + np.float32(0.5)).astype(np.int32)
-    scales = largest / np.float32(127)
+    scales = largest * np.float32(1 / 127)
     tokens, columns = x.shape
     return Activations(
         quants.astype(np.int8).reshape(tokens, columns),
