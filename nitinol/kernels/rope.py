@@ -44,8 +44,10 @@ def rope_kernel(
     lane = tl.arange(0, 2 * BLOCK)
     value = tl.load(v + (token * heads + head) * HEAD_DIM + lane, mask=lane < HEAD_DIM)
     if NORM:
-        query, query_pair = normalise(query, query_pair, q_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
-        key, key_pair = normalise(key, key_pair, k_norm, epsilon, HEAD_DIM, BLOCK, INTERLEAVED)
+        q_gain, q_gain_pair = load_pairs(q_norm, alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+        k_gain, k_gain_pair = load_pairs(k_norm, alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+        query, query_pair = normalise(query, query_pair, q_gain, q_gain_pair, epsilon, HEAD_DIM)
+        key, key_pair = normalise(key, key_pair, k_gain, k_gain_pair, epsilon, HEAD_DIM)
     angle = place.to(tl.float32) * frequency
     cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     rotate(q_out, row, member < GROUP, query, query_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
@@ -68,14 +70,11 @@ def load_pairs(base, row, inside, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, I
 
 
 @jit
-def normalise(
-    first, second, weight, epsilon, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def normalise(first, second, first_gain, second_gain, epsilon, HEAD_DIM: tl.constexpr):
     """RMSNorm of heads that are given as pairs."""
-    alone = tl.arange(0, 1)
-    first_weight, second_weight = load_pairs(weight, alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
-    scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=1) / HEAD_DIM + epsilon)
-    return first * scale[:, None] * first_weight, second * scale[:, None] * second_weight
+    squares = tl.sum(first * first + second * second, axis=1)
+    scale = tl.rsqrt(squares * (1.0 / HEAD_DIM) + epsilon)[:, None]
+    return first * scale * first_gain, second * scale * second_gain
 
 
 @jit
