@@ -470,11 +470,15 @@ template <int N, bool TURNED> inline void ldmatrix(word *to, word at) {
         word x[4]; ldmatrix<4, TURNED>(x, at); a = x[0], b = x[1], c = x[2], d = x[3]; }
 PTX_LDMATRIX(_shared_b16, false) PTX_LDMATRIX(_trans_shared_b16, true)
 
-inline void griddepcontrol_wait() {
+inline void griddepcontrol_launch_dependents() { }
+inline void keep(const void *p) { asm volatile("" :: "r"(p) : "memory"); }  // no access moves over it
+template <typename... T> inline void griddepcontrol_wait(T *...pointers) {
+    (keep(pointers), ...);
     for (; cuda_late_count; cuda_late_count--) {
         const cuda::late &l = cuda_late[cuda_late_count - 1];
         memcpy(l.to, l.from, l.nbytes);
     }
+    (keep(pointers), ...);
 }
 inline void cp_async_cg_shared_global(word to, const void *from, int nbytes = 16) {
     cuda::thread &t = *cuda::current;

@@ -96,7 +96,7 @@ def call(sections: Sequence[str]) -> str:
         return f"ptx::{name}({{{', '.join(f'&({o})' for o in outputs)}}}, {', '.join(inputs)})"
     numbers = [int(n) for n in re.findall(r"%(\d+)", instruction)]
     if not numbers:  # operands only for what the compiler must not move over it
-        return f"ptx::{name}()"
+        return f"ptx::{name}({', '.join(inputs)})"
     assert list(dict.fromkeys(numbers)) == list(range(len(outputs) + len(inputs))), f"operands out of order: {template}"
     return f"ptx::{name}({', '.join([*outputs, *inputs])})"
 
@@ -218,14 +218,15 @@ def run(
     words += [memory.ctypes.data.to_bytes(8, "little") for memory in extra]
     try:
         made = kernel(executable.name, executable.source)
-        late = [(memory, value.reshape(-1).view(np.uint8)) for value, memory in copies.values()]
-        if "griddepcontrol.wait" in executable.source:
-            for memory, _ in late:
+        there = {id(getattr(values[i], "array", values[i])) for i in executable.early}  # nobody before it writes that
+        late = []
+        for value, memory in copies.values():
+            given = value.reshape(-1).view(np.uint8)
+            if "griddepcontrol.wait" in executable.source and id(value) not in there:
                 memory[:] = 255  # NaN
-        else:
-            for memory, given in late:
+                late.append((memory, given))
+            else:
                 memory[:] = given
-            late = []
         made(grid, executable.threads, executable.threadgroup_bytes, words, programs, seed, late)
         for value, memory in copies.values():
             if value.flags.writeable:

@@ -506,6 +506,33 @@ def test_kernels_start_before_those_they_wait_for_have_ended(
     assert [len(node.early) for node in nodes] == ([0, 1, 0, 0, 0, 0, 0, 0, 3] if can else [0] * 9)
 
 
+def test_who_loads_before_it_waits_starts_late_where_that_is_written(monkeypatch: Any) -> None:
+    """By any entry before it in the list, whether through the buffer itself or a view; not by those after it."""
+    device, driver = open_fake(monkeypatch)
+    text = ADD.replace("{", '{ asm volatile("griddepcontrol.wait;");', 1)
+    writer = executable("writer", text, (0, 1), (), written=(1,))
+    reader = executable("reader", text, (0, 1), (), written=(1,), early=(0,))
+    weights, other, x = (device.allocate(1 << 20) for _ in range(3))
+
+    def early(*launches: Any) -> list[bool]:
+        commands = device.command_list()
+        for made, source, target in launches:
+            commands.launch(made, (1,), [source, target], barrier=True)
+        device.run(commands)
+        return [bool(node.early) for node in driver.graphs[-1]]
+
+    assert early((writer, other, x), (reader, weights, x), (reader, weights, x)) == [False, True, True]
+    assert early((writer, other, weights.view(64)), (writer, other, x), (reader, weights, x)) == [False, True, False]
+    assert early((writer, other, x), (reader, weights, x), (writer, other, weights)) == [False, True, True]
+    assert early((writer, other, x), (reader, x, other), (writer, other, x)) == [False, False, True]
+    commands = device.command_list()
+    commands.fill(weights, 0)
+    commands.launch(writer, (1,), [other, x], barrier=True)
+    commands.launch(reader, (1,), [weights, x], barrier=True)
+    device.run(commands)
+    assert not driver.graphs[-1][-1].early
+
+
 def test_events_happen_in_order_and_out_of_order_waits_work(monkeypatch: Any) -> None:
     device, driver = open_fake(monkeypatch)
     driver.late = 3

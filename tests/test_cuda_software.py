@@ -161,6 +161,27 @@ def test_who_does_not_wait_for_the_kernel_before_shows(rng):
     assert not np.array_equal(x, expected)
 
 
+@jit
+def weigh(x, weights, out, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    weight = tl.load(weights + offsets)
+    tl.extra.cuda.gdc_wait()
+    tl.store(out + offsets, tl.load(x + offsets) * weight)
+
+
+def test_a_kernel_that_says_when_it_waits(rng):
+    """What it loads before is noted, and must not be what a kernel before it writes: the emulator gives NaN."""
+    x, weights = rng.standard_normal((2, 128)).astype(np.float32)
+    out = np.zeros_like(x)
+    made, values = compiled(weigh, 4, x=x, weights=weights, out=out, N=128)
+    names = [value.name for value in made.function.parameters]
+    assert [names[i] for i in made.early] == ["weights"] and [names[i] for i in made.written] == ["out"]
+    run(made, (1,), values)
+    np.testing.assert_array_equal(out, x * weights)
+    run(replace(made, early=()), (1,), values)
+    assert np.isnan(out).any()  # of the warp that came first
+
+
 def test_older_gpus_have_no_early_start(rng):
     x = rng.standard_normal(100).astype(np.float32)
     expected = x[::-1].copy()

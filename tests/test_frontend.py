@@ -487,6 +487,23 @@ def test_block_pointers(run, rng):
         assert np.array_equal(c, a @ b.T)
 
 
+def test_what_is_for_programmatic_dependent_launch_changes_nothing(run, rng):
+    @jit
+    def kernel(x_ptr, out, N: tl.constexpr):
+        lanes = tl.arange(0, N)
+        x = tl.load(x_ptr + lanes)
+        tl.extra.cuda.gdc_wait()
+        y = tl.load(out + lanes)
+        if tl.program_id(0) == 0:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.store(out + lanes, x + y)
+
+    x, out = rng.standard_normal((2, 16)).astype(np.float32)
+    expected = x + out
+    run(kernel, (1,), x, out, 16)
+    assert np.array_equal(out, expected)
+
+
 def test_atomics(run, rng):
     @jit
     def kernel(counters, old, x_ptr, N: tl.constexpr):

@@ -363,6 +363,11 @@ class _Machine:
 
         return step
 
+    def step_gdc_wait(self, op: ir.Op) -> Step:
+        return lambda: None
+
+    step_gdc_launch_dependents = step_gdc_wait
+
     def step_breakpoint(self, op: ir.Op) -> Step:
         code = compile("breakpoint()", str(op.location or "kernel"), "exec")
 

@@ -45,6 +45,8 @@ blocks are visible inside. Scalars are values whose type is a bare element type;
     while           *init -> *final                            regions: (*carried) -> condition(go, *values);
                                                                (*values) -> yield *next; results are `values`
     if              int1 -> *results                           regions: then, else; both yield results
+    gdc_wait                                                   CUDA: until the kernels before this one have ended
+    gdc_launch_dependents                                      CUDA: those after this one may start
     device_print    values                                     prefix, hex
     assert          int1 (scalar or tile)                      message
     breakpoint      values                                     names; the interpreter stops here, targets never see it
@@ -78,7 +80,8 @@ UNARY = FLOAT_UNARY | {"neg", "not", "abs"}
 ELEMENTWISE = BINARY | COMPARISONS | UNARY | {"fma", "select", "cast", "bitcast", "addptr"}
 VIEWS = frozenset("splat broadcast reshape trans join split cat".split())  # compute nothing
 WRITES = frozenset("store atomic_rmw atomic_cas".split())
-EFFECTS = WRITES | {"device_print", "assert", "breakpoint"}
+EARLY_STARTS = frozenset(("gdc_wait", "gdc_launch_dependents"))  # nothing but on CUDA
+EFFECTS = WRITES | EARLY_STARTS | {"device_print", "assert", "breakpoint"}
 TERMINATORS = frozenset(("yield", "condition"))
 CONTROL = frozenset(("for", "while", "if"))
 
@@ -384,7 +387,7 @@ def _check(op: Op) -> str | None:
     elif kind == "if":
         if operands != [int1] or any(_types(r.terminator.operands) != results for r in op.regions):
             return "needs a scalar int1 and both regions to yield the results"
-    elif kind not in ("yield", "condition", "device_print", "assert", "breakpoint"):
+    elif kind not in EARLY_STARTS | {"yield", "condition", "device_print", "assert", "breakpoint"}:
         return "no such operation"
     return None
 

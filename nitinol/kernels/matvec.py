@@ -25,26 +25,33 @@ from nitinol.language.jit import jit
 def matvec_kernel(
     x, x_scales, x_sums, weights, up, bias, residual, out, tokens, rows, columns, row_bytes,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    EVEN: tl.constexpr, LANES: tl.constexpr = 0,
+    EVEN: tl.constexpr, LANES: tl.constexpr = 0, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Rows ROWS * i ... of out [tokens, rows] = x @ weights^T (+ bias) (+ residual); bias and residual may be None.
 
     With `up`, a second matrix of the same shape and format: silu(weights x) * (up x), the gate of a SwiGLU layer.
     x is int8 with scales and sums for block formats, float32 (scales and sums None) for F32, F16, BF16. EVEN: rows is
     a multiple of ROWS and tokens is TOKENS. LANES: into how many sums the products of a group of 32 go before they meet
-    the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them.
+    the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them. EARLY: the first run of each row is
+    loaded before the kernel waits for those before it (rows are whole runs).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     source = row if EVEN else tl.minimum(row, rows - 1)
     reader = token if EVEN else tl.minimum(token, tokens - 1)
+    first = None
+    if EARLY:
+        first = first_run(weights, source, columns, row_bytes, FORMAT, BLOCKS, VALUES, x_scales is None)
+        tl.extra.cuda.gdc_wait()
     if residual is not None:  # on its way while the weights are, not after them
         place = token[:, None].to(tl.int64) * rows + row[None, :]
         inside = (token < tokens)[:, None] & (row < rows)[None, :]
         added = tl.load(residual + place) if EVEN else tl.load(residual + place, mask=inside, other=0.0)
-    y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES, LANES)
+    y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, first, FORMAT, BLOCKS, VALUES, LANES)
     if up is not None:
-        right = product(x, x_scales, x_sums, up, source, reader, columns, row_bytes, FORMAT, BLOCKS, VALUES, LANES)
+        right = product(
+            x, x_scales, x_sums, up, source, reader, columns, row_bytes, None, FORMAT, BLOCKS, VALUES, LANES
+        )
         y = silu(y) * right
     if residual is not None:
         y += added
@@ -52,13 +59,24 @@ def matvec_kernel(
 
 
 @jit
+def first_run(
+    weights, row, columns, row_bytes,
+    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """What `product` begins with: weights as they are, or decoded."""
+    if PLAIN:
+        return tl.load(weights + row[:, None].to(tl.int64) * columns + tl.arange(0, VALUES)[None, :])
+    return decode(weights + row.to(tl.int64) * row_bytes, 0, FORMAT, BLOCKS, True)
+
+
+@jit
 def product(
-    x, x_scales, x_sums, weights, row, token, columns, row_bytes,
+    x, x_scales, x_sums, weights, row, token, columns, row_bytes, first,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of tokens and rows, float32 [tokens, rows]."""
+    """Dot products of tokens and rows, float32 [tokens, rows]. first: of first_run, or None."""
     if x_scales is None:
-        return float_product(x, weights, row, token, columns, VALUES)
+        return float_product(x, weights, row, token, columns, first, VALUES)
     GROUPS: tl.constexpr = VALUES // 32
     group = tl.arange(0, GROUPS)
     pointers = weights + row.to(tl.int64) * row_bytes
@@ -75,27 +93,46 @@ def product(
     total = tl.zeros((token.shape[0], row.shape[0], LANES * SIDE), tl.float32)
     if MINIMUM:
         low = tl.zeros((token.shape[0], row.shape[0], GROUPS), tl.float32)
-    for run in range(0, count):
-        quants, scale, minimum = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, STORED)
-        x_scale = tl.load(scales + run * GROUPS)
-        if minimum is not None or CENTRE > 0:
-            x_sum = tl.load(sums + run * (2 * GROUPS))
-            if LANES == 1:
-                x_sum = tl.sum(x_sum, axis=2, keep_dims=True)
-        dots = lane_dots(quants[0], values + run * VALUES, LANES)
-        if len(quants) == 2:
-            dots += lane_dots(quants[1], values + (run * VALUES + 16), LANES)
-        if CENTRE > 0:
-            dots -= CENTRE * x_sum[:, None]
-        scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
+    if first is not None:
+        scaled, part = run_products(first, values, scales, sums, 0, GROUPS, LANES, CENTRE, STORED)
+        total += tl.sum(tl.reshape(scaled, shape), axis=2)
+    for run in range(0 if first is None else 1, count):
+        decoded = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, STORED)
+        scaled, part = run_products(decoded, values, scales, sums, run, GROUPS, LANES, CENTRE, STORED)
         if MINIMUM:
-            low += minimum_term(minimum, x_sum, x_scale)
-        elif minimum is not None:  # where the products are
-            scaled += over_lanes(minimum[None], LANES) * (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
+            low += part
         total += tl.sum(tl.reshape(scaled, shape), axis=2)
     if MINIMUM:
         return tl.sum(total, axis=2) + tl.sum(low, axis=2)
     return tl.sum(total, axis=2)
+
+
+@jit
+def run_products(
+    decoded, values, scales, sums, run,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, CENTRE: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Decoded weights of a run times its activations, float32 [tokens, rows, groups, LANES], and the part of the
+    minimums if they have sums of their own [tokens, rows, groups], else None."""
+    quants, scale, minimum = decoded
+    x_scale = tl.load(scales + run * GROUPS)
+    if minimum is not None or CENTRE > 0:
+        x_sum = tl.load(sums + run * (2 * GROUPS))
+        if LANES == 1:
+            x_sum = tl.sum(x_sum, axis=2, keep_dims=True)
+    dots = lane_dots(quants[0], values + run * (32 * GROUPS), LANES)
+    if len(quants) == 2:
+        dots += lane_dots(quants[1], values + (run * (32 * GROUPS) + 16), LANES)
+    if CENTRE > 0:
+        dots -= CENTRE * x_sum[:, None]
+    scaled = dots.to(tl.float32) * over_lanes(scale[None] * x_scale[:, None, :, None], LANES)
+    part = None
+    if minimum is not None:
+        if STORED:  # where the products are
+            scaled += over_lanes(minimum[None], LANES) * (x_sum.to(tl.float32) * x_scale[:, :, None])[:, None]
+        else:
+            part = minimum_term(minimum, x_sum, x_scale)
+    return scaled, part
 
 
 @jit
@@ -139,7 +176,7 @@ def minimum_term(minimum, sums, x_scale):
 
 
 @jit
-def float_product(x, weights, row, token, columns, VALUES: tl.constexpr):
+def float_product(x, weights, row, token, columns, first, VALUES: tl.constexpr):
     """The same for weights of float32, float16 or bfloat16."""
     at = tl.arange(0, VALUES)
     source = weights + row[:, None].to(tl.int64) * columns + at[None, :]
@@ -147,7 +184,9 @@ def float_product(x, weights, row, token, columns, VALUES: tl.constexpr):
     SUMS: tl.constexpr = min(VALUES, 64)  # partial sums of a row: four vectors of a CPU; a GPU's threads share them
     total = tl.zeros((token.shape[0], row.shape[0], SUMS), tl.float32)
     whole = columns // VALUES * VALUES
-    for start in range(0, whole, VALUES):
+    if first is not None:
+        total = add_products(first.to(tl.float32)[None], tl.load(values)[:, None, :], total)
+    for start in range(0 if first is None else VALUES, whole, VALUES):
         weight = tl.load(source + start).to(tl.float32)
         total = add_products(weight[None], tl.load(values + start)[:, None, :], total)
     if whole < columns:

@@ -1,6 +1,7 @@
 """The tile language, as `import nitinol.language as tl`: Triton's names and semantics (docs/tile-language.md)."""
 
 # ruff: noqa: F401
+from nitinol.language import extra as extra
 from nitinol.language import math as math
 from nitinol.language.autotune import Config, autotune, heuristics
 from nitinol.language.block_pointer import advance, make_block_ptr, make_tensor_descriptor

@@ -76,25 +76,30 @@ class Encoded:
         cu = self.device.cu
         before: list[Node] = []  # what the group depends on
         group: list[Node] = []
+        written: set[Any] = set()  # memory, by the entries so far
         if events and first:
             group = [Node(self.device.call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0]))]
         for number, entry in enumerate(entries):
             if entry.barrier or events:
                 before, group = group[-WIDTH:] or before, []
-            node = self._add(graph, before if len(group) < WIDTH else [group[-WIDTH]], entry)
+            node = self._add(graph, before if len(group) < WIDTH else [group[-WIDTH]], entry, written)
+            written |= _written(entry)
             if events:
                 node = Node(self.device.call(cu.cuGraphAddEventRecordNode, graph, [node.handle], 1, events[number + 1]))
             group.append(node)
 
-    def _add(self, graph: Any, nodes: list[Node], entry: Entry) -> Node:
+    def _add(self, graph: Any, nodes: list[Node], entry: Entry, written: set[Any]) -> Node:
+        """written: the memory that entries before this one write."""
         if isinstance(entry, Launch) and 0 not in entry.grid:
             executable: Any = entry.executable
-            early = self.device.early_start and "griddepcontrol.wait" in executable.source
+            able = self.device.early_start and "griddepcontrol.wait" in executable.source
+            loaded = {_memory(entry.arguments[number]) for number in executable.early}  # before it waits
+            early = able and not (loaded and (None in loaded | written or loaded & written))
             behind = [node.handle for node in nodes if early and node.early]
             made = self._add_kernel(graph, [node.handle for node in nodes if not (early and node.early)], entry)
             if behind:
                 self._add_early_edges(graph, behind, made)
-            return Node(made, early)
+            return Node(made, able)
         return Node(self._add_other(graph, [node.handle for node in nodes], entry))
 
     def _add_other(self, graph: Any, before: list[Any], entry: Entry) -> Any:
@@ -155,6 +160,18 @@ class Encoded:
         memory.bytes[:4] = 0
         self.logs.append((executable, memory))
         return memory.address
+
+
+def _memory(argument: Buffer | int | bytes) -> Any:
+    """The buffer that an argument is or is a view of, None for an address."""
+    return (argument._root or argument) if isinstance(argument, Buffer) else None
+
+
+def _written(entry: Entry) -> set[Any]:
+    if not isinstance(entry, Launch):
+        return {_memory(entry.destination)}
+    executable: Any = entry.executable
+    return {_memory(entry.arguments[number]) for number in executable.written}
 
 
 def _address(argument: Buffer | int | bytes) -> int:

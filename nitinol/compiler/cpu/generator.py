@@ -97,7 +97,7 @@ class Generator(LaneBuilder):
     def block(self, block: Block) -> None:
         """All operations of a block except its terminator, in program order."""
         for op in block.ops:
-            if op.kind not in tile_ir.TERMINATORS:
+            if op.kind not in tile_ir.TERMINATORS | tile_ir.EARLY_STARTS:
                 self.visit(op)
 
     def visit(self, op: Op) -> None:

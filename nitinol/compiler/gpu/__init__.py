@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import metal
 from nitinol.compiler.gpu.effects import LOG_BYTES, Print, read_log
-from nitinol.compiler.ir import Function
+from nitinol.compiler.ir import WRITES, Function, walk
 from nitinol.language.types import DType, PointerType
 
 __all__ = ["LOG_BYTES", "Executable", "compile_function"]
@@ -42,6 +43,8 @@ class Executable:
     scalars: tuple[tuple[int, DType], ...]  # parameters in the struct of arguments, and their types
     asserts: dict[int, str] = field(default_factory=dict)
     prints: tuple[Print, ...] = ()
+    written: tuple[int, ...] = ()  # parameters whose memory the kernel writes
+    early: tuple[int, ...] = ()  # CUDA: parameters from which it loads before it waits for the kernels before it
     language: str = "msl"
     function: Function | None = field(default=None, repr=False)
     options: tuple[str, ...] = ()  # for the compiler of the source
@@ -157,9 +160,19 @@ def compile_function(
     threads = 32 * simdgroups
     resident = dialect.RESIDENT // threads if e.byte_products else 0
     head = dialect.kernel(name, buffers, fields, threads, bool(e.asserts), bool(e.prints), meeting, resident)
-    lines = ["    " + dialect.shared_memory(nbytes)] if nbytes else []
+    lines = ["    " + dialect.LET_NEXT_START] if dialect.EARLY_START and not e.says_when else []
+    lines += ["    " + dialect.shared_memory(nbytes)] if nbytes else []
     text = "\n".join([*head, *lines, *render(e.body, dialect.UNROLL), "}", ""])
     return Executable(
         name, "\n".join([*dialect.prelude(text, e.helpers), text]), simdgroups, nbytes, barriers, tuple(pointers),
-        tuple(scalars), dict(e.asserts), tuple(e.prints), dialect.LANGUAGE, function, dialect.OPTIONS,
+        tuple(scalars), dict(e.asserts), tuple(e.prints), written_pointers(function), tuple(sorted(e.early)),
+        dialect.LANGUAGE, function, dialect.OPTIONS,
     )  # fmt: skip
+
+
+def written_pointers(function: Function) -> tuple[int, ...]:
+    """The numbers of the pointer parameters that stores and atomics go to; all, if one goes no one knows where."""
+    bases = {base_pointer(op.operands[0]) for op in walk(function.body) if op.kind in WRITES}
+    anywhere = not bases <= set(function.parameters)
+    pointers = (i for i, v in enumerate(function.parameters) if isinstance(v.element, PointerType))
+    return tuple(i for i in pointers if anywhere or function.parameters[i] in bases)

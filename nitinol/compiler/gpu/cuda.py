@@ -98,6 +98,9 @@ def barrier(spaces: set[str]) -> str:
     return "__syncthreads();"
 
 
+LET_NEXT_START = 'asm volatile("griddepcontrol.launch_dependents;");'  # once all blocks have come here or ended
+
+
 def wait_for_previous(pointers: Sequence[str]) -> list[str]:
     """Waits until the kernels before this one have ended and what they wrote is visible.
 

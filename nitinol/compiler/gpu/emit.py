@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from nitinol.compiler.analysis import uses_of
+from nitinol.compiler.analysis import base_pointer, uses_of
 from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.gpu import (
     control,
@@ -49,8 +49,8 @@ from nitinol.language.types import DType, PointerType
 
 Lines = Callable[[Index], Sequence[str]]
 
-# What a kernel may do while those before it still run: it touches no memory.
-EARLY = ELEMENTWISE | VIEWS | {"constant", "program_id", "num_programs", "arange"}
+# What a kernel may do while those before it still run: it touches no memory, or the threadgroup's.
+EARLY = ELEMENTWISE | VIEWS | {"constant", "program_id", "num_programs", "arange", "reduce", "scan", "gather"}
 
 
 class Emitter:
@@ -84,6 +84,8 @@ class Emitter:
         self.parts: set[Value] = set()  # sums of loops whose parts still lie in several threads
         self.byte_products = words.byte_products(function, self.uses)
         self.waits = not dialect.EARLY_START  # whether the kernel has waited for those before it
+        self.early: set[int] = set()  # parameters from which it loads before that
+        self.says_when = any(op.kind == "gdc_wait" for op in function.body.ops)
         self.note_blocks(function.body)
 
     # ----------------------------------------------------------------------------------------------- small parts
@@ -272,13 +274,21 @@ class Emitter:
     def run(self, block: Block) -> None:
         for op in block.ops:
             self.location = op.location or self.location
-            if op.kind not in EARLY:
+            if op.kind not in EARLY and not self.loads_early(op):
                 self.wait()
             try:
                 self.operation(op)
             except self.dialect.Unsupported as problem:
                 raise self.error(f"{op.kind} of {problem}") from None
             self.convert_results(op.results)
+
+    def loads_early(self, op: Op) -> bool:
+        """Whether an operation loads before the kernel waits, because the kernel says when it does."""
+        base = base_pointer(op.operands[0]) if op.kind == "load" and self.says_when and not self.waits else None
+        if base not in self.function.parameters:
+            return False
+        self.early.add(self.function.parameters.index(base))
+        return True
 
     def wait(self) -> None:
         """The kernel waits for the results of those before it, once: before all that touches memory or may end it."""
@@ -310,7 +320,10 @@ class Emitter:
         elif kind == "arange":
             for layout in self.assignment.versions(op.result):
                 self.forms[op.result, layout] = self.arange(op, layout)
-        elif kind in ("yield", "condition", "breakpoint"):
+        elif kind == "gdc_launch_dependents":
+            if self.dialect.EARLY_START:
+                self.say(self.dialect.LET_NEXT_START)
+        elif kind in ("yield", "condition", "breakpoint", "gdc_wait"):
             pass
         else:
             HANDLERS[kind](self, op)
