@@ -459,8 +459,8 @@ def measure_model(path: Path, prompt: int, gen: int, rounds: int) -> dict[str, A
         model.step()
         before = vars(model.device.counters).copy()
         started = time.perf_counter()
-        for _ in range(gen):
-            model.step()
+        for left in reversed(range(gen)):
+            model.step(more=left > 0)
         ended = time.perf_counter()
         if number:  # the first round compiles
             seconds["prefill"].append(read - begun)

@@ -717,15 +717,18 @@ def test_ctrl_c_while_waiting(monkeypatch: Any) -> None:
 
 
 class Sampling:
-    """Stands in for the kernel that chooses tokens: 11, 12, 13, ... The other kernels of a model do nothing."""
+    """Stands in for the kernel that chooses tokens: 11, 12, 13, ... after a prompt. The other kernels of a model do
+    nothing."""
 
-    def __init__(self, driver: Any):
-        self.chosen = 10
+    def __init__(self, driver: Any, prompt: int):
+        self.place, self.chosen = prompt, 10
         driver.kernels["sample_kernel"] = (8,) * 7, self
 
     def __call__(self, *pointers: bytes) -> None:
         self.chosen += 1
-        fake_cuda.view(int.from_bytes(pointers[2], "little"), 4).view(np.int32)[0] = self.chosen
+        history = int.from_bytes(pointers[4], "little")
+        fake_cuda.view(history + 4 * self.place, 4).view(np.int32)[0] = self.chosen
+        self.place += 1
 
 
 @pytest.fixture(scope="module")
@@ -735,7 +738,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_token_is_one_launch_and_one_wait_and_allocates_nothing(monkeypatch: Any, path: str) -> None:
     driver = use_fake(monkeypatch)
-    Sampling(driver)
+    Sampling(driver, 3)
     model = load(path, device="cuda")
     model.prefill([1, 2, 3], Options())
     model.step()
@@ -752,6 +755,38 @@ def test_a_token_is_one_launch_and_one_wait_and_allocates_nothing(monkeypatch: A
     after = vars(model.device.counters)
     changed = {name: after[name] - counted[name] for name in after if after[name] != counted[name]}
     assert changed == {"submits": 5, "waits": 5, "dispatches": 5 * len(model.decode_list.records)}
+
+
+def test_the_gpu_need_not_wait_for_the_host_between_two_tokens(monkeypatch: Any, path: str) -> None:
+    """Each step but the first submits the one after it before it waits, and reads its own token, however far the GPU
+    is; who stops or begins anew loses nothing."""
+    driver = use_fake(monkeypatch)
+    sampling = Sampling(driver, 3)
+    model = load(path, device="cuda", context=12)
+    model.prefill([1, 2, 3], Options())
+    model.step()
+    counters, driver.late = model.device.counters, 3
+    wanted = [(True, 2), (True, 1), (False, 0), (False, 1), (True, 2), (True, 1), (True, 0)]
+    for number, (more, submits) in enumerate(wanted):
+        before = vars(counters).copy()
+        model.step(more)
+        if number == 1:
+            driver.late = 0
+            model.device.synchronize()  # the step ahead has ended, too, and has chosen the next token
+        assert model.next_token == 13 + number
+        assert (counters.submits - before["submits"], counters.waits - before["waits"]) == (submits, 1)
+    assert len(model.cache.tokens) == 11 and sampling.place == 12  # no room for another: nothing was begun
+    model.begin(None)
+    model.cache.move(3)
+    sampling.place = 3
+    model.prefill([1, 2, 3, 4], Options())
+    sampling.place, sampling.chosen = 5, 70
+    model.step(more=True)
+    model.begin(None)
+    model.cache.move(5)
+    sampling.place, sampling.chosen = 6, 80
+    model.step()
+    assert model.next_token == 81
 
 
 def test_loading_tells_its_progress(monkeypatch: Any, path: str) -> None:
@@ -780,7 +815,7 @@ def test_a_bar_is_for_people(monkeypatch: Any) -> None:
 
 def test_the_command_line(monkeypatch: Any, capsys: Any, path: str) -> None:
     driver = use_fake(monkeypatch)
-    Sampling(driver)
+    Sampling(driver, 3)
 
     def result(*arguments: str) -> Any:
         assert main(arguments) == 0, capsys.readouterr().err

@@ -17,7 +17,7 @@ from nitinol.array.graph import Node, Value, View, whole
 from nitinol.array.program import Program, Record, as_numpy
 from nitinol.compiler.semantics import memory_dtype
 from nitinol.runtime import get_device
-from nitinol.runtime.device import Buffer, Timestamp
+from nitinol.runtime.device import Buffer, Event, Timestamp
 
 # Sets of output buffers: in `y = step(x)` the last y is still there while the next is computed.
 VARIANTS = 2
@@ -64,6 +64,15 @@ class Compiled:
             traces.append(trace)
         self._latest = trace
         return trace.run(leaves)
+
+    def submit(self) -> Event | None:
+        """Starts a function that takes nothing and gives nothing; None if it has run already. Submitted again before it
+        has ended, it runs once more behind itself."""
+        traces = self._traces.setdefault((), [])
+        if not traces:
+            traces.append(_Trace(self.function, (), {}, [], set()))
+        self._latest = traces[-1]
+        return self._latest.submit()
 
     @property
     def records(self) -> list[Record]:
@@ -172,7 +181,8 @@ class _Trace:
             return set()
         return found | {i for i, _, _ in self.inputs}
 
-    def run(self, leaves: list[Any]) -> Any:
+    def _next(self, leaves: list[Any]) -> _Variant:
+        """The program that is to run, with its inputs in place."""
         for i, buffer, dtype in self.inputs:
             leaf = leaves[i]
             if not isinstance(leaf, np.ndarray):
@@ -194,7 +204,14 @@ class _Trace:
             self.variants.append(variant := self.variants.pop(0))  # the one that ran longest ago
             variant.release()
         self.program = variant.program
-        self.program.run()
+        return variant
+
+    def submit(self) -> Event | None:
+        return self._next([]).program.submit()
+
+    def run(self, leaves: list[Any]) -> Any:
+        variant = self._next(leaves)
+        variant.program.run()
         fresh = variant.results()
         arrays = iter([
             Array(View(fresh.get(v.value, v.value), v.dtype, v.shape, v.strides, v.offset)) for v in self.views

@@ -14,7 +14,7 @@ from nitinol.array.schedule import Step
 from nitinol.compiler.semantics import memory_dtype
 from nitinol.language.jit import specialise
 from nitinol.language.types import DType
-from nitinol.runtime.device import Buffer, CommandList, DeviceError
+from nitinol.runtime.device import Buffer, CommandList, DeviceError, Event
 
 ALIGNMENT = 64  # of every buffer, also of those inside the arena
 
@@ -127,6 +127,16 @@ class Program:
             self._interpret()
         elif self.steps:
             self.device.run(self.commands)
+
+    def submit(self) -> Event | None:
+        """All steps, started; None if they have run already: because they are interpreted, or there are none."""
+        from nitinol.runtime.launch import interpreting
+
+        if interpreting():
+            self._interpret()
+        elif self.steps:
+            return self.device.submit(self.commands)
+        return None
 
     def address(self, view: View) -> int:
         return self.buffers[view.value].address + view.offset * view.dtype.nbytes

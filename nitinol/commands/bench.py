@@ -69,8 +69,8 @@ def generate(model: Model, ids: list[int], gen: int) -> dict[str, Any]:
     begun = time.perf_counter()
     model.prefill(ids, Options())
     read = time.perf_counter()
-    for _ in range(gen):
-        model.step()
+    for left in reversed(range(gen)):
+        model.step(more=left > 0)
     ended = time.perf_counter()
     return {"prefill_tok_s": len(ids) / (read - begun), "decode_tok_s": gen / (ended - read),
             "peak_rss_bytes": peak_rss_bytes()}

@@ -82,7 +82,7 @@ class Generation:
                 break
             begun = time.perf_counter()
             model.check_owner(self)
-            model.step()
+            model.step(more=len(self.tokens) + 1 < limit)
             token = model.next_token
             self.decode_s += time.perf_counter() - begun
         if piece := stream.flush():

@@ -76,6 +76,7 @@ class Model:
         self.chunk = PREFILL_CHUNK[device.name]
         self.next_token = -1  # what was chosen last
         self._owner: Any = None
+        self._ahead: Any = None  # the event of a step that has begun already
         self._prefills: dict[tuple[int, bool], Compiled] = {}
 
     @cached_property
@@ -162,7 +163,7 @@ class Model:
     def begin(self, owner: Any) -> None:
         """From now on the cache is `owner`'s; whatever an interrupted one left running is waited for."""
         self.device.synchronize()
-        self._owner = owner
+        self._owner, self._ahead = owner, None
 
     def check_owner(self, owner: Any) -> None:
         if self._owner is not owner:
@@ -186,19 +187,31 @@ class Model:
                 cache.tokens += chunk
                 if progress is not None:
                     progress(start - reused, len(ids) - reused)
-        self.next_token = self._read_token()
+        self.next_token = self._token_at(len(ids))
         return len(ids) - reused
 
-    def step(self) -> None:
-        """Put the latest token into the cache and choose the next one: one submission, one wait."""
-        token = self.next_token
-        with using_device(self.device):
-            self.decode_list()
-        self.next_token = self._read_token()
-        self.cache.tokens.append(token)
+    def step(self, more: bool = False) -> None:
+        """Put the latest token into the cache and choose the next one: one submission, one wait.
 
-    def _read_token(self) -> int:
-        return int(self._state.token.buffer.read(np.int32)[0])
+        more: another step is likely to follow. A GPU then begins it at once, so that it does not wait for the host
+        between two tokens; if it does not follow, what the GPU has done is overwritten later.
+        """
+        token, count = self.next_token, len(self.cache.tokens)
+        with using_device(self.device):
+            if self.device.name != "cuda":
+                self.decode_list()
+            else:
+                event, self._ahead = self._ahead or self.decode_list.submit(), None
+                if more and count + 2 < self.context:
+                    self._ahead = self.decode_list.submit()
+                if event is not None:
+                    event.wait()
+        self.cache.tokens.append(token)
+        self.next_token = self._token_at(count + 1)
+
+    def _token_at(self, place: int) -> int:
+        """A token that the device has chosen, from memory that the host sees; later steps write other places."""
+        return int(self._state.history.buffer.as_numpy(np.int32)[place])
 
     # ------------------------------------------------------------------------------------------------ command lists
 
@@ -211,10 +224,10 @@ class Model:
         def zeros(count: int, dtype: Any) -> Any:
             return array(np.zeros(count, dtype), device=self.device)
 
-        token = empty((1,), "int32", self.device, shared=True)  # the host reads it after every step
-        token.buffer.write(np.zeros(1, np.int32))
-        return SamplingState(token, self.cache.position, zeros(self.context, np.int32),
-                             zeros(4, np.float32), zeros(3, np.int64))
+        # The host reads the latest token there after every step; the one after the last of a full context is the last.
+        history = empty((self.context + 1,), "int32", self.device, shared=True)
+        history.buffer.write(np.zeros(self.context + 1, np.int32))
+        return SamplingState(zeros(1, np.int32), self.cache.position, history, zeros(4, np.float32), zeros(3, np.int64))
 
     @cached_property
     def decode_list(self) -> Compiled:

@@ -103,7 +103,7 @@ class CudaDevice:
             self.enter()
             pinned = Pinned(self, max(nbytes, 1))
             self.counters.allocations += 1
-            return Buffer(self, pinned.address, nbytes, owner=pinned)
+            return Buffer(self, pinned.address, nbytes, owner=pinned, shared=True)
         block = self._fit(nbytes, lambda: self._pool.allocate(nbytes, self._submitted))
         return Buffer(self, block.address, nbytes, owner=block)
 

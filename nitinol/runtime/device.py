@@ -54,11 +54,12 @@ class Buffer:
     the device's own."""
 
     def __init__(self, device: Device, address: int, nbytes: int, *, read_only: bool = False,
-                 owner: Any = None, root: Buffer | None = None):
+                 owner: Any = None, root: Buffer | None = None, shared: bool = False):
         self.device = device
         self.address = address
         self.nbytes = nbytes
         self.read_only = read_only
+        self.shared = shared or device.host_memory  # whether the host can address it
         self._owner = owner  # what keeps the memory alive: a pool block, or the wrapped host object
         self._root = root  # the buffer that this one is a view of
         self._freed = False
@@ -84,7 +85,7 @@ class Buffer:
             raise DeviceError(f"a view of bytes {offset}..{offset + nbytes} does not fit a buffer of "
                               f"{self.nbytes} bytes")
         return Buffer(self.device, self.address + offset, nbytes, read_only=self.read_only,
-                      root=self._root or self)
+                      root=self._root or self, shared=self.shared)
 
     def as_numpy(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None) -> np.ndarray:
         """The memory as a C-contiguous array of `dtype`, without a copy; needs memory that the host can address.
@@ -92,7 +93,7 @@ class Buffer:
         The array keeps the buffer from being reclaimed, but not from an explicit `free`. It sees what the device
         has written so far: wait for the event of the work that writes it first.
         """
-        if not self.device.host_memory:
+        if not self.shared:
             raise DeviceError(f"the host cannot see memory of device {self.device.name!r}; use read() and write()")
         dtype, shape, needed = self._layout(dtype, shape)
         window = np.asarray(_Window(self, needed))
