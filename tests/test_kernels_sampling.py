@@ -17,7 +17,7 @@ def rng():
 
 
 def sample(engine, logits, position=4, tokens=1, history=(), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-           penalty=1.0, window=0, seed=1):  # fmt: skip
+           penalty=1.0, window=0, seed=1, chunk=1):  # fmt: skip
     """The token, the weights that the kernel left, and the state after the step."""
     memory = poisoned(CONTEXT, np.int32)
     memory[: len(history)] = history
@@ -27,18 +27,19 @@ def sample(engine, logits, position=4, tokens=1, history=(), temperature=0.0, to
     )  # fmt: skip
     weights = poisoned(len(logits) + 1)
     run(engine, sampling.sample_kernel, (1,), logits=np.append(logits, np.float32(np.inf)), weights=weights,
-        vocabulary=len(logits), tokens=tokens, context=CONTEXT, BLOCK=128, **state._asdict())  # fmt: skip
+        vocabulary=len(logits), tokens=tokens, context=CONTEXT, BLOCK=128, CHUNK=chunk, **state._asdict())  # fmt: skip
     assert np.isnan(weights[-1])
     return int(state.token[0]), weights[:-1], state
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("vocabulary", [1, 100, 128, 1001])
-def test_greedy_takes_the_first_of_the_highest(rng, engine, vocabulary):
+def test_greedy_takes_the_first_of_the_highest(rng, engine, vocabulary, chunk):
     logits = rng.normal(size=vocabulary).astype(np.float32) - 100
     places = np.sort(rng.choice(vocabulary, min(3, vocabulary), replace=False))
     logits[places] = -50
-    token, _, state = sample(engine, logits, position=7, tokens=5)
+    token, _, state = sample(engine, logits, position=7, tokens=5, chunk=chunk)
     assert token == places[0]
     assert state.position[0] == 12 and state.history[12] == token
     untouched = np.delete(state.history, 12)
@@ -58,20 +59,24 @@ def test_logits_without_a_highest_still_give_a_token():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_penalty_counts_once_and_only_in_the_window(rng, engine):
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_penalty_counts_once_and_only_in_the_window(rng, engine, chunk):
     logits = rng.normal(size=200).astype(np.float32)
     history = rng.integers(0, 200, 20)
     history[12] = history[15]  # twice in the window
     history[14] = 5000  # no token: ignored
-    _, weights, _ = sample(engine, logits, position=19, history=history, temperature=0.0, penalty=1.3, window=10)
+    options = {"temperature": 0.0, "penalty": 1.3, "window": 10, "chunk": chunk}
+    token, weights, _ = sample(engine, logits, position=19, history=history, **options)
     expected = logits.copy()
     recent = np.unique(history[10:20])
     recent = recent[recent < 200]
     expected[recent] = np.where(logits[recent] > 0, logits[recent] / np.float32(1.3), logits[recent] * np.float32(1.3))
     np.testing.assert_array_equal(weights, expected)
+    assert token == expected.argmax()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [1, 2])
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,10 +87,11 @@ def test_penalty_counts_once_and_only_in_the_window(rng, engine):
         {"top_p": 0.5},
         {"top_p": 0.0},
         {"min_p": 0.1},
+        {"penalty": 1.2, "window": 8, "temperature": 0.7},
         {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 0.7, "penalty": 1.2, "window": 8},
     ],
 )
-def test_only_kept_tokens_are_drawn_where_the_running_sum_says(rng, engine, options):
+def test_only_kept_tokens_are_drawn_where_the_running_sum_says(rng, engine, chunk, options):
     """The reference's distribution on the same logits: the token must be the one at which its running sum passes the
     same uniform number, give or take the rounding of fp32 sums (1e-5 of the total)."""
     options = {"temperature": 1.0, "min_p": 0.0, "top_p": 1.0, "top_k": 0, "penalty": 1.0, "window": 0, **options}
@@ -97,7 +103,7 @@ def test_only_kept_tokens_are_drawn_where_the_running_sum_says(rng, engine, opti
     probabilities = sampling.sampling_reference(logits, recent, **given)
     running = np.concatenate([[0], np.cumsum(probabilities)])
     for seed in range(4 if engine == "native" else 1):
-        token, _, _ = sample(engine, logits, position=11, history=history, seed=seed, **options)
+        token, _, _ = sample(engine, logits, position=11, history=history, seed=seed, chunk=chunk, **options)
         uniform = philox_uniform(seed, 12)
         assert probabilities[token] > 0
         assert running[token] - 1e-5 <= uniform <= running[token + 1] + 1e-5

@@ -15,6 +15,8 @@ The distribution, in this order:
 Each of 3 to 5 keeps "all weights from a threshold on", so equal weights stand or fall together: more than k tokens
 stay if several tie at rank k. The thresholds are exact: floats from 0 to 1 are ordered as their bits, and bisection
 over the 2^30 bit patterns ends in 30 passes. Sums are fp32 in a fixed order.
+
+With neither top-k nor top-p nor penalty there are three passes: the highest, the weights with their sum, and the draw.
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
@@ -53,36 +55,44 @@ class SamplingState(NamedTuple):
 
 @jit(do_not_specialize=["tokens"])
 def sample_kernel(
-    logits, weights, token, position, history, options, limits, vocabulary, tokens, context, BLOCK: tl.constexpr
-):
+    logits, weights, token, position, history, options, limits, vocabulary, tokens, context, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr = 1,
+):  # fmt: skip
     """One program. logits float32 [vocabulary] are those of the last of the `tokens` that this step processed;
-    weights is scratch of the same size."""
+    weights is scratch of the same size. A pass loads CHUNK blocks at once and waits for them together."""
     temperature = tl.load(options)
     place = tl.load(position) + tokens
-    at = tl.arange(0, BLOCK)
     penalty = tl.load(options + 3)
-    if (penalty == 1.0) & (temperature <= 0):  # logits need to be read once only
-        highest, choice = greedy(logits, vocabulary, BLOCK)
+    if penalty == 1.0:
+        highest, choice = greedy(logits, vocabulary, CHUNK, BLOCK)
     else:
-        for start in range(0, vocabulary, BLOCK):
+        at = tile_places(CHUNK, BLOCK)
+        for start in range(0, vocabulary, CHUNK * BLOCK):
             value = load_row(logits + start, at, vocabulary - start, False)
             store_row(weights + start, at, vocabulary - start, value, False)
-        if penalty != 1.0:
-            penalise(logits, weights, history, place, tl.load(limits + 2), penalty, vocabulary, context, BLOCK)
-        highest, choice = greedy(weights, vocabulary, BLOCK)
+        penalise(logits, weights, history, place, tl.load(limits + 2), penalty, vocabulary, context, BLOCK)
+        highest, choice = greedy(weights, vocabulary, CHUNK, BLOCK)
     if temperature > 0:
-        for start in range(0, vocabulary, BLOCK):
-            value = load_row(weights + start, at, vocabulary - start, False)
-            value = tl.exp((value - highest) / temperature)
-            store_row(weights + start, at, vocabulary - start, tl.where(value >= 0, value, 0.0), False)
         seed, top_k = tl.load(limits), tl.load(limits + 1)
-        lowest = lowest_kept(weights, top_k, tl.load(options + 1), tl.load(options + 2), vocabulary, BLOCK)
-        uniform = tl.rand(seed, place)
-        choice = draw(weights, uniform, lowest, vocabulary, BLOCK)
+        top_p, lowest = tl.load(options + 1), tl.maximum(tl.minimum(tl.load(options + 2), 1.0), 0.0)
+        if penalty == 1.0:
+            total = exponentials(logits, weights, highest, temperature, lowest, vocabulary, CHUNK, BLOCK)
+        else:
+            total = exponentials(weights, weights, highest, temperature, lowest, vocabulary, CHUNK, BLOCK)
+        if ((top_k > 0) & (top_k < vocabulary)) | (top_p < 1.0):
+            lowest = tl.maximum(lowest, lowest_kept(weights, top_k, top_p, vocabulary, CHUNK, BLOCK))
+            total = kept(weights, lowest, vocabulary, True, CHUNK, BLOCK)
+        choice = draw(weights, tl.rand(seed, place) * total, lowest, vocabulary, CHUNK, BLOCK)
     tl.store(token, choice)
     if place < context:
         tl.store(history + place, choice)
     tl.store(position, place)
+
+
+@jit
+def tile_places(CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """0 .. CHUNK * BLOCK - 1 as [CHUNK, BLOCK]."""
+    return tl.arange(0, CHUNK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @jit
@@ -100,74 +110,92 @@ def penalise(logits, weights, history, place, window, penalty, vocabulary, conte
 
 
 @jit
-def greedy(values, count, BLOCK: tl.constexpr):
+def greedy(values, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """The highest value and the first place where it stands (0 if all are NaN)."""
     lane = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, count, BLOCK):
-        value = load_row(values + start, lane, count - start, False, float("-inf"))
-        higher = value > best
-        best = tl.where(higher, value, best)
-        place = tl.where(higher, start + lane, place)
+    for tile in range(0, count, CHUNK * BLOCK):
+        for block in tl.static_range(CHUNK):  # one after the other: 5 instructions a value on CUDA, 6 for a whole tile
+            start = tile + block * BLOCK
+            value = load_row(values + start, lane, count - start, False, float("-inf"))
+            higher = value > best
+            best = tl.where(higher, value, best)
+            place = tl.where(higher, start + lane, place)
     highest = tl.max(best)
     return highest, tl.minimum(tl.min(tl.where(best == highest, place, LARGEST_INT)), count - 1)
 
 
 @jit
-def kept(weights, lowest, count, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many weights are at least `lowest`, or with MASS their sum; float32 (a count is exact up to 2^24 a lane)."""
-    lane = tl.arange(0, BLOCK)
+def exponentials(values, weights, highest, temperature, lowest, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """weights = exp((values - highest) / temperature), 0 for NaN; gives the sum of those that are at least `lowest`."""
+    at = tile_places(CHUNK, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, BLOCK):
-        value = load_row(weights + start, lane, count - start, False, -1.0)
-        total += tl.where(value >= lowest, value if MASS else 1.0, 0.0)
+    for start in range(0, count, CHUNK * BLOCK):
+        value = load_row(values + start, at, count - start, False)  # not with -inf: its division is slow
+        value = tl.exp((value - highest) / temperature)
+        value = tl.where((value >= 0) & (at < count - start), value, 0.0)
+        store_row(weights + start, at, count - start, value, False)
+        total += tl.sum(tl.where(value >= lowest, value, 0.0), axis=0)
     return tl.sum(total)
 
 
 @jit
-def threshold(weights, wanted, floor, count, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def kept(weights, lowest, count, MASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """How many weights are at least `lowest`, or with MASS their sum; float32 (a count is exact up to 2^24 a lane)."""
+    at = tile_places(CHUNK, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, CHUNK * BLOCK):
+        value = load_row(weights + start, at, count - start, False, -1.0)
+        total += tl.sum(tl.where(value >= lowest, value if MASS else 1.0, 0.0), axis=0)
+    return tl.sum(total)
+
+
+@jit
+def threshold(weights, wanted, floor, count, MASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """The highest threshold from `floor` to 1 that keeps at least `wanted`; `floor` must keep as much."""
     low = floor.to(tl.int32, bitcast=True)
     high = low * 0 + (BITS_OF_ONE + 1)
     while high - low > 1:
         middle = low + (high - low) // 2
-        enough = kept(weights, middle.to(tl.float32, bitcast=True), count, MASS, BLOCK) >= wanted
+        enough = kept(weights, middle.to(tl.float32, bitcast=True), count, MASS, CHUNK, BLOCK) >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return low.to(tl.float32, bitcast=True)
 
 
 @jit
-def lowest_kept(weights, top_k, top_p, min_p, count, BLOCK: tl.constexpr):
-    """The lowest weight that top-k, top-p and min-p all keep."""
+def lowest_kept(weights, top_k, top_p, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The lowest weight that top-k and top-p both keep."""
     lowest = top_p * 0.0
     if (top_k > 0) & (top_k < count):
-        lowest = threshold(weights, top_k.to(tl.float32), lowest, count, False, BLOCK)
+        lowest = threshold(weights, top_k.to(tl.float32), lowest, count, False, CHUNK, BLOCK)
     if top_p < 1.0:
-        total = kept(weights, lowest, count, True, BLOCK)
-        lowest = threshold(weights, tl.maximum(top_p, 0.0) * total, lowest, count, True, BLOCK)
-    return tl.maximum(lowest, tl.minimum(min_p, 1.0))
+        total = kept(weights, lowest, count, True, CHUNK, BLOCK)
+        lowest = threshold(weights, tl.maximum(top_p, 0.0) * total, lowest, count, True, CHUNK, BLOCK)
+    return lowest
 
 
 @jit
-def draw(weights, uniform, lowest, count, BLOCK: tl.constexpr):
-    """The first token at which the running sum of kept weights exceeds uniform * total: in blocks, then in the block.
+def draw(weights, target, lowest, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token at which the running sum of kept weights exceeds `target`: in blocks, then in the block.
 
     Where rounding leaves none, the last kept token of the last block that has any.
     """
-    lane = tl.arange(0, BLOCK)
-    target = uniform * kept(weights, lowest, count, True, BLOCK)
+    at = tile_places(CHUNK, BLOCK)
+    row = tl.arange(0, CHUNK)
     before = target * 0.0
     passed = target * 0.0
     block = count * 0
-    for start in range(0, count, BLOCK):
-        value = load_row(weights + start, lane, count - start, False, -1.0)
-        mass = tl.sum(tl.where(value >= lowest, value, 0.0))
-        here = (mass > 0) & (passed <= target)
-        block = tl.where(here, start, block)
-        before = tl.where(here, passed, before)
-        passed += mass
+    for start in range(0, count, CHUNK * BLOCK):
+        value = load_row(weights + start, at, count - start, False, -1.0)
+        mass = tl.sum(tl.where(value >= lowest, value, 0.0), axis=1)  # of every block, and of those before it:
+        running = passed + tl.sum(tl.where(row[None, :] < row[:, None], mass[None, :], 0.0), axis=1)
+        last = tl.max(tl.where((mass > 0) & (running <= target), row, -1))
+        block = tl.where(last >= 0, start + last * BLOCK, block)
+        before = tl.where(last >= 0, tl.sum(tl.where(row == last, running, 0.0)), before)
+        passed += tl.sum(mass)
+    lane = tl.arange(0, BLOCK)
     value = load_row(weights + block, lane, count - block, False, -1.0)
     chosen = (value >= lowest) & (value > 0)
     running = before + tl.cumsum(tl.where(chosen, value, 0.0))
@@ -190,9 +218,11 @@ def sample(logits: Any, state: SamplingState, tokens: int = 1) -> None:
 def blocks(vocabulary: int) -> dict[str, int]:
     """Logits at a time, and warps, on the current device: one program must be quick on all of them."""
     target = get_device().name
-    if target == "cuda":  # of 128,000 logits on an H200: 128 values by 4 warps take 220 us
-        return {"BLOCK": 4096, "_warps": 16}
-    return {"BLOCK": 128} if target == "cpu" else {"BLOCK": 1024, "_warps": 4 if vocabulary < 1 << 15 else 16}
+    if target == "cuda":  # 128,256 logits: 4 iterations a pass, each with 16 loads of 16 bytes a thread at once
+        return {"BLOCK": 4096, "CHUNK": 8, "_warps": 16}
+    if target == "cpu":
+        return {"BLOCK": 128, "CHUNK": 1}
+    return {"BLOCK": 1024, "CHUNK": 4, "_warps": 4 if vocabulary < 1 << 15 else 16}
 
 
 def sampling_reference(
