@@ -17,7 +17,7 @@ def rng():
 
 
 def sample(engine, logits, position=4, tokens=1, history=(), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-           penalty=1.0, window=0, seed=1, chunk=1):  # fmt: skip
+           penalty=1.0, window=0, seed=1, **shape):  # fmt: skip
     """The token, the weights that the kernel left, and the state after the step."""
     memory = poisoned(CONTEXT, np.int32)
     memory[: len(history)] = history
@@ -26,8 +26,10 @@ def sample(engine, logits, position=4, tokens=1, history=(), temperature=0.0, to
         np.array([temperature, top_p, min_p, penalty], np.float32), np.array([seed, top_k, window], np.int64),
     )  # fmt: skip
     weights = poisoned(len(logits) + 1)
-    run(engine, sampling.sample_kernel, (1,), logits=np.append(logits, np.float32(np.inf)), weights=weights,
-        vocabulary=len(logits), tokens=tokens, context=CONTEXT, BLOCK=128, CHUNK=chunk, **state._asdict())  # fmt: skip
+    run(
+        engine, sampling.sample_kernel, (1,), logits=np.append(logits, np.float32(np.inf)), weights=weights,
+        vocabulary=len(logits), tokens=tokens, context=CONTEXT, **state._asdict(), **{"BLOCK": 128} | shape,
+    )  # fmt: skip
     assert np.isnan(weights[-1])
     return int(state.token[0]), weights[:-1], state
 
@@ -39,7 +41,7 @@ def test_greedy_takes_the_first_of_the_highest(rng, engine, vocabulary, chunk):
     logits = rng.normal(size=vocabulary).astype(np.float32) - 100
     places = np.sort(rng.choice(vocabulary, min(3, vocabulary), replace=False))
     logits[places] = -50
-    token, _, state = sample(engine, logits, position=7, tokens=5, chunk=chunk)
+    token, _, state = sample(engine, logits, position=7, tokens=5, CHUNK=chunk)
     assert token == places[0]
     assert state.position[0] == 12 and state.history[12] == token
     untouched = np.delete(state.history, 12)
@@ -65,7 +67,7 @@ def test_penalty_counts_once_and_only_in_the_window(rng, engine, chunk):
     history = rng.integers(0, 200, 20)
     history[12] = history[15]  # twice in the window
     history[14] = 5000  # no token: ignored
-    options = {"temperature": 0.0, "penalty": 1.3, "window": 10, "chunk": chunk}
+    options = {"temperature": 0.0, "penalty": 1.3, "window": 10, "CHUNK": chunk}
     token, weights, _ = sample(engine, logits, position=19, history=history, **options)
     expected = logits.copy()
     recent = np.unique(history[10:20])
@@ -103,10 +105,26 @@ def test_only_kept_tokens_are_drawn_where_the_running_sum_says(rng, engine, chun
     probabilities = sampling.sampling_reference(logits, recent, **given)
     running = np.concatenate([[0], np.cumsum(probabilities)])
     for seed in range(4 if engine == "native" else 1):
-        token, _, _ = sample(engine, logits, position=11, history=history, seed=seed, chunk=chunk, **options)
+        token, _, _ = sample(engine, logits, position=11, history=history, seed=seed, CHUNK=chunk, **options)
         uniform = philox_uniform(seed, 12)
         assert probabilities[token] > 0
         assert running[token] - 1e-5 <= uniform <= running[token + 1] + 1e-5
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 5000}])
+def test_the_devices_own_blocks(rng, options):
+    """More tiles than one on every device; running sums to 1e-4, as fp32 sums of 40,000 weights are."""
+    logits = rng.normal(size=40_001).astype(np.float32)
+    shape = {name.replace("_warps", "num_warps"): value for name, value in sampling.blocks(len(logits)).items()}
+    token, _, _ = sample("native", logits, position=11, seed=3, **options, **shape)
+    if options["temperature"] == 0:
+        assert token == logits.argmax()
+        return
+    given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0, **options}
+    probabilities = sampling.sampling_reference(logits, np.zeros(0, np.int64), **given)
+    running = np.concatenate([[0], np.cumsum(probabilities)])
+    assert probabilities[token] > 0
+    assert running[token] - 1e-4 <= philox_uniform(3, 12) <= running[token + 1] + 1e-4
 
 
 def philox_uniform(seed: int, counter: int) -> float:
