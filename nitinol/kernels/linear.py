@@ -105,8 +105,7 @@ def matvec_blocks(format: str, columns: int) -> tuple[int, dict[str, Any], int]:
     elif target == "metal":  # the rows of a program share its activations
         rows, values, warps = (16, 512, 0) if plain else (16, 2048, 0)
     else:  # 4 KB on their way to each warp, 16 to 25 of these on a multiprocessor; as swept on an H200
-        best = {"Q8_0": (1, 4096, 1), "Q4_K": (2, 4096, 1)}
-        rows, values, warps = (2, 1024, 1) if plain else best.get(format, (2, 2048, 1))
+        rows, values, warps = (2, 1024, 1) if plain else (1, 4096, 1) if format == "Q8_0" else (2, 2048, 1)
     run = run_arguments(format, columns, values)
     if target == "cuda" and not plain:  # threads hold 16 bytes of a group or all: one sum for half of its values or all
         run["LANES"] = 1 if format in ("Q4_K", "Q5_K") else lanes_of(format) // 4
