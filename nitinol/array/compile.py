@@ -212,6 +212,8 @@ class _Trace:
     def run(self, leaves: list[Any]) -> Any:
         variant = self._next(leaves)
         variant.program.run()
+        if not self.views and not self.fresh:  # a step of a model: what stands here is time between two tokens
+            return _fill(self.result, iter(()))
         fresh = variant.results()
         arrays = iter([
             Array(View(fresh.get(v.value, v.value), v.dtype, v.shape, v.strides, v.offset)) for v in self.views

@@ -211,7 +211,11 @@ class Model:
 
     def _token_at(self, place: int) -> int:
         """A token that the device has chosen, from memory that the host sees; later steps write other places."""
-        return int(self._state.history.buffer.as_numpy(np.int32)[place])
+        return int(self._chosen[place])
+
+    @cached_property
+    def _chosen(self) -> np.ndarray:
+        return self._state.history.buffer.as_numpy(np.int32)
 
     # ------------------------------------------------------------------------------------------------ command lists
 
