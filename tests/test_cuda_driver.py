@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -720,15 +721,18 @@ class Sampling:
     """Stands in for the kernel that chooses tokens: 11, 12, 13, ... after a prompt. The other kernels of a model do
     nothing."""
 
-    def __init__(self, driver: Any, prompt: int):
-        self.place, self.chosen = prompt, 10
-        driver.kernels["sample_kernel"] = (8,) * 7, self
+    def __init__(self, driver: Any):
+        self.chosen = 10
+        driver.kernels["sample_kernel"] = (*(8,) * 7, 12), self
 
-    def __call__(self, *pointers: bytes) -> None:
+    def __call__(self, *parameters: bytes) -> None:
         self.chosen += 1
-        history = int.from_bytes(pointers[4], "little")
-        fake_cuda.view(history + 4 * self.place, 4).view(np.int32)[0] = self.chosen
-        self.place += 1
+        position, history = (int.from_bytes(parameters[number], "little") for number in (3, 4))
+        _, tokens, context = struct.unpack("<3i", parameters[7])  # behind the vocabulary's size
+        at = fake_cuda.view(position, 4).view(np.int32)
+        at += tokens
+        if at[0] < context:
+            fake_cuda.view(history, 4 * context).view(np.int32)[at] = self.chosen
 
 
 @pytest.fixture(scope="module")
@@ -738,7 +742,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_token_is_one_launch_and_one_wait_and_allocates_nothing(monkeypatch: Any, path: str) -> None:
     driver = use_fake(monkeypatch)
-    Sampling(driver, 3)
+    Sampling(driver)
     model = load(path, device="cuda")
     model.prefill([1, 2, 3], Options())
     model.step()
@@ -761,7 +765,7 @@ def test_the_gpu_need_not_wait_for_the_host_between_two_tokens(monkeypatch: Any,
     """Each step but the first submits the one after it before it waits, and reads its own token, however far the GPU
     is; who stops or begins anew loses nothing."""
     driver = use_fake(monkeypatch)
-    sampling = Sampling(driver, 3)
+    sampling = Sampling(driver)
     model = load(path, device="cuda", context=12)
     model.prefill([1, 2, 3], Options())
     model.step()
@@ -775,18 +779,15 @@ def test_the_gpu_need_not_wait_for_the_host_between_two_tokens(monkeypatch: Any,
             model.device.synchronize()  # the step ahead has ended, too, and has chosen the next token
         assert model.next_token == 13 + number
         assert (counters.submits - before["submits"], counters.waits - before["waits"]) == (submits, 1)
-    assert len(model.cache.tokens) == 11 and sampling.place == 12  # no room for another: nothing was begun
+    assert len(model.cache.tokens) == 11 and sampling.chosen == 19  # no room for another: nothing was begun
     model.begin(None)
-    model.cache.move(3)
-    sampling.place = 3
     model.prefill([1, 2, 3, 4], Options())
-    sampling.place, sampling.chosen = 5, 70
     model.step(more=True)
+    assert model.next_token == 21 and len(model.cache.tokens) == 5
     model.begin(None)
-    model.cache.move(5)
-    sampling.place, sampling.chosen = 6, 80
+    model.cache.move(4)
     model.step()
-    assert model.next_token == 81
+    assert model.next_token == 23  # the step ahead made 22
 
 
 def test_loading_tells_its_progress(monkeypatch: Any, path: str) -> None:
@@ -815,7 +816,7 @@ def test_a_bar_is_for_people(monkeypatch: Any) -> None:
 
 def test_the_command_line(monkeypatch: Any, capsys: Any, path: str) -> None:
     driver = use_fake(monkeypatch)
-    Sampling(driver, 3)
+    Sampling(driver)
 
     def result(*arguments: str) -> Any:
         assert main(arguments) == 0, capsys.readouterr().err
