@@ -6,6 +6,7 @@ import native
 import numpy as np
 import pytest
 from random_programs import random_program
+from target_kernels import reverse_in_place
 
 import nitinol
 import nitinol.language as tl
@@ -43,14 +44,6 @@ def test_larger_random_programs_agree_with_the_interpreter(number):
     interpreter.run(program.function, program.grid, expected)
     native.run(program.function, program.grid, actual)
     program.compare(actual, expected)
-
-
-@jit
-def reverse_in_place(x, n, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n
-    value = tl.load(x + (n - 1 - offsets), mask=mask)
-    tl.store(x + offsets, value, mask=mask)
 
 
 @pytest.mark.parametrize("n", [1, 7, 63, 64, 100, 128])

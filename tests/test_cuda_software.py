@@ -15,6 +15,7 @@ from model_files import random_file
 from operation_programs import operation_programs
 from random_programs import FLOATS, INTEGERS, random_program
 from software_cuda import Gpu, compiled, executable, launch, open_gpu, run
+from target_kernels import BFloat16, product, reverse_in_place
 
 import nitinol.language as tl
 from nitinol import array as na
@@ -25,7 +26,7 @@ from nitinol.generate.options import Options
 from nitinol.kernels import attention, linear, norm, quantized, rope
 from nitinol.kernels.activations import quantize_activations
 from nitinol.language.jit import jit
-from nitinol.language.types import bfloat16, float16
+from nitinol.language.types import float16
 from nitinol.runtime import using_device
 
 DTYPES = (*INTEGERS, *FLOATS)
@@ -122,14 +123,6 @@ def test_reductions_that_are_wanted_elsewhere(rng, kind, dtype, warps, count, ro
     expected = x[0].max(axis=1) if kind == "max" else x.sum(axis=(0, 2), dtype=dtype)
     np.testing.assert_array_equal(out, expected)
     assert made.barriers <= 1
-
-
-@jit
-def reverse_in_place(x, n, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n
-    value = tl.load(x + (n - 1 - offsets), mask=mask)
-    tl.store(x + offsets, value, mask=mask)
 
 
 def changed(made, old, new):
@@ -229,33 +222,6 @@ def test_every_operation_of_some_type_on_special_values(rng):
     element = DTYPES[int(rng.integers(len(DTYPES)))]
     for number, (_, program) in enumerate(operation_programs(rng, [element], exp_units=40)):
         check(program, number)
-
-
-@jit
-def product(
-    a, b, c, K, M: tl.constexpr, N: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, STEP)
-    total = tl.zeros((M, N), c.dtype.element_ty)
-    for start in range(0, K, STEP):
-        if A_TURNED:
-            x = tl.load(a + (start + k)[:, None] * M + m[None, :]).trans()
-        else:
-            x = tl.load(a + m[:, None] * K + (start + k)[None, :])
-        if B_TURNED:
-            y = tl.load(b + n[:, None] * K + (start + k)[None, :]).trans()
-        else:
-            y = tl.load(b + (start + k)[:, None] * N + n[None, :])
-        total = tl.dot(x, y, total, input_precision=PRECISION)
-    tl.store(c + m[:, None] * N + n[None, :], total)
-
-
-class BFloat16:
-    """uint16 memory that kernels see as bfloat16."""
-
-    def __init__(self, array):
-        self.array, self.__nitinol_pointer__ = array, (array.ctypes.data, bfloat16)
 
 
 def aligned(values):

@@ -9,6 +9,7 @@ import pytest
 from cuda_runner import Device, compile_source, compiled, compiler_missing, executable, gpu_missing
 from operation_programs import operation_programs
 from random_programs import FLOATS, INTEGERS, random_program
+from target_kernels import BFloat16, product, reverse_in_place
 
 import nitinol.language as tl
 from nitinol.compiler import interpreter
@@ -19,7 +20,6 @@ from nitinol.kernels import attention, matvec
 from nitinol.kernels.activations import quantize_activations_reference
 from nitinol.kernels.quantized import run_arguments
 from nitinol.language.jit import jit
-from nitinol.language.types import bfloat16
 from nitinol.runtime.launch import interpret
 
 DTYPES = (*INTEGERS, *FLOATS)
@@ -151,14 +151,6 @@ def test_rows_of_halves_take_few_registers():
     assert int.from_bytes(registers, "little") <= 48
 
 
-@jit
-def reverse_in_place(x, n, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n
-    value = tl.load(x + (n - 1 - offsets), mask=mask)
-    tl.store(x + offsets, value, mask=mask)
-
-
 @needs_gpu
 @pytest.mark.parametrize("n", [7, 128])
 def test_a_store_waits_for_the_loads_of_other_threads(device, n):
@@ -184,33 +176,6 @@ def test_transpositions(device, m, n, dtype):
     out = np.zeros((n, m), dtype)
     launch(device, transpose, x=x, out=out, M=m, N=n)
     np.testing.assert_array_equal(out, x.T)
-
-
-@jit
-def product(
-    a, b, c, K, M: tl.constexpr, N: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, STEP)
-    total = tl.zeros((M, N), c.dtype.element_ty)
-    for start in range(0, K, STEP):
-        if A_TURNED:
-            x = tl.load(a + (start + k)[:, None] * M + m[None, :]).trans()
-        else:
-            x = tl.load(a + m[:, None] * K + (start + k)[None, :])
-        if B_TURNED:
-            y = tl.load(b + n[:, None] * K + (start + k)[None, :]).trans()
-        else:
-            y = tl.load(b + (start + k)[:, None] * N + n[None, :])
-        total = tl.dot(x, y, total, input_precision=PRECISION)
-    tl.store(c + m[:, None] * N + n[None, :], total)
-
-
-class BFloat16:
-    """uint16 memory that kernels see as bfloat16."""
-
-    def __init__(self, array):
-        self.array, self.__nitinol_pointer__ = array, (array.ctypes.data, bfloat16)
 
 
 PRODUCTS = [(8, 8, 8), (16, 64, 32), (64, 32, 16), (32, 32, 64), (128, 128, 256), (64, 128, 384), (128, 64, 64)]

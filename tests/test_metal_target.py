@@ -10,6 +10,7 @@ import pytest
 from operation_programs import operation_programs
 from random_programs import FLOATS, INTEGERS, random_program
 from software_metal import Library, executable
+from target_kernels import BFloat16, reverse_in_place
 
 import nitinol.language as tl
 import softmetal
@@ -184,14 +185,6 @@ def test_the_source_is_named_after_the_python_and_wide_where_it_may_be():
     assert aligned.threads == 128
 
 
-@jit
-def reverse_in_place(x, n, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < n
-    value = tl.load(x + (n - 1 - offsets), mask=mask)
-    tl.store(x + offsets, value, mask=mask)
-
-
 @pytest.mark.parametrize("n", [7, 128])
 def test_a_store_waits_for_the_loads_of_other_threads(n):
     x = np.random.default_rng().standard_normal(n).astype(np.float32)
@@ -315,13 +308,6 @@ def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOS
             y = tl.load(b + (start + k)[:, None] * N + n[None, :])
         total = tl.dot(x, y, total)
     tl.store(c + m[:, None] * N + n[None, :], total)
-
-
-class BFloat16:
-    """uint16 memory that kernels see as bfloat16."""
-
-    def __init__(self, array):
-        self.array, self.__nitinol_pointer__ = array, (array.ctypes.data, bfloat16)
 
 
 PRODUCTS = [(8, 8, 8), (16, 64, 32), (64, 32, 16), (32, 32, 64)]
