@@ -44,6 +44,16 @@ class Compiled:
         self._latest: _Trace | None = None
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        trace, leaves = self._trace(arguments, keywords)
+        return trace.run(leaves)
+
+    def submit(self) -> Event | None:
+        """Starts a function that takes nothing and gives nothing; None if it has run already. Submitted again before it
+        has ended, it runs once more behind itself."""
+        return self._trace((), {})[0].submit()
+
+    def _trace(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[_Trace, list[Any]]:
+        """The trace for such arguments, made if there is none, and the arguments' leaves."""
         leaves: list[Any] = []
         key: list[Any] = []
         for argument in arguments:
@@ -63,16 +73,7 @@ class Compiled:
             trace = _Trace(self.function, arguments, keywords, leaves, copied)
             traces.append(trace)
         self._latest = trace
-        return trace.run(leaves)
-
-    def submit(self) -> Event | None:
-        """Starts a function that takes nothing and gives nothing; None if it has run already. Submitted again before it
-        has ended, it runs once more behind itself."""
-        traces = self._traces.setdefault((), [])
-        if not traces:
-            traces.append(_Trace(self.function, (), {}, [], set()))
-        self._latest = traces[-1]
-        return self._latest.submit()
+        return trace, leaves
 
     @property
     def records(self) -> list[Record]:

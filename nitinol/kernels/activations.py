@@ -37,7 +37,7 @@ class Activations(NamedTuple):
 def quantize_activations_kernel(x, values, scales, sums, columns, GROUPS: tl.constexpr):
     """Program (t, c): 32 * GROUPS values of token t."""
     group = tl.program_id(0).to(tl.int64) * (columns // 32) + tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    at = places(group)
     store_quantized(tl.load(x + at), values + at, scales + group, sums + group[:, None] * 2, None)
 
 
@@ -52,7 +52,7 @@ def rms_norm_quantize_kernel(
     _, _, normal = normal_part(x, weight, None, row, columns, epsilon, BLOCK, EVEN, False, PARTS)
     GROUPS: tl.constexpr = BLOCK // PARTS // 32
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    at = places(group)
     store_quantized(
         tl.reshape(normal, (GROUPS, 2, 16)), values + row + at, scales + row // 32 + group,
         sums + row // 16 + group[:, None] * 2, None if EVEN else group < columns // 32,
@@ -69,12 +69,18 @@ def combine_quantize_kernel(
     lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)
     group = tl.program_id(1) * (BLOCK_D // 32) + tl.arange(0, BLOCK_D // 32)
-    at = group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    at = places(group)
     first = head * (HEAD_DIM // 32) + group
     store_quantized(
         tl.reshape(value, (BLOCK_D // 32, 2, 16)), values + head * HEAD_DIM + at, scales + first,
         sums + first[:, None] * 2, None if HEAD_DIM % BLOCK_D == 0 else group < HEAD_DIM // 32,
     )  # fmt: skip
+
+
+@jit
+def places(group):
+    """Those of groups of 32 values, as two runs of 16: [groups, 2, 16]."""
+    return group[:, None, None] * 32 + (tl.arange(0, 2) * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
 
 
 @jit

@@ -143,19 +143,19 @@ class CudaDevice:
 
     def read(self, buffer: Buffer, destination: np.ndarray) -> None:
         """All bytes of the buffer to a uint8 array of that length, after everything submitted so far."""
-        if (shared := self._shared(buffer)) is None:
-            self._transfers.copy(buffer.address, destination, upload=False)
-        else:
+        if buffer.shared:
             self.synchronize()
-            destination[:] = shared
+            destination[:] = buffer.as_numpy()
+        else:
+            self._transfers.copy(buffer.address, destination, upload=False)
 
     def write(self, buffer: Buffer, source: np.ndarray) -> None:
         """A uint8 array of the buffer's length to the buffer, after everything submitted so far."""
-        if (shared := self._shared(buffer)) is None:
-            self._transfers.copy(buffer.address, source, upload=True)
-        else:
+        if buffer.shared:
             self.synchronize()
-            shared[:] = source
+            buffer.as_numpy()[:] = source
+        else:
+            self._transfers.copy(buffer.address, source, upload=True)
 
     def available_memory(self) -> int:
         """Bytes that can still be allocated: what the GPU has free, and what the pool holds unused."""
@@ -331,13 +331,6 @@ class CudaDevice:
         self._lost = (f"{who} {FAULTS[error.code]} on {self.description} ({error.status.name}); the results are lost "
                       "and CUDA serves this process no longer, start it again")
         return DeviceError(self._lost)
-
-    def _shared(self, buffer: Buffer) -> np.ndarray | None:
-        """The buffer's bytes, if they are the host's."""
-        pinned = (buffer._root or buffer)._owner
-        if not isinstance(pinned, Pinned):
-            return None
-        return pinned.bytes[buffer.address - pinned.address:][:buffer.nbytes]
 
     def _fit(self, nbytes: int, take: Callable[[], Any]) -> Any:
         """Takes memory; where there is too little, once more after the pool has given back what it does not use."""
