@@ -82,6 +82,28 @@ def test_linear_and_swiglu(rng, format, tokens, device_name):
                                atol=1e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_linear_and_swiglu_of_a_few_tokens_in_the_blocks_of_the_device(rng, format):
+    """Rows of whole and of many runs, unrolled or not, shared by warps or not."""
+    rows, columns = int(rng.integers(1, 12)), int(rng.choice([2048, 2304, 4096, 5120, 6144, 8192]))
+    tokens = int(rng.integers(1, linear.FEW_TOKENS + 1))
+    told = f"{format}: {tokens} tokens, {rows} rows of {columns}"
+    x, residual = normal(rng, tokens, columns), normal(rng, tokens, rows)
+    weights, values = weights_of(normal(rng, rows, columns), format)
+    up, up_values = weights_of(normal(rng, rows, columns), format)
+    given = x.astype(np.float64)
+    if FORMATS[format].values > 1:
+        parts = activations.quantize_activations_reference(x)
+        given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
+    y, right = (given @ matrix.T.astype(np.float64) for matrix in (values, up_values))
+    found = linear.linear(na.array(x), weights, residual=na.array(residual)).numpy()
+    # Sums of `columns` products of size 1 grow like the root of their number, 90; fp32 rounds each step by 2 ** -24.
+    np.testing.assert_allclose(found, y + residual, rtol=2e-5, atol=1e-3, err_msg=told)
+    gate = y / (1 + np.exp(-y))
+    found = linear.swiglu(na.array(x), weights, up).numpy()
+    np.testing.assert_allclose(found, gate * right, rtol=1e-4, atol=1e-3 * (1 + np.abs(right).max()), err_msg=told)
+
+
 def test_linear_refuses_shapes_that_do_not_fit(rng):
     weights, _ = weights_of(normal(rng, 8, 64), "Q8_0")
     with pytest.raises(ValueError, match=r"linear: x has shape \(2, 32\) and the weights \(8, 64\)"):

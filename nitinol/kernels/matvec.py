@@ -189,11 +189,12 @@ def float_product(x, weights, row, token, columns, first, VALUES: tl.constexpr):
     for start in range(0 if first is None else VALUES, whole, VALUES):
         weight = tl.load(source + start).to(tl.float32)
         total = add_products(weight[None], tl.load(values + start)[:, None, :], total)
+    y = tl.sum(total, axis=2)
     if whole < columns:
         inside = (whole + at < columns)[None, :]
         weight = tl.load(source + whole, mask=inside, other=0.0).to(tl.float32)
-        total = add_products(weight[None], tl.load(values + whole, mask=inside, other=0.0)[:, None, :], total)
-    return tl.sum(total, axis=2)
+        y += tl.sum(weight[None] * tl.load(values + whole, mask=inside, other=0.0)[:, None, :], axis=2)
+    return y
 
 
 @jit
