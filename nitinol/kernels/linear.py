@@ -18,6 +18,7 @@ from nitinol.runtime import get_device
 FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
 MULTIPROCESSORS = 128  # of a GPU, about (A100 108, H100 and H200 132): fewer programs leave some without work
 MANY_TOKENS = 128  # from here on CUDA's bf16 products take so much less time than int8 ones that decoding first pays
+MOST_UNROLLED = 8  # runs of a row, each with code of its own
 DECODE_COST = 12  # decoding and packing a block of weights takes as long as its products with about so many tokens
 
 
@@ -104,13 +105,20 @@ def matvec_blocks(format: str, columns: int) -> tuple[int, dict[str, Any], int]:
         rows, values, warps = (4, 64, 0) if plain else (1, 512, 0)
     elif target == "metal":  # the rows of a program share its activations
         rows, values, warps = (16, 512, 0) if plain else (16, 2048, 0)
-    else:  # 4 KB on their way to each warp, 16 to 25 of these on a multiprocessor; as swept on an H200
-        rows, values, warps = (2, 1024, 1) if plain else (1, 4096, 1) if format == "Q8_0" else (2, 2048, 1)
+    elif plain or format == "Q8_0":  # 4 KB on their way to each warp; these sizes as swept on an H200
+        rows, values, warps = (2, 1024, 1) if plain else (1, 2048, 1)
+    elif columns % 4096 == 0:  # two warps have a half of each row: activations are loaded once for four rows
+        rows, values, warps = 4, 4096, 2
+    else:
+        rows, values, warps = 2, 1024 if format == "Q6_K" else 2048, 1
     run = run_arguments(format, columns, values)
-    if target == "cuda" and not plain:  # threads hold 16 bytes of a group or all: one sum for half of its values or all
-        run["LANES"] = 1 if format in ("Q4_K", "Q5_K") else lanes_of(format) // 4
     if target == "cuda":
         run["EARLY"] = columns % run["VALUES"] == 0
+    if target == "cuda" and not plain:
+        count = columns // run["VALUES"]
+        run["COUNT"] = count if count <= MOST_UNROLLED else 0
+        # Threads hold 16 bytes of a group or all: one sum for half of its values or all.
+        run["LANES"] = 1 if format in ("Q4_K", "Q5_K") else lanes_of(format) // 4
     if target == "metal":  # as many simdgroups as share a row with 16 bytes in each lane: none repeats activations
         warps = min(4, max(1, run["VALUES"] // (128 if plain else 512)))
     return rows, run, warps

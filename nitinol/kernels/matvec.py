@@ -7,7 +7,7 @@ depends on the shapes alone.
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
-# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc,call-overload"
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc,call-overload,union-attr"
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nitinol.language.jit import jit
 def matvec_kernel(
     x, x_scales, x_sums, weights, up, bias, residual, out, tokens, rows, columns, row_bytes,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    EVEN: tl.constexpr, LANES: tl.constexpr = 0, EARLY: tl.constexpr = False,
+    EVEN: tl.constexpr, LANES: tl.constexpr = 0, EARLY: tl.constexpr = False, COUNT: tl.constexpr = 0,
 ):  # fmt: skip
     """Rows ROWS * i ... of out [tokens, rows] = x @ weights^T (+ bias) (+ residual); bias and residual may be None.
 
@@ -33,7 +33,8 @@ def matvec_kernel(
     x is int8 with scales and sums for block formats, float32 (scales and sums None) for F32, F16, BF16. EVEN: rows is
     a multiple of ROWS and tokens is TOKENS. LANES: into how many sums the products of a group of 32 go before they meet
     the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them. EARLY: the first run of each row is
-    loaded before the kernel waits for those before it (rows are whole runs).
+    loaded before the kernel waits for those before it (rows are whole runs). COUNT: the runs of a row of block formats,
+    if their loop is to be unrolled: one is on its way while another is multiplied. 0: it is not.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -47,10 +48,12 @@ def matvec_kernel(
         place = token[:, None].to(tl.int64) * rows + row[None, :]
         inside = (token < tokens)[:, None] & (row < rows)[None, :]
         added = tl.load(residual + place) if EVEN else tl.load(residual + place, mask=inside, other=0.0)
-    y = product(x, x_scales, x_sums, weights, source, reader, columns, row_bytes, first, FORMAT, BLOCKS, VALUES, LANES)
+    y = product(
+        x, x_scales, x_sums, weights, source, reader, columns, row_bytes, first, FORMAT, BLOCKS, VALUES, LANES, COUNT
+    )
     if up is not None:
         right = product(
-            x, x_scales, x_sums, up, source, reader, columns, row_bytes, None, FORMAT, BLOCKS, VALUES, LANES
+            x, x_scales, x_sums, up, source, reader, columns, row_bytes, None, FORMAT, BLOCKS, VALUES, LANES, COUNT
         )
         y = silu(y) * right
     if residual is not None:
@@ -72,7 +75,7 @@ def first_run(
 @jit
 def product(
     x, x_scales, x_sums, weights, row, token, columns, row_bytes, first,
-    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Dot products of tokens and rows, float32 [tokens, rows]. first: of first_run, or None."""
     if x_scales is None:
@@ -96,7 +99,8 @@ def product(
     if first is not None:
         scaled, part = run_products(first, values, scales, sums, 0, GROUPS, LANES, CENTRE, STORED)
         total += tl.sum(tl.reshape(scaled, shape), axis=2)
-    for run in range(0 if first is None else 1, count):
+    START: tl.constexpr = 0 if first is None else 1
+    for run in tl.static_range(START, COUNT) if COUNT else range(START, count):
         decoded = decode(pointers, run * BLOCKS, FORMAT, BLOCKS, STORED)
         scaled, part = run_products(decoded, values, scales, sums, run, GROUPS, LANES, CENTRE, STORED)
         if MINIMUM:
