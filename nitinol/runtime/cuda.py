@@ -1,8 +1,8 @@
 """The CUDA driver: one NVIDIA GPU as a device.
 
-One stream runs everything in order of submission, so memory that was freed can be used again at once: what still
-reads it was submitted earlier. A command list is a CUDA graph (cuda_graph.py), large transfers go through pinned
-memory (cuda_transfer.py), NVRTC compiles the kernels (cuda_driver.py).
+One stream runs everything in order of submission (cuda_stream.py), so memory that was freed can be used again at once:
+what still reads it was submitted earlier. A command list is a CUDA graph (cuda_graph.py), large transfers go through
+pinned memory (cuda_transfer.py), NVRTC compiles the kernels (cuda_driver.py).
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +29,7 @@ from nitinol.runtime.cuda_driver import (
     find_gpu,
 )
 from nitinol.runtime.cuda_graph import Encoded
+from nitinol.runtime.cuda_stream import Stream
 from nitinol.runtime.cuda_transfer import Transfers
 from nitinol.runtime.device import (
     WAIT_SLICE_NS,
@@ -46,8 +44,6 @@ from nitinol.runtime.device import (
 from nitinol.runtime.memory import Block, Pool
 
 EXACT_BYTES = 64 << 20  # wrapped memory of at least that size does not get a larger block of the pool
-SPIN_NS = 20_000_000  # a wait spins that long after the submission, then sleeps for 1/64 of the time since
-NOT_READY = 600
 EARLY_CAPABILITY, EARLY_DRIVER = (9, 0), 12030  # what programmatic edges of graphs need: Hopper, CUDA 12.3
 # Errors after which the context is lost, and what they say of a kernel.
 FAULTS = {
@@ -77,15 +73,11 @@ class CudaDevice:
         self.context = call(self.cu.cuDevicePrimaryCtxRetain, self._handle)
         self._process, self.closed = os.getpid(), False
         self.enter()
-        self.stream = call(self.cu.cuStreamCreate, 0)
+        self.stream = Stream(self)
         self.largest_buffer = call(self.cu.cuMemGetInfo)[1]
         self.counters = Counters()
         self._pool = _Pool(self)
         self._transfers = Transfers(self)
-        self._lock = threading.RLock()
-        self._submitted = self._done = 0
-        self._in_flight: deque[_Submission] = deque()
-        self._idle_events: list[Any] = []
         self.functions: dict[str, Any] = {}  # by source
         self._asserts: dict[int, str] = {}
         self._printing: weakref.WeakSet[Encoded] = weakref.WeakSet()
@@ -104,7 +96,7 @@ class CudaDevice:
             pinned = Pinned(self, max(nbytes, 1))
             self.counters.allocations += 1
             return Buffer(self, pinned.address, nbytes, owner=pinned, shared=True)
-        block = self._fit(nbytes, lambda: self._pool.allocate(nbytes, self._submitted))
+        block = self._fit(nbytes, lambda: self._pool.allocate(nbytes, self.stream.submitted))
         return Buffer(self, block.address, nbytes, owner=block)
 
     def wrap(self, memory: Any, progress: Progress | None = None) -> Buffer:
@@ -133,13 +125,12 @@ class CudaDevice:
         """Called by Buffer: back to the pool, or to the GPU."""
         owner, buffer._owner = buffer._owner, None
         if isinstance(owner, Block):
-            self._pool.release(owner, self._submitted)
+            self._pool.release(owner, self.stream.submitted)
         elif isinstance(owner, Allocation):
             self.counters.bytes_in_use -= owner.nbytes
             self.counters.bytes_reserved -= owner.nbytes
         elif isinstance(owner, Pinned):
-            for submission in tuple(self._in_flight)[-1:]:  # the host's memory must outlive what may use it
-                submission.kept.append(owner)
+            self.stream.keep(owner)  # the host's memory must outlive what may use it
 
     def read(self, buffer: Buffer, destination: np.ndarray) -> None:
         """All bytes of the buffer to a uint8 array of that length, after everything submitted so far."""
@@ -180,21 +171,9 @@ class CudaDevice:
             encoded = commands.encoded = Encoded(self, commands.entries, commands.profile)
             if encoded.logs:
                 self._printing.add(encoded)
-        with self._lock:
-            if len(self._in_flight) > 64:  # nobody waits: notice what is done
-                self.poll(self._in_flight[0].sequence)
-            event = self._idle_events.pop() if self._idle_events else self.event("DISABLE_TIMING")
-            sequence, encoded.submitted = self._submitted + 1, time.monotonic_ns()
-            for graph, names in zip(encoded.graphs, encoded.names):
-                self.call(self.cu.cuGraphLaunch, graph, self.stream, what="kernels " + ", ".join(names[:6]),
-                          names=names if encoded.blocking else ())
-                if encoded.blocking:
-                    self.call(self.cu.cuStreamSynchronize, self.stream, names=names)
-            self.call(self.cu.cuEventRecord, event, self.stream)
-            self._in_flight.append(_Submission(sequence, event, encoded, encoded.submitted, []))
-            self._submitted = sequence
-            self.counters.submits += 1
-            self.counters.dispatches += len(encoded.entries)
+        sequence = self.stream.submit(encoded)
+        self.counters.submits += 1
+        self.counters.dispatches += len(encoded.entries)
         return Event(self, sequence, commands)
 
     def run(self, commands: CommandList) -> None:
@@ -202,40 +181,22 @@ class CudaDevice:
         self.submit(commands).wait()
 
     def poll(self, sequence: int) -> bool:
-        if sequence > self._done:
-            self.enter()
-            with self._lock:
-                while self._in_flight and self._in_flight[0].sequence <= sequence:
-                    asked = next(s for s in self._in_flight if s.sequence >= sequence)
-                    status = self.cu.cuEventQuery(asked.event)[0]
-                    if status == NOT_READY:
-                        return False
-                    if status:
-                        raise self._explained(CudaError(self.cu.cuEventQuery, status), ())
-                    while self._done < sequence:
-                        self._done = self._in_flight[0].sequence
-                        self._idle_events.append(self._in_flight.popleft().event)
-        return True
+        return self.stream.poll(sequence)
 
     def wait_slice(self, sequence: int, nanoseconds: int, work: bool = True) -> None:
-        """Polls: CUDA's own wait is deaf to Ctrl-C, and a sleep takes 60 µs at least, too much for short lists."""
-        end = time.monotonic_ns() + nanoseconds
-        begun = next((s.time for s in tuple(self._in_flight) if s.sequence >= sequence), 0)
-        while not self.poll(sequence) and (now := time.monotonic_ns()) < end:
-            if now - begun > SPIN_NS:
-                time.sleep(min((now - begun) / 64e9, (end - now) / 1e9, 0.01))
+        self.stream.wait_slice(sequence, nanoseconds)
 
     def synchronize(self) -> None:
         """Wait for everything submitted so far."""
         self.enter()
-        submitted = self._submitted
+        submitted = self.stream.submitted
         while not self.poll(submitted):
             self.wait_slice(submitted, WAIT_SLICE_NS)
         self.check_status()
 
     def check_status(self) -> None:
         """Print what kernels have printed; raise DeviceError if an assertion failed."""
-        if self._printing and self._done == self._submitted:
+        if self._printing and self.stream.done == self.stream.submitted:
             for encoded in list(self._printing):
                 encoded.flush()
         if code := self._status_word.value:
@@ -282,7 +243,21 @@ class CudaDevice:
         try:
             return call(function, *arguments, what=what)
         except CudaError as error:
-            raise self._explained(error, names) from None
+            raise self.explained(error, names) from None
+
+    def explained(self, error: CudaError, names: Sequence[str] = ()) -> DeviceError:
+        """The error; if it is a kernel's fault, a sentence that names the kernel and is all that the device says from
+        now on."""
+        if error.code not in FAULTS:
+            return error
+        names = names or self.stream.kernels()
+        who = f"kernel {names[0]!r}" if len(names) == 1 else "a kernel"
+        if len(names) > 1:
+            some = ", ".join(names[:12]) + (f" and {len(names) - 12} others" if len(names) > 12 else "")
+            who = f"one of the kernels {some} (with CUDA_LAUNCH_BLOCKING=1 in the environment this message says which)"
+        self._lost = (f"{who} {FAULTS[error.code]} on {self.description} ({error.status.name}); the results are lost "
+                      "and CUDA serves this process no longer, start it again")
+        return DeviceError(self._lost)
 
     def event(self, *flags: str) -> Any:
         """A new event; flags: "DISABLE_TIMING" (quicker to record), "BLOCKING_SYNC" (cuEventSynchronize sleeps)."""
@@ -318,20 +293,6 @@ class CudaDevice:
         attribute = getattr(self.cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(self.call(self.cu.cuDeviceGetAttribute, attribute, self._handle))
 
-    def _explained(self, error: CudaError, names: Sequence[str]) -> DeviceError:
-        """The error; if it is a kernel's fault, a sentence that names the kernel and is all that the device says from
-        now on."""
-        if error.code not in FAULTS:
-            return error
-        names = names or list(dict.fromkeys(n for s in self._in_flight for part in s.encoded.names for n in part))
-        who = f"kernel {names[0]!r}" if len(names) == 1 else "a kernel"
-        if len(names) > 1:
-            some = ", ".join(names[:12]) + (f" and {len(names) - 12} others" if len(names) > 12 else "")
-            who = f"one of the kernels {some} (with CUDA_LAUNCH_BLOCKING=1 in the environment this message says which)"
-        self._lost = (f"{who} {FAULTS[error.code]} on {self.description} ({error.status.name}); the results are lost "
-                      "and CUDA serves this process no longer, start it again")
-        return DeviceError(self._lost)
-
     def _fit(self, nbytes: int, take: Callable[[], Any]) -> Any:
         """Takes memory; where there is too little, once more after the pool has given back what it does not use."""
         self.enter()
@@ -341,7 +302,7 @@ class CudaDevice:
             except CudaError as error:
                 if error.code != OUT_OF_MEMORY:
                     raise
-            self._pool.trim(self._submitted)
+            self._pool.trim(self.stream.submitted)
         free, total = self.call(self.cu.cuMemGetInfo)
         raise DeviceError(
             f"{nbytes / 1e6:.0f} MB are needed on {self.description}, but {free / 1e6:.0f} MB of its {total / 1e6:.0f} "
@@ -360,14 +321,6 @@ class CudaDevice:
             if where != int(self._handle):
                 raise DeviceError(f"memory of GPU {where} cannot be used on GPU {int(self._handle)}; copy it first")
         return Buffer(self, int(address), nbytes, read_only=bool(read_only), owner=memory)
-
-
-class _Submission(NamedTuple):
-    sequence: int
-    event: Any
-    encoded: Encoded
-    time: int  # of the submission, by time.monotonic_ns
-    kept: list[Any]  # what must not go before it has run
 
 
 class _Pool(Pool):

@@ -55,10 +55,10 @@ class Transfers:
                 self._staged(address, host, upload, progress)
         elif host.nbytes:
             self._enqueue(address, host.ctypes.data, host.nbytes, upload)
-        device.call(device.cu.cuStreamSynchronize, device.stream)
+        device.call(device.cu.cuStreamSynchronize, device.stream.handle)
 
     def _enqueue(self, address: int, host: int, nbytes: int, upload: bool) -> None:
-        cu, stream = self._device.cu, self._device.stream
+        cu, stream = self._device.cu, self._device.stream.handle
         if upload:
             self._device.call(cu.cuMemcpyHtoDAsync, address, host, nbytes, stream)
         else:
@@ -80,7 +80,7 @@ class Transfers:
                 else:
                     np.copyto(staged, host[start:start + staged.nbytes])
             self._enqueue(address + start, stage.memory.address, staged.nbytes, upload)
-            device.call(device.cu.cuEventRecord, stage.event, device.stream)
+            device.call(device.cu.cuEventRecord, stage.event, device.stream.handle)
             if not upload:
                 device.call(device.cu.cuEventSynchronize, stage.event)
                 np.copyto(host[start:start + staged.nbytes], staged)
