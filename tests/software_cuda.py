@@ -264,7 +264,8 @@ class Gpu(fake_cuda.Driver):
         pointers = (ctypes.c_void_p * len(made.sizes)).from_address(node.kernelParams)
         words = [ctypes.string_at(pointer, size) for pointer, size in zip(pointers, made.sizes)]
         grid = node.gridDimX, node.gridDimY, node.gridDimZ
-        return self._add(graph, fake_cuda.Node(made.name, before, lambda: self.start(made, grid, node, words)))
+        run = functools.partial(self.start, made, grid, node, words)
+        return self._add(graph, fake_cuda.Node(f"kernel {made.name}", before, run))
 
     def start(self, made: Kernel, grid: tuple[int, int, int], node: Any, words: list[bytes]) -> None:
         made(grid, node.blockDimX, node.sharedMemBytes, words)
