@@ -305,7 +305,7 @@ def compare(device: Any, case: Case, official: ModuleType, ours: ModuleType, rou
     def of_nitinol(choice: Any) -> Callable[[], float]:
         commands = nitinol_graph(device, getattr(ours, case.kernel), case, sets, choice, launches)
         device.run(commands)
-        return timer(device, lambda: device.submit(commands), device.stream)
+        return timer(device, lambda: device.submit(commands), device.stream.handle)
 
     compile_all(device, getattr(ours, case.kernel), case, one)
     sides: dict[str, Callable[[], float]] = {}
@@ -373,7 +373,7 @@ def link_bandwidth(device: Any, nbytes: int) -> float:
 
     source, target = Pinned(device, nbytes), device.allocate(nbytes)
     run = timer(device, lambda: device.call(device.cu.cuMemcpyHtoDAsync, target.address, source.address, nbytes,
-                                            device.stream), device.stream)  # fmt: skip
+                                            device.stream.handle), device.stream.handle)  # fmt: skip
     run()
     seconds = statistics.median(run() for _ in range(7))
     target.free()

@@ -132,6 +132,7 @@ class Driver:
         return 0, "stream"
 
     def cuStreamSynchronize(self, stream: str) -> Any:
+        assert stream == "stream"
         return (self._catch_up(),)
 
     def cuEventCreate(self, flags: int) -> Any:
@@ -143,6 +144,7 @@ class Driver:
         return (0,)
 
     def cuEventRecord(self, event: int, stream: str) -> Any:
+        assert stream == "stream"
         with self._lock:
             self.events[event] = self.late
             self._behind[event] = self._placed
@@ -265,6 +267,7 @@ class Driver:
         return (0,)
 
     def cuGraphLaunch(self, graph: list[Node], stream: str) -> Any:
+        assert stream == "stream"
         for node in graph:
             self._place(node.run)
         return (self.fault,)
