@@ -1,4 +1,5 @@
-"""How a tile of pointers walks through memory: which elements are neighbours, and how wide an access may be."""
+"""How a tile of pointers walks through memory: which elements are neighbours, how wide an access may be, and how much
+memory it touches."""
 
 from __future__ import annotations
 
@@ -31,6 +32,25 @@ def neighbours(layout: Layout) -> tuple[int, int]:
     while width < len(layout.registers) and layout.registers[width] == 1 << (first + width):
         width += 1
     return first, width
+
+
+def segments(widths: Widths, op: Op, layout: Layout) -> float:
+    """64-byte pieces of memory that one warp touches, over all its registers, each access on its own."""
+    pointer = op.operands[0]
+    assert isinstance(pointer.element, PointerType)
+    strides, nbytes = widths.strides.of(pointer), pointer.element.element.nbytes
+    weight = [0] * layout.bits
+    for axis, bits in enumerate(axis_bits(pointer.shape)):
+        stride = strides[axis]
+        for i, bit in enumerate(bits):
+            weight[bit] = ((1 << 20) + 64 * axis if stride is None else stride) << i
+
+    def address(place: int) -> int:
+        return nbytes * sum(w for bit, w in enumerate(weight) if place >> bit & 1)
+
+    width = min(widths.contiguous_bits(op, layout), 4)
+    touched = {address(layout.place(r, lane, 0)) // 64 for lane in range(32) for r in range(1 << width)}
+    return len(touched) * (layout.count >> width)
 
 
 RUN = 16  # elements of the widest access, of bytes

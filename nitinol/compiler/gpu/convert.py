@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu.forms import Form, Index, Words, linear, shifted, variable
 from nitinol.compiler.gpu.layout import Layout, Map, apply, axis_bits, independent, solve
+from nitinol.compiler.gpu.threads import guard_of, place_of
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.gpu.words import single_bytes
 from nitinol.compiler.ir import Op, Value
@@ -232,7 +233,7 @@ def by_memory(e: Emitter, value: Value, form: Form, source: Layout, result: Layo
         cast = f"({kind})" if kind.endswith("*") else ""
 
         def text(i: Index, layout: Layout = reader, cast: str = cast) -> str:
-            return f"{cast}{shared}[{e.place(layout, i, tuple(keep))}]"
+            return f"{cast}{shared}[{place_of(layout, i, tuple(keep))}]"
 
         if not rounds:
             return fetch(e, name, value, result, text, Access("read", piece))
@@ -257,13 +258,12 @@ def write_tile(
     e: Emitter, form: Form, layout: Layout, value: Value, shared: str, access: Access, map_: Map | None = None
 ) -> None:
     """Every element once, at its place (mapped on)."""
-    owner = e.owner(layout)
-    guard = f"if ({' && '.join(owner)}) " if owner else ""
+    guard = guard_of(layout)
     pointer = isinstance(value.element, PointerType)
 
     def lines(i: Index) -> list[str]:
         text = e.dialect.to_number(form.text(i)) if pointer else form.text(i)
-        return [f"{guard}{shared}[{e.place(layout, i, map_)}] = {text};"]
+        return [f"{guard}{shared}[{place_of(layout, i, map_)}] = {text};"]
 
     e.each(layout.count, lines, [form], [access])
 
@@ -297,7 +297,7 @@ def gather(e: Emitter, op: Op) -> None:
     indices = e.form(index, layout)
 
     def text(i: Index) -> str:
-        rest = e.place(layout, i, tuple(columns))
+        rest = place_of(layout, i, tuple(columns))
         own = f"{indices.operand(i)} << {shift}" if shift else indices.operand(i)
         return f"{shared}[{own if rest == '0' else f'({own}) + ({rest})'}]"
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from nitinol.compiler.analysis import uses_of
 from nitinol.compiler.gpu import convert
+from nitinol.compiler.gpu.access import segments
 from nitinol.compiler.gpu.assign import Assignment, Fragments, Style
 from nitinol.compiler.gpu.layout import axis_bits, bits_of
 from nitinol.compiler.gpu.sums import spread_sums
@@ -67,11 +68,11 @@ def operation(a: Assignment, op: Op, spread: bool, pieces: tuple[float, float]) 
         return price * sum(layout.count for layout in a.versions(op.result))
     if op.kind in ("load", "store") and op.operands[0].shape:
         layout = a.chosen[op]
-        segments = a.segments(op, layout)
+        touched = segments(a.widths, op, layout)
         if layout.sparse:
-            segments /= 1 << bin(layout.copies[0]).count("1")
+            touched /= 1 << bin(layout.copies[0]).count("1")
         shared = layout.copies[1] != 0 and op.kind == "load"
-        return pieces[shared] * segments + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
+        return pieces[shared] * touched + 2 * (layout.count >> a.widths.contiguous_bits(op, layout))
     if op.kind == "reduce":
         layout = a.chosen[op]
         along = sum(1 << bit for bit in axis_bits(op.operands[0].shape)[op.attributes["axis"]])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nitinol.compiler.gpu import convert, outer
 from nitinol.compiler.gpu.forms import Form, Index, Stepped, fixed, variable
 from nitinol.compiler.gpu.layout import Layout, Map, axis_bits, bits_of
+from nitinol.compiler.gpu.threads import place_of
 from nitinol.compiler.gpu.tree import Access, Each, Statement
 from nitinol.compiler.ir import Op, constant_of
 from nitinol.language.types import DType
@@ -192,8 +193,8 @@ def by_elements(e: Emitter, op: Op) -> None:
     form = e.store_in(e.name(op.result.name or "product"), element, layout.count, e.form(acc, layout))
 
     def lines(i: Index) -> list[str]:
-        x = f"{kind}({shared[0][0]}[({e.place(layout, i, left)}) + k])"
-        y = f"{kind}({shared[1][0]}[({e.place(layout, i, right)}) + (k << {n})])"
+        x = f"{kind}({shared[0][0]}[({place_of(layout, i, left)}) + k])"
+        y = f"{kind}({shared[1][0]}[({place_of(layout, i, right)}) + (k << {n})])"
         total = form.text(i)
         value = f"fma({x}, {y}, {total})" if element.is_float else f"{total} + {x} * {y}"
         return [f"for (int k = 0; k < {1 << k}; k++) {total} = {value};"]

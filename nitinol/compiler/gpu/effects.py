@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nitinol.compiler.gpu.forms import Index
+from nitinol.compiler.gpu.threads import guard_of, place_of
 from nitinol.compiler.ir import Op
 from nitinol.language.types import DType, PointerType
 
@@ -47,16 +48,15 @@ def print_values(e: Emitter, op: Op) -> None:
     """Every element once, as a record in the log."""
     for value in op.operands:
         layout = e.assignment.first([value]) if value.shape else e.assignment.scalar
-        form, owner, site = e.form(value, layout), e.owner(layout), len(e.prints)
+        form, guard, site = e.form(value, layout), guard_of(layout), len(e.prints)
         prefix, as_hex = op.attributes.get("prefix", ""), bool(op.attributes.get("hex"))
         e.prints.append(Print(prefix, as_hex, value.element, value.shape))
-        guard = f"if ({' && '.join(owner)}) " if owner else ""
         e.helpers.add("log_value")
         bits = e.dialect.log_bits
 
         def lines(i: Index) -> list[str]:
             text = bits(value.element, form.text(i))  # noqa: B023
-            return [f"{guard}log_value(log, {site}, group, {e.place(layout, i)}, {text});"]  # noqa: B023
+            return [f"{guard}log_value(log, {site}, group, {place_of(layout, i)}, {text});"]  # noqa: B023
 
         e.each(layout.count, lines, [form])
 

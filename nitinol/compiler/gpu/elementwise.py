@@ -1,4 +1,4 @@
-"""One elementwise operation as an expression in C.
+"""Elementwise operations, as expressions in C.
 
 Integers wrap in the tile language, but signed overflow is undefined in C: sums and products of ints are written on
 unsigned numbers, except in index arithmetic (`index`: made of program ids, lane numbers, parameters and constants
@@ -8,12 +8,16 @@ only), which cannot overflow where it addresses memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nitinol.compiler.gpu.forms import bare, lean
+from nitinol.compiler.gpu import forms, words
+from nitinol.compiler.gpu.forms import Form, bare, closed, fixed, lean
+from nitinol.compiler.gpu.layout import Layout
+from nitinol.compiler.gpu.variables import define, is_index
 from nitinol.compiler.ir import COMPARISONS, Op, constant_of
 from nitinol.compiler.semantics import round_to
 from nitinol.language.types import (
@@ -30,6 +34,9 @@ from nitinol.language.types import (
     uint64,
 )
 
+if TYPE_CHECKING:
+    from nitinol.compiler.gpu.emit import Emitter
+
 _OPERATORS = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^", "shl": "<<",
     "shr": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
@@ -41,6 +48,37 @@ _BOOLEAN = {
 }  # fmt: skip
 _UNSIGNED = {8: uint8, 16: uint16, 32: uint32, 64: uint64}
 _NARROW = (float16, bfloat16)
+
+
+def compute(e: Emitter, op: Op) -> None:
+    for layout in e.assignment.versions(op.result):
+        operands = [e.form(v, layout if v.shape else None) for v in op.operands]
+        define(e, op.result, layout, in_runs(e, op, layout, written(e, op, operands)))
+
+
+def in_runs(e: Emitter, op: Op, layout: Layout, form: Form) -> Form:
+    """A comparison whose result is the same in aligned runs of registers is computed for the first of each."""
+    if op.kind not in COMPARISONS or not op.result.shape:
+        return form
+    width = e.assignment.widths.equal_bits(op.result, layout)
+    return form.through(tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers))))
+
+
+def written(e: Emitter, op: Op, operands: Sequence[Form]) -> Form:
+    """The operation on what its operands are written as; on whole words of bytes where that is possible."""
+    index = is_index(e, op.result)
+
+    def make(*texts: str) -> str:
+        return expression(op, list(texts), e.dialect, index, e.helpers)
+
+    packed = words.computed(op, operands, e.dialect, e.helpers)
+    if packed is not None:
+        return words.single_bytes(packed, op.result.element, e.dialect)
+    form = forms.expression(make, *operands)
+    form = Form(form.text, form.names, closed(form.text(fixed(0))))
+    if op.kind == "addptr":
+        form = Form(form.text, form.names, False, (operands[0], operands[1]))
+    return form
 
 
 def number(value: Any, element: DType | PointerType, dialect: ModuleType) -> str:

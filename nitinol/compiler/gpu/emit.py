@@ -24,27 +24,17 @@ from nitinol.compiler.gpu import (
     quotients,
     reduction,
     staging,
+    variables,
+    views,
     words,
 )
-from nitinol.compiler.gpu.assign import operand_layouts
 from nitinol.compiler.gpu.cost import best_assignment
-from nitinol.compiler.gpu.forms import (
-    Form,
-    Index,
-    closed,
-    expression,
-    fixed,
-    joined,
-    linear,
-    literal,
-    shifted,
-    variable,
-)
-from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, compose, identity, part_bit, solve, view_map
+from nitinol.compiler.gpu.forms import Form, Index, fixed, literal, variable
+from nitinol.compiler.gpu.layout import Layout, identity
 from nitinol.compiler.gpu.pipeline import Stage
 from nitinol.compiler.gpu.sums import spread_sums
 from nitinol.compiler.gpu.tree import Access, Each, Scratch, Statement, accesses
-from nitinol.compiler.ir import COMPARISONS, ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
+from nitinol.compiler.ir import ELEMENTWISE, VIEWS, Block, Function, Location, Op, Value
 from nitinol.language.types import DType, PointerType
 
 Lines = Callable[[Index], Sequence[str]]
@@ -76,7 +66,7 @@ class Emitter:
         self.prints: list[effects.Print] = []
         self.loops = 0  # how many loops we are in
         self.depth: dict[Value, int] = {}  # and were at a value's definition
-        self.block_of: dict[Op, Block] = {}
+        self.block_of = variables.block_of(function.body)
         self.index: dict[Value, bool] = {}
         self.aliases = dict(zip(function.parameters, aliases))
         found = self.assignment
@@ -86,15 +76,8 @@ class Emitter:
         self.waits = not dialect.EARLY_START  # whether the kernel has waited for those before it
         self.early: set[int] = set()  # parameters from which it loads before that
         self.says_when = any(op.kind == "gdc_wait" for op in function.body.ops)
-        self.note_blocks(function.body)
 
-    # ----------------------------------------------------------------------------------------------- small parts
-
-    def note_blocks(self, block: Block) -> None:
-        for op in block.ops:
-            self.block_of[op] = block
-            for region in op.regions:
-                self.note_blocks(region)
+    # ------------------------------------------------------------------------------------- names and statements
 
     def error(self, message: str) -> CompilationError:
         return CompilationError(message, self.location or Location(self.function.name, 1))
@@ -172,27 +155,10 @@ class Emitter:
         self.say(f"{kind}{space}{name}{f'[{count}]' if count > 1 else ''};")
         return variable(name, count)
 
-    def place(self, layout: Layout, index: Index, map_: Map | None = None) -> str:
-        """The place of a register's element in the tile, mapped on, as text."""
-        through = (lambda c: compose(map_, c)) if map_ is not None else (lambda c: c)
-        registers, lanes, warps = (through(c) for c in (layout.registers, layout.lanes, layout.warps))
-        whole = Index(compose(registers, index.columns), index.through(registers).constant)
-        parts = [str(whole), linear(lanes, "lane"), linear(warps, "warp")]
-        overlap = any(a & b for i, a in enumerate((*registers, *lanes, *warps))
-                      for b in (*registers, *lanes, *warps)[i + 1 :])  # fmt: skip
-        parts = [p for p in parts if p != "0"]
-        if overlap:
-            parts = [f"({p})" for p in parts]
-        return (" ^ ".join(parts[::-1]) if overlap else joined(parts[::-1])) or "0"
-
-    def owner(self, layout: Layout) -> list[str]:
-        """Conditions under which a thread is the one that acts for an element that several hold."""
-        lanes, warps = layout.copies
-        result = []
-        for name, mask, bits in (("lane", lanes, LANE_BITS), ("warp", warps, self.warp_bits)):
-            if mask:
-                result.append(f"{name} == 0" if mask == (1 << bits) - 1 else f"({name} & {mask}) == 0")
-        return result
+    def home(self, value: Value) -> Layout:
+        layout = self.assignment.home[value]
+        assert layout is not None
+        return layout
 
     def form(self, value: Value, layout: Layout | None = None) -> Form:
         return self.forms[value, layout or self.assignment.scalar]
@@ -210,65 +176,6 @@ class Emitter:
         self.nodes.append(SharedPointer(piece, element, name, self.dialect))
         return name, piece
 
-    # ---------------------------------------------------------------------------------------------------- values
-
-    def define(self, value: Value, layout: Layout, form: Form) -> None:
-        """Notes how a value is written; computes it into a variable unless it can stand where it is used."""
-        if self.needs_variable(value):
-            name = self.name(value.name or "v")
-            if form.words is not None:
-                form = words.store(self, name, value.element, layout.count, form.words)
-            else:
-                form = self.store_in(name, value.element, layout.count, form)
-        self.forms[value, layout] = form
-
-    def needs_variable(self, value: Value) -> bool:
-        op = value.op
-        assert op is not None
-        if value in self.byte_products.values():
-            return False
-        if isinstance(value.element, PointerType) and op.kind == "addptr":
-            return self.final_uses(value, self.block_of[op]) != 1
-        return bool(value.name) or self.final_uses(value, self.block_of[op]) != 1
-
-    def final_uses(self, value: Value, block: Block) -> int:
-        """How often the value's text would be written, views being transparent; 2 and more: too often to repeat."""
-        total = 0
-        for user in self.uses.get(value, []):
-            if user.kind in VIEWS and self.block_of[user] is block:
-                if user.kind == "broadcast" and not self.is_index(value):
-                    return 2
-                total += sum(self.final_uses(r, block) for r in user.results)
-            elif self.block_of[user] is not block or user.kind in ("scan", "dot", "reduce", "atomic_cas"):
-                return 2
-            else:
-                total += 1
-        return total
-
-    def is_index(self, value: Value) -> bool:
-        """Whether a value is made of program ids, lane numbers, parameters and constants only."""
-        if value not in self.index:
-            op = value.op
-            if op is None:
-                self.index[value] = value in self.aliases
-            elif op.kind in ("constant", "program_id", "num_programs", "arange"):
-                self.index[value] = True
-            else:
-                plain = op.kind in ELEMENTWISE or op.kind in VIEWS
-                self.index[value] = plain and all(self.is_index(v) for v in op.operands)
-        return self.index[value]
-
-    def convert_results(self, values: Sequence[Value]) -> None:
-        """Moves values into the other layouts that they are wanted in."""
-        for value in values:
-            home = self.assignment.home.get(value)
-            self.depth[value] = self.loops
-            for layout in self.assignment.wanted.get(value, []):
-                if home is not None and layout != home and (value, layout) not in self.forms:
-                    self.forms[value, layout] = convert.convert(self, value, self.forms[value, home], home, layout)
-            if value in self.assignment.spilled:
-                self.stages[value] = staging.put(self, value)
-
     # ------------------------------------------------------------------------------------------------ operations
 
     def run(self, block: Block) -> None:
@@ -281,6 +188,17 @@ class Emitter:
             except self.dialect.Unsupported as problem:
                 raise self.error(f"{op.kind} of {problem}") from None
             self.convert_results(op.results)
+
+    def convert_results(self, values: Sequence[Value]) -> None:
+        """Moves values into the other layouts that they are wanted in."""
+        for value in values:
+            home = self.assignment.home.get(value)
+            self.depth[value] = self.loops
+            for layout in self.assignment.wanted.get(value, []):
+                if home is not None and layout != home and (value, layout) not in self.forms:
+                    self.forms[value, layout] = convert.convert(self, value, self.forms[value, home], home, layout)
+            if value in self.assignment.spilled:
+                self.stages[value] = staging.put(self, value)
 
     def loads_early(self, op: Op) -> bool:
         """Whether an operation loads before the kernel waits, because the kernel says when it does."""
@@ -302,24 +220,18 @@ class Emitter:
         if kind == "div" and len(op.operands) == 3:
             quotients.divide(self, op)
         elif kind in ELEMENTWISE:
-            for layout in self.assignment.versions(op.result):
-                operands = [self.form(v, layout if v.shape else None) for v in op.operands]
-                self.define(op.result, layout, self.in_runs(op, layout, self.elementwise(op, operands)))
+            elementwise.compute(self, op)
         elif kind in VIEWS:
-            for result in op.results:
-                for layout in self.assignment.versions(result):
-                    self.forms[result, layout] = self.view(op, result, layout)
+            views.view(self, op)
         elif kind == "constant":
             text = elementwise.number(op.attributes["value"], op.result.element, self.dialect)
             self.forms[op.result, self.assignment.scalar] = literal(text)
         elif kind == "program_id":
-            self.define(op.result, self.assignment.scalar, literal(self.dialect.program_id(op.attributes["axis"])))
+            text = self.dialect.program_id(op.attributes["axis"])
+            variables.define(self, op.result, self.assignment.scalar, literal(text))
         elif kind == "num_programs":
             text = f"arguments.grid[{op.attributes['axis']}]"
-            self.define(op.result, self.assignment.scalar, literal(text))
-        elif kind == "arange":
-            for layout in self.assignment.versions(op.result):
-                self.forms[op.result, layout] = self.arange(op, layout)
+            variables.define(self, op.result, self.assignment.scalar, literal(text))
         elif kind == "gdc_launch_dependents":
             if self.dialect.EARLY_START:
                 self.say(self.dialect.LET_NEXT_START)
@@ -327,77 +239,6 @@ class Emitter:
             pass
         else:
             HANDLERS[kind](self, op)
-
-    def in_runs(self, op: Op, layout: Layout, form: Form) -> Form:
-        """A comparison whose result is the same in aligned runs of registers is computed for the first of each."""
-        if op.kind not in COMPARISONS or not op.result.shape:
-            return form
-        width = self.assignment.widths.equal_bits(op.result, layout)
-        return form.through(tuple(0 if bit < width else 1 << bit for bit in range(len(layout.registers))))
-
-    def elementwise(self, op: Op, operands: Sequence[Form]) -> Form:
-        index = self.is_index(op.result)
-
-        def make(*texts: str) -> str:
-            return elementwise.expression(op, list(texts), self.dialect, index, self.helpers)
-
-        packed = words.computed(op, operands, self.dialect, self.helpers)
-        if packed is not None:
-            return words.single_bytes(packed, op.result.element, self.dialect)
-        form = expression(make, *operands)
-        form = Form(form.text, form.names, closed(form.text(fixed(0))))
-        if op.kind == "addptr":
-            form = Form(form.text, form.names, False, (operands[0], operands[1]))
-        return form
-
-    def arange(self, op: Op, layout: Layout) -> Form:
-        start = op.attributes["start"]
-
-        def text(index: Index) -> str:
-            place = self.place(layout, index)
-            if not start:
-                return place
-            return f"{start} + {place if place.isidentifier() or place.isdigit() else f'({place})'}"
-
-        return Form(text, lambda i: set(), not start and not layout.registers and text(fixed(0)).isalnum())
-
-    def view(self, op: Op, result: Value, layout: Layout) -> Form:
-        source = op.operands[0]
-        needed = operand_layouts(op, layout)
-        if op.kind == "split":
-            number = op.results.index(result)
-            form = self.form(source, needed[0])
-            shift = self.registers(needed[0], layout, tuple(1 << (b + 1) for b in range(layout.bits)))
-            return shifted(form, shift, number)
-        view = view_map(op.kind, source.shape, result.shape, op.attributes)
-        map_ = self.registers(needed[0], layout, view)
-        parts = [self.form(v, l if v.shape else None).through(map_) for v, l in zip(op.operands, needed)]
-        if op.kind not in ("join", "cat"):
-            return parts[0]
-        cut = part_bit(op.kind, result.shape, op.attributes)
-        pick = tuple(int(bit == cut) for bit in range(layout.bits))
-
-        def text(index: Index, parts: Sequence[Form] = parts) -> str:
-            which = self.place(layout, index, pick)
-            if which in ("0", "1"):
-                return parts[int(which)].operand(index)
-            return f"{f'({which})' if ' ' in which else which} ? {parts[1].operand(index)} : {parts[0].operand(index)}"
-
-        packed = words.chosen(parts, layout, cut, text)
-        if packed is not None:
-            return words.single_bytes(packed, result.element, self.dialect)
-        return Form(text, lambda i: parts[0].names(i) | parts[1].names(i), False)
-
-    def registers(self, source: Layout, result: Layout, view: Map) -> Map:
-        """Which register of a view's source each register of its result is."""
-        columns = [solve(source.registers, c) for c in compose(view, result.registers)]
-        assert None not in columns
-        return tuple(columns)  # type: ignore[arg-type]
-
-    def home(self, value: Value) -> Layout:
-        layout = self.assignment.home[value]
-        assert layout is not None
-        return layout
 
 
 class SharedPointer(Statement):
@@ -412,6 +253,7 @@ class SharedPointer(Statement):
 
 
 HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
+    "arange": views.arange,
     "load": memory.load,
     "store": memory.store,
     "atomic_rmw": memory.atomic_rmw,

@@ -1,4 +1,4 @@
-"""Where small loads go: what a simdgroup wants is asked of memory once, and handed on by shuffles.
+"""Where loads go: what a simdgroup wants is asked of memory once, and handed on by shuffles.
 
 The largest loads of a kernel are coalesced and the rest follows them. A small tile that is read with them, such as the
 scales of the blocks whose bytes they read, may be addressed by the same pointers: then it is spread over the lanes of
@@ -10,10 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from nitinol.compiler.gpu.access import memory_order, segments
+from nitinol.compiler.gpu.flow import operand_layouts
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, bits_of, view_map
+from nitinol.compiler.gpu.preferred import coalesced
 from nitinol.compiler.ir import ELEMENTWISE, Function, Op, Value, walk
 from nitinol.language.types import PointerType
+
+if TYPE_CHECKING:
+    from nitinol.compiler.gpu.assign import Assignment
 
 Near = dict[Value, Layout]  # where the pointers are that loads with a layout start from
 
@@ -23,6 +30,48 @@ def large_loads(function: Function) -> set[Op]:
     found = [op for op in walk(function.body) if op.kind == "load" and op.operands[0].shape]
     most = max((bits_of(op.operands[0].shape) for op in found), default=0)
     return {op for op in found if bits_of(op.operands[0].shape) >= most - 1}
+
+
+def load_layout(a: Assignment, op: Op) -> Layout | None:
+    """On the way forward: a large load is coalesced, a small one goes beside others of the same pointers, or follows
+    its users (None)."""
+    pointer, best = op.operands[0], coalesced(a, op)
+    if op in a.large or not index_only(a, op):
+        a.chosen[op] = best
+    else:
+        order = memory_order(a.widths.strides.of(pointer), pointer.shape)
+        vector = a.vectors.get(pointer.shape, 0)
+        found = None if a.style.direct else beside(a.near, pointer, order, vector)
+        if found is None:
+            a.weak[op.result] = best.bits, best
+            return None
+        a.chosen[op] = found
+    note(a.near, pointer, a.chosen[op])
+    return a.chosen[op]
+
+
+def place_load(a: Assignment, op: Op) -> None:
+    """On the way back: a load without a home goes where it is wanted with the fewest registers. One with a home does so
+    too if that is the only place and costs memory little more: several simdgroups then load the same elements, from the
+    cache, and save a trip through threadgroup memory with its barriers."""
+    wanted, home = a.wanted.get(op.result, []), a.home[op.result]
+    pointer = op.operands[0]
+    assert isinstance(pointer.element, PointerType)
+    order = memory_order(a.widths.strides.of(pointer), pointer.shape)
+    nbytes = pointer.element.element.nbytes
+    if home is None:
+        layout = min(wanted, key=lambda w: w.count, default=coalesced(a, op))
+        a.chosen[op] = a.home[op.result] = spread(layout, order, nbytes, a.style.direct)
+    elif len(wanted) == 1 and wanted[0] != home and index_only(a, op):
+        layout = spread(wanted[0], order, nbytes, a.style.direct)
+        if segments(a.widths, op, layout) <= 4 * segments(a.widths, op, home):
+            a.chosen[op] = a.home[op.result] = layout
+            a.moved |= {op} & a.large
+
+
+def index_only(a: Assignment, op: Op) -> bool:
+    """Whether address, mask and other value are computed wherever they are wanted."""
+    return all(a.home.get(v) is None or not v.shape for v in op.operands)
 
 
 def spread(layout: Layout, order: Sequence[int], nbytes: int, direct: bool) -> Layout:
@@ -48,7 +97,7 @@ def spread(layout: Layout, order: Sequence[int], nbytes: int, direct: bool) -> L
     return replace(made, sparse=made.copies[0] != 0)
 
 
-def note(near: Near, value: Value, layout: Layout, operand_layouts) -> None:  # type: ignore[no-untyped-def]
+def note(near: Near, value: Value, layout: Layout) -> None:
     """Where the pointers that an address is computed from are for an access in this layout. Numbers are not noted: the
     same range of them may count rows here and tokens there."""
     op = value.op
@@ -57,7 +106,7 @@ def note(near: Near, value: Value, layout: Layout, operand_layouts) -> None:  # 
     near[value] = layout.dense
     if op is not None and (op.kind in ELEMENTWISE or op.kind in ("broadcast", "reshape", "trans")):
         for operand, needed in zip(op.operands, operand_layouts(op, layout)):
-            note(near, operand, needed, operand_layouts)
+            note(near, operand, needed)
 
 
 def beside(near: Near, pointer: Value, order: Sequence[int], vector: int) -> Layout | None:

@@ -14,6 +14,7 @@ from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import convert, words
 from nitinol.compiler.gpu.forms import Form, Index, Stepped, bare, expression, literal, variable
 from nitinol.compiler.gpu.layout import Layout
+from nitinol.compiler.gpu.threads import owner_of
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op, constant_of
 from nitinol.language.types import DType, PointerType, int1, uint32
@@ -63,7 +64,7 @@ def load(e: Emitter, op: Op) -> None:
     width = e.assignment.widths.contiguous_bits(op, layout) if result.shape else 0
     declaration = f"{kind} {name}[{layout.count}];" if layout.count > 1 else ""
     if layout.sparse:  # the owner's lane alone
-        lanes = e.owner(replace(layout, warps=()))[0]
+        lanes = owner_of(replace(layout, warps=()))[0]
         mask = literal(lanes) if mask is None else expression(lambda m: f"{lanes} && {m}", mask)
 
     def default(i: Index) -> str:
@@ -138,7 +139,7 @@ def store(e: Emitter, op: Op) -> None:
     mask = e.form(op.operands[2], layout) if len(op.operands) > 2 else None
     access = touched(e, op, "write", layout)
     reads = [f for f in (pointer, value, mask) if f is not None]
-    owner = e.owner(layout)
+    owner = owner_of(layout)
     width = e.assignment.widths.contiguous_bits(op, layout) if op.operands[0].shape else 0
 
     def condition(i: Index) -> str:
@@ -187,7 +188,7 @@ def atomic_cas(e: Emitter, op: Op) -> None:
 def atomic(e: Emitter, op: Op, layout: Layout, forms: list[Form], mask: Form | None, text: Text) -> None:
     """One thread acts for each element; the old value is handed on to those that hold copies."""
     access = touched(e, op, "atomic", layout)
-    owner = e.owner(layout)
+    owner = owner_of(layout)
     used = op.result in e.uses
     kind = e.type(op.result.element)
     name = e.name(op.result.name or "old")

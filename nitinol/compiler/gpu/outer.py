@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nitinol.compiler.gpu import convert
 from nitinol.compiler.gpu.forms import Index
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, axis_bits, bits_of, compose, independent, solve
+from nitinol.compiler.gpu.threads import place_of
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import Op
 from nitinol.language.types import DType
@@ -57,7 +58,7 @@ def outer_products(e: Emitter, op: Op) -> None:
         registers = compose(place, layout.registers)
         own = independent(registers)
         name, count = e.name("x" if value is a else "y"), 1 << len(own)
-        base = e.place(Layout(layout.bits, (), layout.lanes, layout.warps), Index(()), place)
+        base = place_of(Layout(layout.bits, (), layout.lanes, layout.warps), Index(()), place)
         column = Index(own)
         lines.append(f"{kind} {name}[{count}];")
         lines += _loop(e, count, f"{name}[r] = {kind}({shared}[(({base}) | ({column})) + (k << {width})]);")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nitinol.compiler.gpu import convert, elementwise, sums, words
 from nitinol.compiler.gpu.forms import Form, Index, closed, fixed, squeeze, variable
 from nitinol.compiler.gpu.layout import Layout, axis_bits
+from nitinol.compiler.gpu.threads import place_of
 from nitinol.compiler.gpu.tree import Access
 from nitinol.compiler.ir import ELEMENTWISE, Op, Value, combine_kind
 from nitinol.language.types import DType, PointerType
@@ -271,7 +272,7 @@ def between_warps(e: Emitter, op: Op, running: Running, source: Layout, result: 
     if combine_kind(op) is not None:
 
         def whole(i: Index) -> str:
-            cells = [at(pieces[0][0], number, e.place(result, i)) for number in range(1 << len(parts))]
+            cells = [at(pieces[0][0], number, place_of(result, i)) for number in range(1 << len(parts))]
             text = cells[0]
             for other in cells[1:]:
                 text = combine(e, op, [text if closed(text) else f"({text})"], [other])[1][0]
@@ -285,7 +286,7 @@ def between_warps(e: Emitter, op: Op, running: Running, source: Layout, result: 
 
     def lines(i: Index) -> list[str]:
         out: list[str] = []
-        place = e.place(result, i)
+        place = place_of(result, i)
         current = [at(shared, 0, place) for shared, _ in pieces]
         for number in range(1, 1 << len(parts)):
             before, texts = combine(e, op, current, [at(shared, number, place) for shared, _ in pieces])

@@ -11,6 +11,7 @@ from nitinol.compiler.gpu import memory
 from nitinol.compiler.gpu.forms import Form, Index, Stepped, fixed
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, axis_bits, blocked
 from nitinol.compiler.gpu.pipeline import COPY_BYTES, Stage
+from nitinol.compiler.gpu.threads import guard_of, place_of
 from nitinol.compiler.gpu.tree import Access, Statement
 from nitinol.compiler.ir import Op, Value
 
@@ -47,12 +48,11 @@ def stage_copy(e: Emitter, op: Op) -> None:
     mask = e.form(op.operands[2], layout) if len(op.operands) > 2 else None
     width = (COPY_BYTES // stage.element.nbytes).bit_length() - 1
     base = f"{stage.name} + {slot.operand(fixed(0))} * {stage.nbytes}"
-    owner = e.owner(layout)
-    guard = f"if ({' && '.join(owner)}) " if owner else ""
+    guard = guard_of(layout)
     accesses = [memory.touched(e, op, "read", layout), Access("hold", stage.piece)]
 
     def lines(i: Index) -> list[str]:
-        to = f"{base} + ({e.place(layout, i, stage.columns)})"
+        to = f"{base} + ({place_of(layout, i, stage.columns)})"
         return [f"{guard}cp_async({to}, {pointer.text(i)}{f', {mask.text(i)}' if mask is not None else ''});"]
 
     if layout.count == 1 << width:
@@ -102,12 +102,11 @@ def put(e: Emitter, value: Value) -> Stage:
     along = [1 << bit for bit in bits[inner]]
     while width < min(most, len(layout.registers), len(along)) and layout.registers[width] == along[width]:
         width += 1
-    owner = e.owner(layout)
-    guard = f"if ({' && '.join(owner)}) " if owner else ""
+    guard = guard_of(layout)
     access = Access("write", stage.piece)
 
     def lines(i: Index) -> list[str]:
-        address = f"{stage.name} + ({e.place(layout, i, stage.columns)})"
+        address = f"{stage.name} + ({place_of(layout, i, stage.columns)})"
         values = ", ".join(form.text(i.at(n)) for n in range(1 << width))
         kind = f"Vector<{e.type(stage.element)}, {1 << width}>"
         return [f"{guard}shared_store({address}, {kind}{{{{{values}}}}});"]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from nitinol.compiler.analysis import replace_uses, uses_of
 from nitinol.compiler.gpu.forms import Form
-from nitinol.compiler.gpu.layout import LANE_BITS, Layout, axis_bits
+from nitinol.compiler.gpu.layout import Layout, axis_bits
+from nitinol.compiler.gpu.threads import first_of
 from nitinol.compiler.ir import Block, Function, Op, Value, combine_kind, constant_of, create, walk
 from nitinol.language.types import DType, float32
 
@@ -78,10 +79,7 @@ def is_sum(op: Op) -> bool:
 
 def first_part(e: Emitter, value: Value, form: Form, threads: Threads) -> Form:
     """The start of a sum as one thread's part, 0 in the others."""
-    conditions = []
-    for name, mask, bits in (("lane", threads[0], LANE_BITS), ("warp", threads[1], e.warp_bits)):
-        if mask:
-            conditions.append(f"{name} == 0" if mask == (1 << bits) - 1 else f"({name} & {mask}) == 0")
+    conditions = first_of(threads, e.warp_bits)
     if not conditions or constant_of(value) == 0:
         return form
     zero = f"{e.type(value.element)}(0)"

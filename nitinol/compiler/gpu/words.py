@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nitinol.compiler.gpu.access import neighbours
-from nitinol.compiler.gpu.assign import operand_layouts
+from nitinol.compiler.gpu.flow import operand_layouts, source_registers
 from nitinol.compiler.gpu.forms import Form, Index, Words, bare, expression, fixed, literal, squeeze, variable
 from nitinol.compiler.gpu.layout import Layout, Map, compose, identity, view_map
 from nitinol.compiler.ir import Function, Op, Value, combine_kind, constant_of, walk
@@ -188,7 +188,7 @@ def remainder(e: Emitter, pointer: Value, layout: Layout) -> Form:
         elif op is not None and op.kind in ("broadcast", "reshape", "trans"):
             (source,), (needed,) = op.operands, operand_layouts(op, layout)
             view = view_map(op.kind, source.shape, value.shape, op.attributes)
-            collect(source, needed, compose(e.registers(needed, layout, view), map_))
+            collect(source, needed, compose(source_registers(needed, layout, view), map_))
         else:
             steps = e.assignment.widths.steps(value, layout.registers) if value.shape else ()
             kept = sum(1 << bit for bit, step in enumerate(steps) if step is None or step % 4)
