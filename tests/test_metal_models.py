@@ -13,22 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from model_files import mixed_file, random_file
+from same_tokens import check_same_tokens, follow
 
 from nitinol.cli import main
 from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import Model, load
-from nitinol.generate.options import Options
 from nitinol.generate.profile import moved
 from nitinol.runtime import open_device, using_device
 from nitinol.runtime.device import DeviceError
 from nitinol.runtime.metal import MetalDevice
-
-STEPS = 16
-# Errors of logits, as parts of their deviation. The two devices add in another order, which makes 1e-6 to 1e-4. Every
-# now and then this turns a tie in the rounding of an activation to int8 (1/127 of the largest of 32), or of a key or
-# value to fp16, and then this step and those after it are off: by up to 4% seen.
-CLOSE, FLIPPED = 1e-3, 0.1
-PROMPTS = 10  # a tie spoils about one in four
 
 try:
     open_device("metal")
@@ -41,73 +34,23 @@ def rng() -> np.random.Generator:
     return np.random.default_rng()
 
 
-def follow(model: Model, prompt: list[int], tokens: list[int]) -> list[int]:
-    """What the model chooses after the prompt and after each of `tokens`, one decode step each: it is given these
-    whatever it would have chosen itself."""
-    model.begin(None)
-    model.cache.move(0)
-    model.prefill(prompt, Options())
-    chosen = [model.next_token]
-    for token in tokens:
-        model._state.token.buffer.write(np.array([token], np.int32))
-        model.step()
-        chosen.append(model.next_token)
-    return chosen
-
-
-def step_logits(model: Model, ids: list[int], start: int) -> np.ndarray:
-    """The logits of the tokens from `start` on, one step each; their predecessors are in the cache."""
-    rows = []
-    for position in range(start, len(ids)):
-        model.cache.move(position)
-        with using_device(model.device):
-            rows.append(model._logits(model._forward(model._tokens(ids[position:position + 1]))).numpy()[0])
-    return np.stack(rows)
-
-
-def check_same_tokens(path: Path, rng: np.random.Generator, prompt_tokens: int) -> None:
-    """Metal is given the CPU's greedy tokens one by one and chooses the same after each, wherever the best two are
-    further apart than the logits' error allows. An early tie leaves little to see, so then there is another prompt."""
-    cpu, metal = load(path, device="cpu", context=64), load(path, device="metal", context=64)
-    for _ in range(PROMPTS):
-        prompt = rng.integers(0, cpu.config.vocab, prompt_tokens).tolist()
-        tokens = follow(cpu, prompt, [])
-        while len(tokens) < STEPS:
-            cpu.step()
-            tokens.append(cpu.next_token)
-        found = follow(metal, prompt, tokens[:-1])
-        ids, start = prompt + tokens[:-1], len(prompt) - 1
-        expected, logits = (step_logits(model, ids, start) for model in (cpu, metal))
-        assert expected.argmax(axis=1).tolist() == tokens
-        error = np.abs(logits - expected).max(axis=1) / expected.std()
-        together = np.abs(metal.logits(prompt)[-1] - expected[0]).max() / expected.std()
-        assert max(together, *error) < FLIPPED
-        second, first = np.sort(expected, axis=1)[:, -2:].T / expected.std()
-        decided = first - second > 2 * np.maximum(error, CLOSE)
-        wrong = [(at, found[at], tokens[at]) for at in np.flatnonzero(decided) if found[at] != tokens[at]]
-        assert not wrong, f"after how many steps, found, expected: {wrong}"
-        if (decided & (error < CLOSE)).sum() > STEPS / 2:
-            return
-    raise AssertionError(f"in each of {PROMPTS} prompts most steps are not within {CLOSE} of the CPU's: {error}")
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_gives_the_tokens_of_the_cpu(format: str, rng: np.random.Generator, tmp_path: Path) -> None:
     """From one token on, so through the kernels of decoding alone."""
     path = random_file(tmp_path / f"{format}.gguf", format, seed=int(rng.integers(1 << 31)), ffn=256, tied=False)
-    check_same_tokens(path, rng, 1)
+    check_same_tokens(path, "metal", rng, 1)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_every_architecture_gives_the_tokens_of_the_cpu(arch: str, rng: np.random.Generator, tmp_path: Path) -> None:
     path = random_file(tmp_path / f"{arch}.gguf", "Q8_0", arch, seed=int(rng.integers(1 << 31)), ffn=256, tied=False)
-    check_same_tokens(path, rng, 9)
+    check_same_tokens(path, "metal", rng, 9)
 
 
 def test_a_prompt_through_all_formats_gives_the_tokens_of_the_cpu(rng: np.random.Generator, tmp_path: Path) -> None:
     """12 formats in one model, each in a matrix product and a matrix-vector product."""
     path = mixed_file(tmp_path / "mixed.gguf", int(rng.integers(12)), int(rng.integers(1 << 31)))
-    check_same_tokens(path, rng, 9)
+    check_same_tokens(path, "metal", rng, 9)
 
 
 # --------------------------------------------------------------------------------------- with the software's counters
