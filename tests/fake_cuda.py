@@ -26,6 +26,7 @@ class CUresult(enum.IntEnum):
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_NOT_SUPPORTED = 801
     CUDA_ERROR_UNKNOWN = 999
 
 
@@ -185,6 +186,18 @@ class Driver:
         return 0, memory.ctypes.data
 
     def cuMemFreeHost(self, address: int) -> Any:
+        with self._lock:
+            del self.pinned[address]
+        return (0,)
+
+    def cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
+        if nbytes > self.pinnable:
+            return (CUresult.CUDA_ERROR_OUT_OF_MEMORY,)
+        with self._lock:
+            self.pinned[address] = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        return (0,)
+
+    def cuMemHostUnregister(self, address: int) -> Any:
         with self._lock:
             del self.pinned[address]
         return (0,)

@@ -207,6 +207,16 @@ def test_memory_that_cannot_be_pinned(monkeypatch: Any) -> None:
     assert device.wrap(np.ones(20 << 20, np.uint8)).read().all()
 
 
+def test_memory_of_the_hosts_own_that_cannot_be_pinned(monkeypatch: Any) -> None:
+    """Then the driver's is used."""
+    device, driver = open_fake(monkeypatch)
+    monkeypatch.setattr(driver, "cuMemHostRegister", lambda *_: (fake_cuda.CUresult.CUDA_ERROR_NOT_SUPPORTED,))
+    data = np.random.default_rng().integers(0, 256, 20 << 20, np.uint8)
+    before = driver.calls["cuMemHostAlloc"]
+    assert np.array_equal(device.wrap(data).read(), data)
+    assert 1 <= driver.calls["cuMemHostAlloc"] - before <= 5  # the five pieces may be gone before all have a buffer
+
+
 def file_of(path: Path, size: int) -> np.ndarray:
     """Random bytes in a file of that name."""
     data = np.random.default_rng().integers(0, 256, size, np.uint8)
@@ -292,13 +302,13 @@ def test_threads_begin_with_the_first_pinned_buffer(monkeypatch: Any) -> None:
     """Pinning goes on only when the buffers that are there have been used: so it would never end if threads waited
     until all are there. Then it ends, because nothing is left to be copied."""
     device, driver = open_fake(monkeypatch)
-    pin, copied = driver.cuMemHostAlloc, threading.Event()
+    pin, copied = driver.cuMemHostRegister, threading.Event()
     allocated: list[int] = []
 
-    def slow(nbytes: int, flags: int) -> Any:
+    def slow(address: int, nbytes: int, flags: int) -> Any:
         allocated.append(nbytes)
         assert len(allocated) < 3 or copied.wait(60)
-        return pin(nbytes, flags)
+        return pin(address, nbytes, flags)
 
     copy = driver.cuMemcpyHtoDAsync
     copies: list[int] = []
@@ -309,7 +319,7 @@ def test_threads_begin_with_the_first_pinned_buffer(monkeypatch: Any) -> None:
             copied.set()
         return copy(*arguments)
 
-    monkeypatch.setattr(driver, "cuMemHostAlloc", slow)
+    monkeypatch.setattr(driver, "cuMemHostRegister", slow)
     monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", copying)
     data = np.random.default_rng().integers(0, 256, 120 << 20, np.uint8)
     buffer = device.wrap(data)

@@ -165,5 +165,22 @@ class Pinned:
             self.device.cu.cuMemFreeHost(self.address)
 
 
+class Registered:
+    """Memory that the host has already (uint8, contiguous), pinned so that the GPU's copy engines can use it. CudaError
+    where that cannot be done."""
+
+    address = 0
+
+    def __init__(self, device: CudaDevice, memory: np.ndarray):
+        self.device, self.bytes = device, memory
+        device.call(device.cu.cuMemHostRegister, memory.ctypes.data, memory.nbytes, 0)
+        self.address = memory.ctypes.data
+
+    def __del__(self) -> None:
+        if self.address and self.device.usable:
+            self.device.cu.cuCtxSetCurrent(self.device.context)
+            self.device.cu.cuMemHostUnregister(self.address)
+
+
 def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"

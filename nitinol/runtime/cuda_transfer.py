@@ -2,7 +2,8 @@
 
 The GPU's copy engines read and write pinned pages only. Threads therefore take pieces in turn, and fill pinned buffers
 while the GPU copies others. A mapped file is read into them, not copied out of its mapping, which would have to map the
-pages first: 45 GB/s instead of 38, of the 55 that a PCIe 5 link takes.
+pages first: 45 GB/s instead of 38, of the 55 that a PCIe 5 link takes. The buffers lie on huge pages, which take half
+the time to pin: 47 GB/s.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nitinol.formats.gguf import FileMapping
-from nitinol.runtime.cuda_driver import Pinned
+from nitinol.runtime.cuda_driver import CudaError, Pinned, Registered
 from nitinol.runtime.device import Progress
+from nitinol.runtime.memory import HUGE_PAGE, map_memory
 
 if TYPE_CHECKING:
     from nitinol.runtime.cuda import CudaDevice
 
-# H200, 16 cores, two buffers a thread: 12 threads kept up 53 GB/s of the link's 55 with pieces of 4 MB (they take the
-# link 76 us each, a thread 0.9 ms), 45 with 8 MB (caches), 37 with 2 MB (the interpreter); 16 threads 51, 8 threads 44.
+# H200, 16 cores, 16 GB: 47 GB/s of the link's 55 with 14 threads, 46 with 12 and less evenly. Pieces of 4 MB take the
+# link 76 us each, a thread 0.9 ms; with 8 MB caches were the limit, with 2 MB the interpreter.
 PIECE = 4 << 20  # bytes; up to here the driver's own staging is quicker
-THREADS = 12
-STAGES = 20  # all threads fill one, and the link has eight pieces (0.6 ms) waiting; pinning takes 1.8 ms each
+THREADS = 14
+STAGES = 20  # all threads fill one, and the link has six pieces (0.5 ms) waiting; pinning takes 0.75 ms each
 
 
 class Stage(NamedTuple):
     """A pinned buffer and the event of the copy that last used it."""
 
-    memory: Pinned
+    memory: Registered | Pinned
     event: Any
 
 
@@ -43,6 +45,7 @@ class Transfers:
     def __init__(self, device: CudaDevice):
         self._device = device
         self._free: deque[Stage] = deque()  # the one first whose copy began first
+        self._memory: np.ndarray | None = None
         self._lock = threading.Lock()
 
     def copy(self, address: int, host: np.ndarray, upload: bool, progress: Progress | None = None) -> None:
@@ -102,13 +105,13 @@ class Transfers:
         with ThreadPoolExecutor(len(moved), "nitinol-transfer") as threads:
             running: list[Future[None]] = []
             try:
-                # Pinning is slow (2.4 GB/s, by however many threads): one buffer after another, so that each is of use
-                # at once. If threads pin their own, all of them get there last: 43 ms with the link idle for 100 MB.
+                # Pinning is slow (5.6 GB/s, by however many threads): one buffer after another, so that each is of use
+                # at once. If threads pin their own, all of them get there last, and the link is idle until then.
                 for number in range(stages):
                     if not starts:
                         break
                     if number >= made:
-                        self._free.appendleft(self._stage())
+                        self._free.appendleft(self._stage(number))
                     if number < len(moved):
                         running.append(threads.submit(work, number))
                 while (found := wait(running, 0.1, FIRST_EXCEPTION)).not_done:
@@ -123,8 +126,15 @@ class Transfers:
         if progress is not None:
             progress(size, size)
 
-    def _stage(self) -> Stage:
-        return Stage(Pinned(self._device, PIECE), self._device.event("DISABLE_TIMING", "BLOCKING_SYNC"))
+    def _stage(self, number: int) -> Stage:
+        event = self._device.event("DISABLE_TIMING", "BLOCKING_SYNC")
+        if self._memory is None:  # takes no memory before it is used
+            mapping = map_memory(STAGES * PIECE + HUGE_PAGE)
+            self._memory = mapping[-mapping.ctypes.data % HUGE_PAGE:]
+        try:
+            return Stage(Registered(self._device, self._memory[number * PIECE:(number + 1) * PIECE]), event)
+        except CudaError:  # where memory of the host's own cannot be pinned, or no more of it
+            return Stage(Pinned(self._device, PIECE), event)
 
 
 def _reader(view: np.ndarray) -> Callable[[int, np.ndarray], None] | None:
