@@ -106,7 +106,7 @@ def matvec_blocks(format: str, columns: int) -> tuple[int, dict[str, Any], int]:
     elif target == "metal":  # the rows of a program share its activations
         rows, values, warps = (16, 512, 0) if plain else (16, 2048, 0)
     elif plain or format == "Q8_0":  # 4 KB on their way to each warp; these sizes as swept on an H200
-        rows, values, warps = (2, 1024, 1) if plain else (1, 2048, 1)
+        rows, values, warps = (2, 1024, 1) if plain else (2, 2048, 2)
     elif columns % 4096 == 0:  # two warps have a half of each row: activations are loaded once for four rows
         rows, values, warps = 4, 4096, 2
     else:
