@@ -47,7 +47,8 @@ def gpu_missing() -> str:
 
 
 def compile_source(executable: Executable, architecture: str = "sm_90a", words: list[str] | None = None) -> bytes:
-    """Machine code of a kernel; AssertionError with the compiler's words and the source. `words` takes them too."""
+    """Machine code of a kernel, or PTX for "compute_90a"; AssertionError with the compiler's words and the source.
+    `words` takes them too."""
     program = checked(nvrtc.nvrtcCreateProgram(executable.source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={architecture}".encode(), *(o.encode() for o in executable.options)]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -56,8 +57,9 @@ def compile_source(executable: Executable, architecture: str = "sm_90a", words: 
     if words is not None:
         words.append(log.decode())
     assert int(error) == 0, f"{log.decode()}\n{executable.source}"
-    code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
-    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    kind = "PTX" if architecture.startswith("compute") else "CUBIN"
+    code = bytearray(checked(getattr(nvrtc, f"nvrtcGet{kind}Size")(program)))
+    checked(getattr(nvrtc, f"nvrtcGet{kind}")(program, code))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return bytes(code)
 

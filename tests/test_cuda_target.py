@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -276,6 +277,71 @@ def test_products_of_every_kind(device, dtypes):
             atol = 8 * k * 2.0**-23 + (2.0**-9 * 8 * np.sqrt(k) if dtypes.endswith("tf") else 0.0)
             exact = a.astype(np.float64) @ b.astype(np.float64)
             np.testing.assert_allclose(c, exact, rtol=0, atol=atol, err_msg=told)
+
+
+# ------------------------------------------------------------------------------------------------ products of bytes
+
+PLACES = [(0, 2), (1, 3), (2, 0), (0, 1), (3, 0)]
+
+
+@jit
+def two_products(a, b, out, N: tl.constexpr, PLACES: tl.constexpr):
+    """out[p, q, i] = a[i, p[0]] * b[i, q[0]] + a[i, p[1]] * b[i, q[1]], and with a shifted, for places p and q."""
+    at = tl.arange(0, N)
+    left, right = four_bytes(a, at, N), four_bytes(b, at, N)
+    for p in tl.static_range(len(PLACES)):
+        for q in tl.static_range(len(PLACES)):
+            for shift in tl.static_range(2):
+                one, two = left[PLACES[p][0]] >> (4 * shift), left[PLACES[p][1]] >> (4 * shift)
+                total = one.to(tl.int32) * right[PLACES[q][0]].to(tl.int32)
+                total += two.to(tl.int32) * right[PLACES[q][1]].to(tl.int32)
+                tl.store(out + ((p * len(PLACES) + q) * 2 + shift) * N + at, total)
+
+
+@jit
+def four_bytes(pointer, at, N: tl.constexpr):
+    values = tl.load(pointer + at[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(values, (N, 2, 2)))
+    (first, third), (second, fourth) = tl.split(even), tl.split(odd)
+    return first, second, third, fourth
+
+
+def bytes_case(rng, kind, n=128):
+    low, high = np.iinfo(kind).min, np.iinfo(kind).max
+    a, b = rng.integers(low, high, (2, n, 4), kind, endpoint=True)
+    out = np.full((len(PLACES), len(PLACES), 2, n), 77, np.int32)
+    return a, b, out, compiled(two_products, "", 1, a=a, b=b, out=out, N=n, PLACES=tuple(PLACES))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_the_compiler_makes_no_sums_of_products_of_bytes_itself(kind):
+    """It does it wrongly for a[0] * b[0] + a[2] * b[2] of signed bytes, where it takes words for halves."""
+    text = compile_source(bytes_case(np.random.default_rng(), kind)[3][0], "compute_90a").decode()
+    assert "mad.lo" in text and "dp2a" not in text and "dp4a" not in text
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_sums_of_two_products_of_bytes(device, kind):
+    a, b, out, (made, values) = bytes_case(np.random.default_rng(), kind)
+    device.run(made, (1, 1, 1), values)
+    wide = a.astype(np.int32), (a >> 4).astype(np.int32), b.astype(np.int32)
+    for (p, left), (q, right) in itertools.product(enumerate(PLACES), repeat=2):
+        for shift in (0, 1):
+            expected = (wide[shift][:, left] * wide[2][:, right]).sum(axis=1)
+            np.testing.assert_array_equal(out[p, q, shift], expected, f"{left} {right} {shift}\n{made.source}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("m, n, k", [(16, 2, 2), (4, 4, 2), (8, 2, 4), (2, 16, 2)])
+def test_small_products_of_bytes(device, m, n, k):
+    """Without matrix instructions: too few rows or columns for them."""
+    rng = np.random.default_rng()
+    for _ in range(4):
+        made, values, a, b, c = product_case(rng, m, n, k, "i1 i1", int(rng.choice(WARPS)), k)
+        device.run(made, (1, 1, 1), values)
+        np.testing.assert_array_equal(c, a.astype(np.int64) @ b.astype(np.int64), made.source)
 
 
 @jit

@@ -184,8 +184,9 @@ def narrow_number(element: DType, value: float, text: str) -> str:
     return f"{type_name(element)}_of(0x{bits:04x})"
 
 
-def byte_shift(text: str) -> str:
-    """A byte's shift to the right, hidden: NVRTC 12.9 and 13.0 lose it where they make sums of products into dp4a."""
+def wide_byte(text: str) -> str:
+    """A byte as an int, hidden: NVRTC 12.9 and 13.0 make sums of products of bytes into dp4a and dp2a, and lose a
+    byte's shift to the right in doing so, or (bytes 0 and 2 of a word) its sign."""
     return f"opaque({text})"
 
 

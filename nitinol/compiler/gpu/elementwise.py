@@ -28,6 +28,7 @@ from nitinol.language.types import (
     float32,
     float64,
     int1,
+    int8,
     uint8,
     uint16,
     uint32,
@@ -173,8 +174,6 @@ def _integer(kind: str, element: DType, name: str, a: list[str], dialect: Module
         return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
     if kind in ("div", "rem") or kind in ("and", "or", "xor", "shr"):
         text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
-        if kind == "shr" and element.bits == 8:
-            text = dialect.byte_shift(text)
     elif kind in ("min", "max"):
         return f"{kind}({bare(a[0])}, {bare(a[1])})"
     elif kind == "mulhi":
@@ -211,6 +210,8 @@ def cast(x: str, source: Any, target: Any, dialect: ModuleType) -> str:
         return f"{x} != 0"
     if source in _NARROW and target in _NARROW:
         x = f"float({bare(x)})"  # holds both
+    if source in (int8, uint8) and not target.is_float and target.bits > 8:
+        x = dialect.wide_byte(bare(x))
     return f"{name}({bare(x)})"
 
 

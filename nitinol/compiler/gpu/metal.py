@@ -163,8 +163,8 @@ def narrow_number(element: DType, value: float, text: str) -> str:
     return f"{type_name(element)}({text})"
 
 
-def byte_shift(text: str) -> str:
-    """A byte's shift to the right."""
+def wide_byte(text: str) -> str:
+    """A byte on its way to a wider type."""
     return text
 
 

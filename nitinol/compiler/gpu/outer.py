@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nitinol.compiler.gpu import convert
+from nitinol.compiler.gpu.elementwise import cast
 from nitinol.compiler.gpu.forms import Index
 from nitinol.compiler.gpu.layout import LANE_BITS, Layout, Map, axis_bits, bits_of, compose, independent, solve
 from nitinol.compiler.gpu.threads import place_of
@@ -61,7 +62,8 @@ def outer_products(e: Emitter, op: Op) -> None:
         base = place_of(Layout(layout.bits, (), layout.lanes, layout.warps), Index(()), place)
         column = Index(own)
         lines.append(f"{kind} {name}[{count}];")
-        lines += _loop(e, count, f"{name}[r] = {kind}({shared}[(({base}) | ({column})) + (k << {width})]);")
+        text = f"{shared}[(({base}) | ({column})) + (k << {width})]"
+        lines += _loop(e, count, f"{name}[r] = {cast(text, value.element, element, e.dialect)};")
         back = tuple(solve(own, c) or 0 for c in registers)
         texts.append(f"{name}[{Index(tuple(1 << i for i in range(len(registers)))).through(back)}]")
     total = form.text(Index(tuple(1 << i for i in range(len(layout.registers)))))
