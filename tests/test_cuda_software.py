@@ -60,12 +60,28 @@ def fields(x, out, row_bytes, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl
 ])  # fmt: skip
 def test_bytes_at_even_addresses(rng, rows, blocks, step, at, count, warps):
     """They come as whole words, of which the last may be the last of the array."""
-    x = rng.integers(0, 256, (rows, blocks * step), np.uint8)
-    out = np.zeros((rows, blocks, count), np.uint8)
+    kind = rng.choice([np.uint8, np.int8])
+    x = rng.integers(0, 256, (rows, blocks * step), np.uint8).view(kind)
+    out = np.zeros((rows, blocks, count), kind)
     made = launch(fields, (1,), warps, x=x.reshape(-1), out=out, row_bytes=blocks * step, ROWS=rows, BLOCKS=blocks,
                   STEP=step, AT=at, COUNT=count)  # fmt: skip
     np.testing.assert_array_equal(out, x.reshape(rows, blocks, step)[:, :, at : at + count])
     assert "loose_load<" in made.source.split("fields(")[1]
+
+
+@jit
+def larger_bits(x, y, out, N: tl.constexpr, WIDE: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, tl.maximum(tl.load(x + at), tl.load(y + at)).to(WIDE, bitcast=True))
+
+
+@pytest.mark.parametrize("kind, bits", [(np.int16, "uint16"), (np.int8, "uint8"), (np.uint8, "int8")])
+def test_the_larger_of_two_narrow_integers_is_narrow(rng, kind, bits):
+    x, y = rng.integers(-100 if kind != np.uint8 else 0, 100, (2, 64)).astype(kind)
+    out = np.zeros(64, bits)
+    made = launch(larger_bits, (1,), 1, x=x, y=y, out=out, N=64, WIDE=getattr(tl, bits))
+    np.testing.assert_array_equal(out, np.maximum(x, y).view(bits))
+    assert re.search(r"(short|schar|uchar)\(max\(", made.source)  # CUDA's max of these is an int
 
 
 @jit

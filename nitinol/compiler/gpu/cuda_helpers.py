@@ -157,8 +157,8 @@ INLINE double exponential(double x) { return exp(x); }""",
     # cycle of the L1 cache for each of the 5 lines that it touches, which at 8 loads was what limited the kernel.
     "loose_load": """// N words at `past` = 0 or 2 bytes past an aligned address, from all aligned words with bytes
 // of them.
-template <int N> INLINE Vector<uint, N> loose_load(const uchar *from, uint past) {
-    const uchar *first = from - past, *last = from + past;
+template <int N> INLINE Vector<uint, N> loose_load(const void *from, uint past) {
+    const uchar *first = (const uchar *)from - past, *last = (const uchar *)from + past;
     Vector<uint, N> words;
     uint low = *(const uint *)first;
 #pragma unroll

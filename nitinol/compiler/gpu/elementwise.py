@@ -174,8 +174,8 @@ def _integer(kind: str, element: DType, name: str, a: list[str], dialect: Module
         return f"{a[0]} {_OPERATORS[kind]} {a[1]}"
     if kind in ("div", "rem") or kind in ("and", "or", "xor", "shr"):
         text = f"{a[0]} {_OPERATORS[kind]} {a[1]}"
-    elif kind in ("min", "max"):
-        return f"{kind}({bare(a[0])}, {bare(a[1])})"
+    elif kind in ("min", "max"):  # of narrow integers, CUDA's are ints
+        text = f"{kind}({bare(a[0])}, {bare(a[1])})"
     elif kind == "mulhi":
         if not narrow:
             return f"{dialect.FUNCTIONS[kind]}({bare(a[0])}, {bare(a[1])})"
