@@ -248,6 +248,7 @@ def test_sampling(rng):
     logits = normal(rng, vocabulary) * 3
     history = poisoned(context, np.int32)
     history[: place + 1] = rng.integers(0, vocabulary, place + 1)
+    history[place - 3] = history[place - 1]  # two threads have the same token
     seen, results = logits.copy(), history.copy()
     recent = np.unique(history[place + 1 - 8 : place + 1])
     seen[recent] = np.where(logits[recent] > 0, logits[recent] / np.float32(1.3), logits[recent] * np.float32(1.3))

@@ -98,7 +98,7 @@ def tile_places(CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 @jit
 def penalise(logits, weights, history, place, window, penalty, vocabulary, context, BLOCK: tl.constexpr):
     """weights[t] = penalised logits[t] for tokens t at positions place - window .. place - 1. Written from the
-    untouched logits, so a token that occurs twice is penalised once."""
+    untouched logits, so a token that occurs twice is penalised once; atomically, because two threads may do it."""
     last = tl.minimum(place, context)
     first = tl.maximum(place.to(tl.int64) - window, 0).to(tl.int32)
     for start in range(first, last, BLOCK):
@@ -106,7 +106,7 @@ def penalise(logits, weights, history, place, window, penalty, vocabulary, conte
         seen = tl.load(history + at, mask=at < last, other=-1)
         known = (seen >= 0) & (seen < vocabulary)
         value = tl.load(logits + seen, mask=known, other=0.0)
-        tl.store(weights + seen, tl.where(value > 0, value / penalty, value * penalty), mask=known)
+        tl.atomic_xchg(weights + seen, tl.where(value > 0, value / penalty, value * penalty), known, sem="relaxed")
 
 
 @jit
