@@ -45,7 +45,6 @@ class Transfers:
     def __init__(self, device: CudaDevice):
         self._device = device
         self._free: deque[Stage] = deque()  # the one first whose copy began first
-        self._memory: np.ndarray | None = None
         self._lock = threading.Lock()
 
     def copy(self, address: int, host: np.ndarray, upload: bool, progress: Progress | None = None) -> None:
@@ -111,7 +110,7 @@ class Transfers:
                     if not starts:
                         break
                     if number >= made:
-                        self._free.appendleft(self._stage(number))
+                        self._free.appendleft(self._stage())
                     if number < len(moved):
                         running.append(threads.submit(work, number))
                 while (found := wait(running, 0.1, FIRST_EXCEPTION)).not_done:
@@ -126,15 +125,17 @@ class Transfers:
         if progress is not None:
             progress(size, size)
 
-    def _stage(self, number: int) -> Stage:
-        event = self._device.event("DISABLE_TIMING", "BLOCKING_SYNC")
-        if self._memory is None:  # takes no memory before it is used
-            mapping = map_memory(STAGES * PIECE + HUGE_PAGE)
-            self._memory = mapping[-mapping.ctypes.data % HUGE_PAGE:]
+    def _stage(self) -> Stage:
+        return Stage(self._pinned(), self._device.event("DISABLE_TIMING", "BLOCKING_SYNC"))
+
+    def _pinned(self) -> Registered | Pinned:
+        """Memory of one piece, on huge pages if the host's own can be pinned."""
+        mapping = map_memory(PIECE + HUGE_PAGE)  # what is never touched takes no memory
+        begin = -mapping.ctypes.data % HUGE_PAGE
         try:
-            return Stage(Registered(self._device, self._memory[number * PIECE:(number + 1) * PIECE]), event)
-        except CudaError:  # where memory of the host's own cannot be pinned, or no more of it
-            return Stage(Pinned(self._device, PIECE), event)
+            return Registered(self._device, mapping[begin:begin + PIECE])
+        except CudaError:
+            return Pinned(self._device, PIECE)
 
 
 def _reader(view: np.ndarray) -> Callable[[int, np.ndarray], None] | None:
