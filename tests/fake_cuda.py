@@ -197,10 +197,7 @@ class Driver:
             self.pinned[address] = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
         return (0,)
 
-    def cuMemHostUnregister(self, address: int) -> Any:
-        with self._lock:
-            del self.pinned[address]
-        return (0,)
+    cuMemHostUnregister = cuMemFreeHost  # pinned no more, either way
 
     def _is_pinned(self, host: int) -> bool:
         with self._lock:

@@ -128,26 +128,34 @@ def compile_cubin(name: str, source: str, architecture: str, options: tuple[str,
     return bytes(cubin)
 
 
-class Allocation:
-    """Device memory, given back with the last reference."""
+class _Held:
+    """What a function of the driver gives back with the last reference to it, if there still is a context."""
 
-    address = 0
+    device: CudaDevice
+    address = 0  # of nothing yet
+    give_back = ""
+
+    def __del__(self) -> None:
+        if self.address and self.device.usable:
+            self.device.cu.cuCtxSetCurrent(self.device.context)
+            getattr(self.device.cu, self.give_back)(self.address)
+
+
+class Allocation(_Held):
+    """Device memory."""
+
+    give_back = "cuMemFree"  # first waits for what uses it
 
     def __init__(self, device: CudaDevice, nbytes: int):
         self.device, self.nbytes = device, nbytes
         self.address = int(device.call(device.cu.cuMemAlloc, nbytes))
         device.counters.allocations += 1
 
-    def __del__(self) -> None:
-        if self.address and self.device.usable:
-            self.device.cu.cuCtxSetCurrent(self.device.context)
-            self.device.cu.cuMemFree(self.address)  # first waits for what uses it
 
-
-class Pinned:
+class Pinned(_Held):
     """Host memory that the GPU sees at the same address; `bytes` is the host's view."""
 
-    address = 0
+    give_back = "cuMemFreeHost"
 
     def __init__(self, device: CudaDevice, nbytes: int):
         self.device = device
@@ -159,27 +167,17 @@ class Pinned:
                               f"({error.status.name}); close other programs, or allow more memory") from None
         self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.address), np.uint8)
 
-    def __del__(self) -> None:
-        if self.address and self.device.usable:
-            self.device.cu.cuCtxSetCurrent(self.device.context)
-            self.device.cu.cuMemFreeHost(self.address)
 
-
-class Registered:
+class Registered(_Held):
     """Memory that the host has already (uint8, contiguous), pinned so that the GPU's copy engines can use it. CudaError
     where that cannot be done."""
 
-    address = 0
+    give_back = "cuMemHostUnregister"
 
     def __init__(self, device: CudaDevice, memory: np.ndarray):
         self.device, self.bytes = device, memory
         device.call(device.cu.cuMemHostRegister, memory.ctypes.data, memory.nbytes, 0)
         self.address = memory.ctypes.data
-
-    def __del__(self) -> None:
-        if self.address and self.device.usable:
-            self.device.cu.cuCtxSetCurrent(self.device.context)
-            self.device.cu.cuMemHostUnregister(self.address)
 
 
 def _dotted(version: int) -> str:
