@@ -96,7 +96,7 @@ def add(rng: np.random.Generator, n: int) -> Case:
 def softmax(rng: np.random.Generator, rows: int, columns: int) -> Case:
     import torch
 
-    from nitinol.kernels.softmax import softmax
+    from nitinol.ops.softmax import softmax
 
     x = normal(rng, rows, columns)
     a, out = tensors(x, np.empty_like(x))
@@ -113,7 +113,7 @@ def softmax(rng: np.random.Generator, rows: int, columns: int) -> Case:
 def rms_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
     import torch
 
-    from nitinol.kernels.norm import rms_norm, rms_norm_reference
+    from nitinol.ops.norm import rms_norm, rms_norm_reference
 
     x, weight = normal(rng, rows, columns), normal(rng, columns)
     a, w = tensors(x, weight)
@@ -126,7 +126,7 @@ def rms_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
 def layer_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
     import torch
 
-    from nitinol.kernels.norm import layer_norm, layer_norm_reference
+    from nitinol.ops.norm import layer_norm, layer_norm_reference
 
     x, weight, bias = normal(rng, rows, columns), normal(rng, columns), normal(rng, columns)
     a, w, b, out = tensors(x, weight, bias, np.empty_like(x))
@@ -154,7 +154,7 @@ def matmul(rng: np.random.Generator, n: int) -> Case:
 def attention(rng: np.random.Generator, heads: int, tokens: int, head_dim: int) -> Case:
     import torch
 
-    from nitinol.kernels.attention import attention_reference, causal_attention
+    from nitinol.ops.attention import attention_reference, causal_attention
 
     q, k, v = (normal(rng, heads, tokens, head_dim) for _ in range(3))
     a, b, c = (x[None] for x in tensors(q, k, v))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-import nitinol.array as nn
+import nitinol as nn
 
 EXTENTS = (1, 2, 3, 5, 8, 17, 33)
 LARGEST = 50_000  # elements; and values stay below 1e4, so that float32 keeps 1e-4

@@ -15,13 +15,14 @@ import torch
 from random_arrays import Program
 
 import nitinol
-import nitinol.array as nn
-from nitinol.array.evaluation import get_device
-from nitinol.array.program import plan_memory
-from nitinol.array.schedule import make_steps, needed
+import nitinol as nn
 from nitinol.compiler.semantics import numpy_dtype
+from nitinol.graph.nodes import Value
+from nitinol.graph.plan import Outside, make_plan
+from nitinol.graph.schedule import needed
 from nitinol.language import semantic
 from nitinol.language.types import DTYPES, bfloat16, float16, float32, float64, int1, int32
+from nitinol.runtime import get_device
 from nitinol.runtime.device import DeviceError
 
 random = np.random.default_rng()
@@ -143,7 +144,7 @@ def test_dlpack_shares_memory_with_torch(dtype: str) -> None:
     assert torch.equal(back, tensor)
 
 
-def to_torch(x: nn.Array) -> torch.Tensor:
+def to_torch(x: Any) -> torch.Tensor:
     if get_device().name == "cuda" and not torch.cuda.is_available():
         pytest.skip("this torch was built without CUDA")
     return torch.from_dlpack(x)
@@ -185,7 +186,7 @@ def test_dlpack_keeps_memory_alive_and_lets_go() -> None:
     gc.collect()
     nn.array(floats(1000)).evaluate()
     np.testing.assert_array_equal(tensor.cpu().numpy(), expected)
-    from nitinol.array import dlpack
+    from nitinol.graph import dlpack
 
     before = len(dlpack._exported)
     del tensor
@@ -533,9 +534,10 @@ def test_memory_of_intermediates_is_reused() -> None:
         y = nn.array(floats(100, 100))
         for _ in range(n):
             y = nn.matmul(y, nn.eye(100))
-        target = y.view.value
-        steps, _ = make_steps(needed([target]), {target})
-        return plan_memory(steps, {target})[1]
+        calls = needed([y.value])
+        outside = list(dict.fromkeys(o for c in calls for o in c.operands if isinstance(o, Value) and o.buffer))
+        facts = [Outside(0, i) for i in range(len(outside))]
+        return make_plan(calls, outside, facts, {y.value}, set(), get_device().target).memory[1]
 
     assert 0 < arena(3) == arena(9)
 

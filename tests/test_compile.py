@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import nitinol
-import nitinol.array as nn
+import nitinol as nn
 import nitinol.language as tl
-from nitinol.array import InPlace, Output, QuantizedArray, Strided, launch
-from nitinol.array.evaluation import get_device
+from nitinol.graph.launch import InPlace, Output, Strided, launch
 from nitinol.language.jit import jit
+from nitinol.ops.quantized import stored_array
+from nitinol.runtime import get_device
 
 random = np.random.default_rng()
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # a few roundings of float32
@@ -108,14 +109,15 @@ def test_launch_errors() -> None:
 def test_quantized_array() -> None:
     device = get_device()
     blocks = device.wrap(random.integers(0, 255, 4 * 68, dtype=np.uint8))
-    weights = QuantizedArray(blocks, "Q8_0", (4, 64))
-    assert weights.shape == (4, 64) and weights.dtype == "Q8_0" and weights.data.shape == (4, 68)
+    weights = stored_array(blocks, "Q8_0", (4, 64))
+    assert weights.shape == (4, 64) and weights.format == "Q8_0" and weights.nbytes == 4 * 68
+    assert "stored as Q8_0" in repr(weights)
     out = launch(column_kernel, (1,), x=weights, out=Output((5,), "uint8"), stride=68, n=5, BLOCK=8)
     np.testing.assert_array_equal(out.numpy()[:4], blocks.read()[::68])
-    plain = QuantizedArray(device.wrap(floats(6)), "F32", (2, 3))
-    assert plain.data.dtype.name == "fp32"
-    with pytest.raises(ValueError, match="24 bytes"):
-        QuantizedArray(device.wrap(floats(6)), "F16", (2, 3))
+    plain = stored_array(device.wrap(floats(6)), "F32", (2, 3))
+    assert plain.dtype.name == "fp32" and plain.format == "F32"
+    with pytest.raises(ValueError, match="in 24 bytes, expected 12 bytes"):
+        stored_array(device.wrap(floats(6)), "F16", (2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------- compiling

@@ -10,7 +10,7 @@ from target_kernels import reverse_in_place
 
 import nitinol
 import nitinol.language as tl
-from nitinol.array import Output, launch
+from nitinol import Output, launch
 from nitinol.compiler import interpreter
 from nitinol.compiler.cpu import streaming
 from nitinol.language.jit import jit

@@ -11,7 +11,7 @@ from same_tokens import check_same_tokens
 
 from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import load
-from nitinol.kernels.linear import MANY_TOKENS
+from nitinol.ops.linear import MANY_TOKENS
 
 # Errors of logits in parts of their deviation (how close, and at most), where CUDA rounds what the CPU does not.
 # Attention over a cache of fp16: queries and weights become fp16 too, 2^-12 of them on average. 1e-3 seen.

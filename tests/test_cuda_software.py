@@ -17,16 +17,17 @@ from random_programs import FLOATS, INTEGERS, random_program
 from software_cuda import Gpu, compiled, executable, launch, open_gpu, run
 from target_kernels import BFloat16, product, reverse_in_place
 
+import nitinol as na
 import nitinol.language as tl
-from nitinol import array as na
 from nitinol.compiler import interpreter
 from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import load
 from nitinol.generate.options import Options
-from nitinol.kernels import attention, linear, norm, quantized, rope
-from nitinol.kernels.activations import quantize_activations
 from nitinol.language.jit import jit
 from nitinol.language.types import float16
+from nitinol.ops import attention, linear, norm, quantized, rope
+from nitinol.ops.activations import quantize_activations
+from nitinol.ops.quantized import stored_array
 from nitinol.runtime import using_device
 
 DTYPES = (*INTEGERS, *FLOATS)
@@ -400,7 +401,7 @@ def corners(monkeypatch):
 
 
 def weights(device, format, rows, columns):
-    return na.QuantizedArray(device.allocate(rows * FORMATS[format].nbytes(columns)), format, (rows, columns))
+    return stored_array(device.allocate(rows * FORMATS[format].nbytes(columns)), format, (rows, columns))
 
 
 @pytest.mark.parametrize("tokens", [100, 2048])  # by bytes; decoded first
@@ -417,7 +418,7 @@ def test_the_other_steps_of_a_large_model_stay_inside(corners):
     hidden = heads * head_dim
     ids = na.array(np.full(tokens, 128255, np.int32), device=corners)
     x = quantized.embedding(weights(corners, "Q8_0", 128256, hidden), ids).evaluate()
-    quantize_activations(norm.rms_norm(x, na.empty((hidden,), "float32", corners))).sums.evaluate()
+    quantize_activations("cuda", norm.rms_norm(x, na.empty((hidden,), "float32", corners))).sums.evaluate()
     position = na.array(np.array([context - tokens], np.int32), device=corners)
     keys, values = (na.empty((kv_heads, context, head_dim), "float16", corners) for _ in range(2))
     k = na.empty((tokens, kv_heads * head_dim), "float32", corners)

@@ -912,7 +912,7 @@ def test_binding_arguments():
 @pytest.mark.parametrize("grid", [(2.0,), 2.5, (1, None), lambda _: (3 / 2,)])
 def test_a_grid_of_fractions_is_refused(grid):
     """(n / BLOCK,) would leave out the last program."""
-    from nitinol.array import InPlace, array, launch
+    from nitinol import InPlace, array, launch
 
     @jit
     def kernel(x):

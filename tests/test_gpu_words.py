@@ -12,11 +12,11 @@ import nitinol.language as tl
 from nitinol.compiler.driver import tile_ir
 from nitinol.compiler.gpu import compile_function, cuda, metal
 from nitinol.formats.blocks import FORMATS
-from nitinol.kernels.decode import BLOCK_FORMATS
-from nitinol.kernels.matvec import matvec_kernel
-from nitinol.kernels.quantized import run_arguments
-from nitinol.kernels.tiles import beside
 from nitinol.language.jit import jit, specialise
+from nitinol.ops.decode import BLOCK_FORMATS
+from nitinol.ops.matvec import matvec_kernel
+from nitinol.ops.quantized import run_arguments
+from nitinol.ops.tiles import beside
 
 
 def compiled(kernel, dialect, simdgroups=1, **arguments):

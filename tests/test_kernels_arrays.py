@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nitinol import array as na
+import nitinol as na
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.kernels import activations, attention, linear, norm, quantized, rope, sampling
+from nitinol.ops import activations, attention, linear, norm, quantized, rope, sampling
+from nitinol.ops.quantized import stored_array
 
 
 @pytest.fixture
@@ -21,19 +22,19 @@ def normal(rng, *shape):
 
 
 def weights_of(values, format):
-    """A QuantizedArray and the float32 values that it stands for."""
+    """An Array and the float32 values that it stands for."""
     data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
     buffer = na.get_device().wrap(data)
-    return na.QuantizedArray(buffer, format, values.shape), dequantize(data, format, values.shape)
+    return stored_array(buffer, format, values.shape), dequantize(data, format, values.shape)
 
 
 def test_norms(rng):
     x, weight, bias, residual = normal(rng, 3, 96), normal(rng, 96), normal(rng, 96), normal(rng, 3, 96)
     found = norm.rms_norm(na.array(x), na.array(weight), 1e-5).numpy()
-    np.testing.assert_allclose(found, norm.rms_norm_reference(x, weight, 1e-5), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, norm.rms_norm_reference(x, weight, epsilon=1e-5), rtol=1e-5, atol=1e-5)
     normed, total = norm.rms_norm(na.array(x), na.array(weight), 1e-5, na.array(residual))
     np.testing.assert_array_equal(total.numpy(), x + residual)
-    expected = norm.rms_norm_reference(x + residual, weight, 1e-5)
+    expected = norm.rms_norm_reference(x + residual, weight, epsilon=1e-5)
     np.testing.assert_allclose(normed.numpy(), expected, rtol=1e-5, atol=1e-5)
     heads = norm.rms_norm(na.array(x), na.array(weight[:24])).numpy()
     np.testing.assert_allclose(heads, norm.rms_norm_reference(x, weight[:24]), rtol=1e-5, atol=1e-5)
@@ -157,21 +158,22 @@ def test_the_last_step_of_attention_is_one_kernel_with_the_rounding(rng, head_di
 
 def test_activations_are_quantised_once_for_several_products(rng):
     x = na.array(normal(rng, 1, 64)) * 2.0
-    first = activations.quantize_activations(x)
-    assert activations.quantize_activations(x).values.view.value is first.values.view.value
+    target = na.get_device().target
+    first = activations.quantize_activations(target, x)
+    assert activations.quantize_activations(target, x).values.value is first.values.value
     state = na.array(normal(rng, 1, 64)).evaluate()
-    before = activations.quantize_activations(state)
+    before = activations.quantize_activations(target, state)
     state.assign(state * 3.0)
-    after = activations.quantize_activations(state)
+    after = activations.quantize_activations(target, state)
     np.testing.assert_allclose(after.scales.numpy(), before.scales.numpy() * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shapes", [((40, 50), (50, 30)), ((3, 20, 16), (16, 24)), ((2, 7, 5), (2, 5, 9))])
 def test_matmul(rng, shapes):
     a, b = (normal(rng, *s) for s in shapes)
-    np.testing.assert_allclose(linear.matmul(na.array(a), na.array(b)).numpy(), a @ b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(na.matmul(na.array(a), na.array(b)).numpy(), a @ b, rtol=1e-4, atol=1e-4)
     turned = na.array(np.ascontiguousarray(b.swapaxes(-1, -2))).swapaxes(-1, -2)
-    np.testing.assert_allclose(linear.matmul(na.array(a), turned).numpy(), a @ b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(na.matmul(na.array(a), turned).numpy(), a @ b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kv_heads", "cache"), [(2, np.float16), (16, np.float32)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_runner import padded, poisoned, run
 
-from nitinol.kernels import attention
+from nitinol.ops import attention
 
 # fp32 dots of head_dim products and fp32 sums of weights, exp2 to 1 ulp; scores of size 10 carry 1e-6 into weights.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

@@ -8,8 +8,8 @@ from kernel_runner import ENGINES, BFloat16, padded, poisoned, run
 
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
-from nitinol.kernels import activations, matmul, matvec
-from nitinol.kernels.quantized import run_arguments
+from nitinol.ops import activations, matmul_kernels, matvec
+from nitinol.ops.quantized import run_arguments
 
 BLOCK_FORMATS = [name for name, format in FORMATS.items() if format.values > 1]
 K_FORMATS = [name for name, format in FORMATS.items() if format.values == 256]
@@ -125,7 +125,7 @@ def test_quantized_matmul(rng, engine, format, rows, columns, tokens):
     expected = matvec.matvec_reference(given, data, format, (rows, columns))
     for use in (False, True) if format == "Q8_0" else (True,):  # each compiles a kernel
         out = poisoned((tokens + 1, rows))
-        run(engine, matmul.quantized_matmul_kernel, (-(-rows // block_n), -(-tokens // block_t)), weights=data,
+        run(engine, matmul_kernels.quantized_matmul_kernel, (-(-rows // block_n), -(-tokens // block_t)), weights=data,
             bias=padded(bias) if use else None, residual=padded(residual) if use else None,
             gate=padded(gate) if use else None, out=out, tokens=tokens, rows=rows, columns=columns,
             row_bytes=FORMATS[format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n,
@@ -157,7 +157,7 @@ def test_matmul(rng, engine, m, n, k, transposed, a_type, b_type):
     bias = rng.normal(size=n).astype(np.float32)
     out = poisoned((batches * m + 1, n))
     block_m, block_n, block_k = 16, 32, 32
-    run(engine, matmul.matmul_kernel, (-(-n // block_n), -(-m // block_m), batches), a=padded(a), b=padded(b),
+    run(engine, matmul_kernels.matmul_kernel, (-(-n // block_n), -(-m // block_m), batches), a=padded(a), b=padded(b),
         bias=padded(bias), residual=None, gate=None, out=out, m=m, n=n, k=k, a_batch=m * k, a_m=k, a_k=1, b_batch=0,
         b_k=1 if transposed else n, b_n=k if transposed else 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         EVEN=m % block_m == 0 and n % block_n == 0, EVEN_K=k % block_k == 0)  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
 
-from nitinol.kernels import norm
+from nitinol.ops import norm
 
 # fp32 sums of n values in vector chains are good to a few units in the last place, 1.2e-7 each.
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
@@ -27,14 +27,14 @@ def test_rms_norm(rng, engine, columns):
     common = {"columns": columns, "epsilon": 1e-5, **norm._block(columns)}
     run(engine, norm.rms_norm_kernel, (rows,), x=padded(x), weight=padded(weight), residual=None, total=None, out=out,
         ADD=False, **common)  # fmt: skip
-    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x, weight, 1e-5), **CLOSE)
+    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x, weight, epsilon=1e-5), **CLOSE)
     assert np.isnan(out[rows]).all()
 
     residual = rng.normal(size=(rows, columns)).astype(np.float32)
     run(engine, norm.rms_norm_kernel, (rows,), x=padded(x), weight=padded(weight), residual=padded(residual),
         total=total, out=out, ADD=True, **common)  # fmt: skip
     np.testing.assert_array_equal(total[:rows], x + residual)
-    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x + residual, weight, 1e-5), **CLOSE)
+    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x + residual, weight, epsilon=1e-5), **CLOSE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -49,7 +49,7 @@ def test_programs_share_a_row(rng, engine, columns):
     run(engine, norm.rms_norm_kernel, (rows, parts), x=padded(x), weight=padded(weight), residual=padded(residual),
         total=total, out=out, ADD=True, **common)  # fmt: skip
     np.testing.assert_array_equal(total[:rows], x + residual)
-    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x + residual, weight, 1e-5), **CLOSE)
+    np.testing.assert_allclose(out[:rows], norm.rms_norm_reference(x + residual, weight, epsilon=1e-5), **CLOSE)
     assert np.isnan(out[rows]).all() and np.isnan(total[rows]).all()
 
 

@@ -8,7 +8,7 @@ from kernel_runner import poisoned, run
 
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize
-from nitinol.kernels import quantized
+from nitinol.ops import quantized
 
 STORED_AS = {"F32": np.float32, "F16": np.float16}  # BF16 has no NumPy type; the array layer brings its own
 

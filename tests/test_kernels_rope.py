@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from kernel_runner import padded, poisoned, run
 
-from nitinol.kernels import rope
-from nitinol.kernels.norm import rms_norm_reference
+from nitinol.ops import rope
+from nitinol.ops.norm import rms_norm_reference
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_rope_and_cache(rng, engine, head_dim, group, interleaved, norm, cache):
         **rope.head_arguments(group, head_dim, interleaved, norm))  # fmt: skip
     positions = start + np.arange(tokens)
     if norm:
-        q, k = (rms_norm_reference(x, w, 1e-6) for x, w in zip((q, k), weights))
+        q, k = (rms_norm_reference(x, w, epsilon=1e-6) for x, w in zip((q, k), weights))
     close = {"rtol": 2e-6, "atol": 3e-6}  # two products and a sum in fp32; sine and cosine to a few ulp
     np.testing.assert_allclose(q_out[:-1], rope.rope_reference(q, positions, frequencies, interleaved), **close)
     assert np.isnan(q_out[-1]).all()

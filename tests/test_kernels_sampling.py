@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, poisoned, run
 
-from nitinol.kernels import sampling
+from nitinol.ops import sampling
+from nitinol.runtime import get_device
 
 CONTEXT = 32
 
@@ -115,7 +116,8 @@ def test_only_kept_tokens_are_drawn_where_the_running_sum_says(rng, engine, chun
 def test_the_devices_own_blocks(rng, options):
     """More tiles than one on every device; running sums to 1e-4, as fp32 sums of 40,000 weights are."""
     logits = rng.normal(size=40_001).astype(np.float32)
-    shape = {name.replace("_warps", "num_warps"): value for name, value in sampling.blocks(len(logits)).items()}
+    blocks = sampling.blocks(get_device().target, len(logits))
+    shape = {name.replace("_warps", "num_warps"): value for name, value in blocks.items()}
     token, _, _ = sample("native", logits, position=11, seed=3, **options, **shape)
     if options["temperature"] == 0:
         assert token == logits.argmax()

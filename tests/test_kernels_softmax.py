@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
 
-from nitinol import array as na
-from nitinol.kernels import softmax
+import nitinol as na
+from nitinol.ops import softmax
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglan
 from kernel_runner import BFloat16, poisoned
 
 import nitinol
-import nitinol.array as na
+import nitinol as na
 import nitinol.language as tl
 import softmetal
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.kernels import activations, attention, matmul, matvec, norm, quantized, rope, sampling, softmax
 from nitinol.language.jit import jit
+from nitinol.ops import activations, attention, matmul_kernels, matvec, norm, quantized, rope, sampling, softmax
 from nitinol.runtime.device import DeviceError
 from nitinol.runtime.metal import MetalDevice
 
@@ -149,8 +149,8 @@ def test_quantized_matmul(rng, format):
     weights, data = weights_of(rng, format, rows, columns)
     given, source = activations_of(x)
     expected = matvec.matvec_reference(source, data, format, (rows, columns), bias)
-    check(matmul.quantized_matmul_kernel, (2, 2), {"out": expected}, CLOSE * 10, **given, weights=weights, bias=bias,
-          residual=None, gate=None, tokens=tokens, rows=rows, columns=columns,
+    check(matmul_kernels.quantized_matmul_kernel, (2, 2), {"out": expected}, CLOSE * 10, **given, weights=weights,
+          bias=bias, residual=None, gate=None, tokens=tokens, rows=rows, columns=columns,
           row_bytes=FORMATS[format].nbytes(columns), BLOCK_T=16, BLOCK_N=16, EVEN_N=False,
           **quantized.run_arguments(format, columns, 64))  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_matmul(rng, dtype):
     a, b = normal(rng, m, k).astype(dtype), normal(rng, k, n).astype(dtype)
     gate = normal(rng, m, n)
     expected = gate / (1 + np.exp(-gate.astype(np.float64))) * (a.astype(np.float64) @ b.astype(np.float64))
-    check(matmul.matmul_kernel, (2, 1, 1), {"out": expected}, CLOSE * 10, a=a, b=b, bias=None, residual=None,
+    check(matmul_kernels.matmul_kernel, (2, 1, 1), {"out": expected}, CLOSE * 10, a=a, b=b, bias=None, residual=None,
           gate=gate, m=m, n=n, k=k, a_batch=0, a_m=k, a_k=1, b_batch=0, b_k=n, b_n=1, BLOCK_M=32, BLOCK_N=32,
           BLOCK_K=32, EVEN=False, EVEN_K=False, out=poisoned((m, n)))  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_rope(rng, interleaved, with_norm):
     q, (k, v) = normal(rng, tokens, kv_heads * group, head_dim), normal(rng, 2, tokens, kv_heads, head_dim)
     weights, frequencies = rng.uniform(0.5, 2, (2, head_dim)).astype(np.float32), rope.rope_frequencies(head_dim, 1e4)
     positions = start + np.arange(tokens)
-    q_used, k_used = (norm.rms_norm_reference(x, w, 1e-6) if with_norm else x for x, w in zip((q, k), weights))
+    q_used, k_used = (norm.rms_norm_reference(x, w, epsilon=1e-6) if with_norm else x for x, w in zip((q, k), weights))
     caches = np.zeros((2, kv_heads, context, head_dim), np.float32)
     expected = {"q_out": rope.rope_reference(q_used, positions, frequencies, interleaved),
                 "k_cache": caches[0].copy(), "v_cache": caches[1].copy()}  # fmt: skip

@@ -18,7 +18,7 @@ class KVCache:
     """
 
     def __init__(self, config: Config, context: int, dtype: str, device: Any) -> None:
-        from nitinol.array import array, empty
+        from nitinol.graph.conversion import array, empty
 
         shape = (config.kv_heads, context, config.head_dim)
         kind = DTYPES[dtype]

@@ -21,7 +21,7 @@ from nitinol.runtime import get_device, open_device, using_device
 from nitinol.runtime.device import Progress
 
 if TYPE_CHECKING:
-    from nitinol.array import Compiled
+    from nitinol.transform.compile import Compiled
 
 DEFAULT_CONTEXT = 4096
 REPEAT_WINDOW = 64  # how many of the latest tokens the repetition penalty looks at
@@ -222,8 +222,8 @@ class Model:
     @cached_property
     def _state(self) -> Any:
         """What the sampling kernel reads and updates."""
-        from nitinol.array import array, empty
-        from nitinol.kernels.sampling import SamplingState
+        from nitinol.graph.conversion import array, empty
+        from nitinol.ops.sampling import SamplingState
 
         def zeros(count: int, dtype: Any) -> Any:
             return array(np.zeros(count, dtype), device=self.device)
@@ -236,8 +236,8 @@ class Model:
     @cached_property
     def decode_list(self) -> Compiled:
         """The command list of one step."""
-        from nitinol.array import compile
-        from nitinol.kernels.sampling import sample
+        from nitinol.ops.sampling import sample
+        from nitinol.transform.compile import compile
 
         def decode() -> None:
             logits = self._logits(self._forward(self._state.token))
@@ -247,8 +247,8 @@ class Model:
 
     def prefill_list(self, count: int, last: bool) -> Compiled:
         """The command list for `count` tokens of a prompt; only the last chunk's last token needs logits."""
-        from nitinol.array import compile
-        from nitinol.kernels.sampling import sample
+        from nitinol.ops.sampling import sample
+        from nitinol.transform.compile import compile
 
         def prefill(tokens: Any) -> None:
             x = self._forward(tokens)
@@ -275,6 +275,6 @@ class Model:
         return logits(self._weights, x)
 
     def _tokens(self, ids: Sequence[int]) -> Any:
-        from nitinol.array import array
+        from nitinol.graph.conversion import array
 
         return array(np.array(ids, np.int32), device=self.device)

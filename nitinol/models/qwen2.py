@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from nitinol.kernels.attention import cached_attention
-from nitinol.kernels.linear import linear
-from nitinol.kernels.rope import rope_and_cache
 from nitinol.models.config import Config
+from nitinol.ops.attention import cached_attention
+from nitinol.ops.linear import linear
+from nitinol.ops.rope import rope_and_cache
 
 
 def attend(x: Any, block: Any, rope: Any, position: Any, keys: Any, values: Any, config: Config) -> Any:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from nitinol.kernels.linear import linear, swiglu
-from nitinol.kernels.norm import rms_norm
-from nitinol.kernels.quantized import embedding
 from nitinol.models.config import Config
+from nitinol.ops.linear import linear, swiglu
+from nitinol.ops.norm import rms_norm
+from nitinol.ops.quantized import embedding
 
 Attend = Callable[..., Any]
 
@@ -25,7 +25,7 @@ def forward(attend: Attend, weights: SimpleNamespace, config: Config, tokens: An
     tokens: int32 [T]; position: int32 [1], that of the first token; cache: keys and values of each block, which the
     tokens read from and are added to.
     """
-    x = embedding(weights.token_embd, tokens)
+    x = embedding(weights.token_embd, tokens, "float32")
     for block, (keys, values) in zip(weights.blocks, cache):
         h = rms_norm(x, block.attn_norm, config.epsilon)
         h = attend(h, block, weights.rope, position, keys, values, config)

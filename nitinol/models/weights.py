@@ -78,9 +78,9 @@ def wrap_weights(file: GGUF, config: Config, device: Any, progress: Progress | N
     namespace for each with `attn_q`, `attn_q_bias`, ... Also `rope`, the frequencies in radians a position, float32
     [head_dim / 2]. progress: told of bytes that are copied to the device, of how many.
     """
-    from nitinol.array import array as array_of  # late: `nitinol inspect` needs no arrays and no compiler
-    from nitinol.array.quantized import QuantizedArray
-    from nitinol.kernels.rope import rope_frequencies
+    from nitinol.graph.conversion import array as array_of  # late: `nitinol inspect` needs no arrays and no compiler
+    from nitinol.ops.quantized import stored_array
+    from nitinol.ops.rope import rope_frequencies
 
     parts, before, total = [], 0, sum(part.nbytes for part in file.parts)
 
@@ -94,10 +94,10 @@ def wrap_weights(file: GGUF, config: Config, device: Any, progress: Progress | N
     top: dict[str, Any] = {}
     blocks: list[dict[str, Any]] = [{} for _ in range(config.layers)]
     for name, tensor in file.tensors.items():
-        array = QuantizedArray(parts[tensor.part].view(tensor.offset, tensor.nbytes), tensor.format, tensor.shape)
+        array = stored_array(parts[tensor.part].view(tensor.offset, tensor.nbytes), tensor.format, tensor.shape)
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         place, short = (blocks[int(match[1])], match[2]) if match else (top, name)
-        place[short.removesuffix(".weight").replace(".", "_")] = array if array.ndim == 2 else array.data
+        place[short.removesuffix(".weight").replace(".", "_")] = array
     top.setdefault("output", top["token_embd"])
     factors = top["rope_freqs"].numpy() if "rope_freqs" in top else 1.0
     if not np.all(np.isfinite(factors)) or np.any(np.less_equal(factors, 0)):

@@ -1,0 +1,195 @@
+"""Rotary position embedding (Su et al., "RoFormer", 2021), fused with what stands around it in a decoder layer: the
+norms of query and key heads before it (QK-norm) and the write of keys and values into the cache after it.
+
+Pair i of a head turns by the angle position * frequencies[i]. Which two values are a pair: (2 i, 2 i + 1) in the
+interleaved layout of GGUF's `llama`, (i, i + head_dim / 2) in the half-split layout of `qwen2` and `qwen3`.
+"""
+
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import nitinol.language as tl
+from nitinol.graph.array import Array
+from nitinol.graph.launch import InPlace, Output, launch
+from nitinol.graph.operation import Operation
+from nitinol.language.jit import jit
+
+
+@jit
+def rope_kernel(
+    q, k, v, frequencies, position, q_norm, k_norm, q_out, k_cache, v_cache, context, epsilon,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Program (t, h): token t's key and value head h, and the GROUP query heads that share them.
+
+    `position` (int32 [1]) is that of token 0. Tokens whose position is outside the cache are not written there.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    place = tl.load(position) + token
+    pair = tl.arange(0, BLOCK)
+    frequency = tl.load(frequencies + pair, mask=pair < HEAD_DIM // 2, other=0.0)
+    # All loads come before the first use of one: a program that does little else waits for memory once.
+    ROWS: tl.constexpr = 1 << (GROUP - 1).bit_length()
+    member = tl.arange(0, ROWS)
+    row = (token * heads + head) * GROUP + member
+    query, query_pair = load_pairs(q, row, member < GROUP, HEAD_DIM, BLOCK, INTERLEAVED)
+    alone = tl.arange(0, 1)
+    key, key_pair = load_pairs(k, token * heads + head + alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+    lane = tl.arange(0, 2 * BLOCK)
+    value = tl.load(v + (token * heads + head) * HEAD_DIM + lane, mask=lane < HEAD_DIM)
+    if NORM:
+        q_gain, q_gain_pair = load_pairs(q_norm, alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+        k_gain, k_gain_pair = load_pairs(k_norm, alone, alone < 1, HEAD_DIM, BLOCK, INTERLEAVED)
+        query, query_pair = normalise(query, query_pair, q_gain, q_gain_pair, epsilon, HEAD_DIM)
+        key, key_pair = normalise(key, key_pair, k_gain, k_gain_pair, epsilon, HEAD_DIM)
+    angle = place.to(tl.float32) * frequency
+    cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    rotate(q_out, row, member < GROUP, query, query_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
+    if (place >= 0) & (place < context):
+        slot = head.to(tl.int64) * context + place
+        rotate(k_cache, slot + alone, alone < 1, key, key_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
+        tl.store(v_cache + slot * HEAD_DIM + lane, value, mask=lane < HEAD_DIM)
+
+
+@jit
+def load_pairs(base, row, inside, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second values of the pairs of heads `row`, [rows, BLOCK] each, 0 past the end."""
+    pair = tl.arange(0, BLOCK)
+    if INTERLEAVED:
+        lane = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+        at, mask = (row * HEAD_DIM)[:, None, None] + lane[None], inside[:, None, None] & (lane < HEAD_DIM)[None]
+        return tl.split(tl.load(base + at, mask=mask, other=0.0))
+    at, mask = (row * HEAD_DIM)[:, None] + pair[None, :], inside[:, None] & (pair < HEAD_DIM // 2)[None, :]
+    return tl.load(base + at, mask=mask, other=0.0), tl.load(base + at + HEAD_DIM // 2, mask=mask, other=0.0)
+
+
+@jit
+def normalise(first, second, first_gain, second_gain, epsilon, HEAD_DIM: tl.constexpr):
+    """RMSNorm of heads that are given as pairs."""
+    squares = tl.sum(first * first + second * second, axis=1)
+    scale = tl.rsqrt(squares * (1.0 / HEAD_DIM) + epsilon)[:, None]
+    return first * scale * first_gain, second * scale * second_gain
+
+
+@jit
+def rotate(
+    out, row, inside, first, second, cosine, sine,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Writes the pairs of heads, turned, as heads `row`."""
+    pair = tl.arange(0, BLOCK)
+    turned_first = first * cosine - second * sine
+    turned_second = second * cosine + first * sine
+    if INTERLEAVED:
+        lane = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+        at, mask = (row * HEAD_DIM)[:, None, None] + lane[None], inside[:, None, None] & (lane < HEAD_DIM)[None]
+        tl.store(out + at, tl.join(turned_first, turned_second), mask=mask)
+    else:
+        at, mask = (row * HEAD_DIM)[:, None] + pair[None, :], inside[:, None] & (pair < HEAD_DIM // 2)[None, :]
+        tl.store(out + at, turned_first, mask=mask)
+        tl.store(out + at + HEAD_DIM // 2, turned_second, mask=mask)
+
+
+def _rope_rule(
+    q: Array, k: Array, v: Array, frequencies: Array, position: Array, k_cache: Array, v_cache: Array,
+    q_norm: Array | None, k_norm: Array | None, interleaved: bool, epsilon: float,
+) -> Any:  # fmt: skip
+    kv_heads, _, head_dim = k_cache.shape
+    tokens, width = q.shape
+    if k.shape != (tokens, kv_heads * head_dim) or v.shape != k.shape or width % k.shape[1]:
+        raise ValueError(
+            f"rope_and_cache: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected "
+            f"{(tokens, kv_heads * head_dim)} for k and v, and a multiple of that width for q"
+        )
+    return q.shape, q.dtype
+
+
+def _rope_lower(
+    target: str, q: Array, k: Array, v: Array, frequencies: Array, position: Array, k_cache: Array, v_cache: Array,
+    q_norm: Array | None, k_norm: Array | None, interleaved: bool, epsilon: float,
+) -> Array:  # fmt: skip
+    kv_heads, context, head_dim = k_cache.shape
+    tokens, width = q.shape
+    constants = head_arguments(width // k.shape[1], head_dim, interleaved, q_norm is not None)
+    # On a GPU one angle for each thread where there are few programs: each waits for memory, a sine and a cosine once.
+    angles = constants["BLOCK"] if interleaved else constants["BLOCK"] * tl.next_power_of_2(constants["GROUP"])
+    warps = min(8, max(1, angles // 32)) if tokens <= 16 else 0
+    return launch(
+        rope_kernel, (tokens, kv_heads), q=q, k=k, v=v, frequencies=frequencies, position=position, q_norm=q_norm,
+        k_norm=k_norm, q_out=Output(q.shape, q.dtype), k_cache=InPlace(k_cache), v_cache=InPlace(v_cache),
+        context=context, epsilon=epsilon, _warps=warps, **constants,
+    )  # fmt: skip
+
+
+ROPE_AND_CACHE = Operation(
+    "rope_and_cache", rule=_rope_rule, lower=_rope_lower, updates=(5, 6),
+    vjp="it writes a cache in place, which is for inference; train with nitinol.rope",
+)  # fmt: skip
+
+
+def rope_and_cache(
+    q: Any, k: Any, v: Any, frequencies: Any, position: Any, k_cache: Any, v_cache: Any, *,
+    interleaved: bool, q_norm: Any = None, k_norm: Any = None, epsilon: float = 1e-6,
+) -> Any:  # fmt: skip
+    """Turns queries and keys, writes keys and values to the cache; returns the queries, float32 [T, heads * head_dim].
+
+    q float32 [T, heads * head_dim], k and v [T, kv_heads * head_dim], frequencies float32 [head_dim / 2], position
+    int32 [1] (of the first token), caches [kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm
+    (both [head_dim]) every query and key head goes through RMSNorm first. Positions from `context` on are dropped.
+    """
+    return ROPE_AND_CACHE(
+        q, k, v, frequencies, position, k_cache, v_cache, q_norm, k_norm, interleaved=interleaved,
+        epsilon=float(epsilon),
+    )  # fmt: skip
+
+
+def head_arguments(group: int, head_dim: int, interleaved: bool, norm: bool) -> dict[str, Any]:
+    """The kernel's constexpr arguments. ValueError for an odd head_dim."""
+    if head_dim % 2 or not 0 < head_dim <= 1024:
+        raise ValueError(f"rotary embedding turns pairs of values: head_dim is {head_dim}, expected 2, 4, .. 1024")
+    block = tl.next_power_of_2(head_dim // 2)
+    return {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK": block, "INTERLEAVED": interleaved, "NORM": norm}
+
+
+def rope_frequencies(head_dim: int, base: float = 10000.0, factors: Any = None) -> np.ndarray:
+    """base ** (-2 i / head_dim) / factors[i] for i below head_dim / 2, float32, computed in float64.
+
+    `factors` is the tensor `rope_freqs.weight` by which GGUF files of Llama 3.1 and later stretch the context, or what
+    `llama3_factors` gives.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies = float(base) ** -exponents
+    if factors is not None:
+        frequencies = frequencies / np.asarray(factors, np.float64)[: head_dim // 2]
+    return frequencies.astype(np.float32)
+
+
+def llama3_factors(
+    head_dim: int, base: float, factor: float = 8.0, low: float = 1.0, high: float = 4.0, context: int = 8192
+) -> np.ndarray:
+    """Llama 3.1's stretching: wavelengths longer than context / low are divided by `factor`, shorter than
+    context / high kept, in between interpolated. float32 [head_dim / 2], to divide frequencies by."""
+    frequencies = rope_frequencies(head_dim, base).astype(np.float64)
+    turns = context * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def rope_reference(heads: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, interleaved: bool) -> np.ndarray:
+    """heads [T, n, head_dim] turned by positions [T], in float64 (the angle is float32, as in the kernel)."""
+    angle = (positions.astype(np.float32)[:, None] * frequencies).astype(np.float64)[:, None, :]
+    half = heads.shape[-1] // 2
+    pairs = (np.s_[..., 0::2], np.s_[..., 1::2]) if interleaved else (np.s_[..., :half], np.s_[..., half:])
+    first, second = (heads[p].astype(np.float64) for p in pairs)
+    out = np.empty(heads.shape, np.float64)
+    out[pairs[0]] = first * np.cos(angle) - second * np.sin(angle)
+    out[pairs[1]] = second * np.cos(angle) + first * np.sin(angle)
+    return out
