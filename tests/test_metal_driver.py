@@ -120,28 +120,28 @@ def test_copy_and_fill(device, nbytes):
         np.testing.assert_array_equal(filled.read(), expected)
 
 
-def record_steps(device, n, steps, barriers=True):
-    """A list that needs every one of its barriers; the arrays at its start and the expected end."""
+def record_steps(device, n, steps, honest=True):
+    """A list in which each step needs the one before; the arrays at its start and the expected end. honest: else the
+    list is told that the steps touch nothing."""
     rng = np.random.default_rng()
     start = rng.integers(-9, 9, n)
     pair = [device.allocate(8 * n) for _ in range(2)]
     nothing = device.allocate(0)
+    touched = {} if honest else {"reads": {1: (0, 0)}, "writes": {0: (0, 0)}}
     commands = device.command_list()
     expected = start.copy()
     for number in range(steps):
         to, source = pair[(number + 1) % 2], pair[number % 2]
-        if number % 3 == 2:  # a barrier of an entry that does nothing still counts
-            commands.launch(STEP, (0,), [to, source, n, number], barrier=barriers)
+        if number % 3 == 2:  # entries that do nothing, between one and the next that waits for it
+            commands.launch(STEP, (0,), [to, source, n, number], **touched)
             commands.fill(nothing, 1)
-            commands.launch(STEP, (n,), [to, source, n, number])
-        else:
-            commands.launch(STEP, (n,), [to, source, n, number], barrier=barriers)
+        commands.launch(STEP, (n,), [to, source, n, number], **touched)
         expected = expected + expected[::-1] + number
     return commands, pair[0], pair[steps % 2], start, expected
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_barriers_order_entries(any_device, seed):
+def test_dependent_entries_run_in_order(any_device, seed):
     softmetal.set_seed(seed)
     softmetal.set_validation(True)
     commands, first, last, start, expected = record_steps(any_device, 33, 7)
@@ -152,9 +152,9 @@ def test_barriers_order_entries(any_device, seed):
     assert (commands.encoded.indirect is not None) == any_device._indirect
 
 
-def test_a_missing_barrier_is_a_race(device):
+def test_a_dependency_that_is_not_told_is_a_race(device):
     softmetal.set_validation(True)
-    commands, first, _, start, _ = record_steps(device, 33, 3, barriers=False)
+    commands, first, _, start, _ = record_steps(device, 33, 3, honest=False)
     first.write(start)
     for _ in range(2):
         with pytest.raises(DeviceError, match=r"kernel step.*data race"):
@@ -211,7 +211,7 @@ def test_a_recorded_list_can_go_on(device):
     commands.launch(WRITE, (1,), [x, 1])
     for _ in range(3):
         device.run(commands)
-    commands.launch(WRITE, (1,), [x, 7], barrier=True)
+    commands.launch(WRITE, (1,), [x, 7])
     device.run(commands)
     assert set(x.read(np.int32)) == {7}
 
@@ -308,7 +308,7 @@ def test_python_threads_share_a_device(device):
             x, y, value = device.allocate(128 * n), device.allocate(128 * n), int(rng.integers(1000))
             commands = device.command_list()
             commands.launch(WRITE, (n,), [x, value])
-            commands.copy(y, x, barrier=True)
+            commands.copy(y, x)
             for _ in range(3):
                 device.run(commands)
             if not (y.read(np.int32) == np.repeat(np.arange(n), 32) + value).all():
@@ -340,7 +340,7 @@ def test_timestamps(device):
     x, commands = device.allocate(128), device.command_list()
     commands.launch(WRITE, (1,), [x, 1], label="first")
     commands.launch(WRITE, (0,), [x, 1], label="nothing")
-    commands.launch(WRITE, (1,), [x, 2], label="last", barrier=True)
+    commands.launch(WRITE, (1,), [x, 2], label="last")
     with pytest.raises(DeviceError, match="profile=True"):
         commands.timestamps()
     commands.profile = True
@@ -626,7 +626,7 @@ def test_exit_with_work_in_flight_and_a_forked_child():
         device = MetalDevice()
         x, commands = device.allocate(1 << 24), device.command_list()
         for value in range(20):
-            commands.fill(x, value, barrier=True)
+            commands.fill(x, value)
         device.run(commands)
         event = device.submit(commands)
         if not (child := os.fork()):
@@ -654,7 +654,7 @@ def test_two_processes_at_once(tmp_path):
         device = MetalDevice()
         x, y, commands = device.allocate(1 << 16), device.allocate(1 << 16), device.command_list()
         commands.fill(x, 7)
-        commands.copy(y, x, barrier=True)
+        commands.copy(y, x)
         for _ in range(20):
             device.run(commands)
         print(set(y.read()) == {7})

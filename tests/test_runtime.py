@@ -170,13 +170,13 @@ def chain(device: CpuDevice, steps: list[tuple[int, int]], values: np.ndarray) -
     a.as_numpy(np.int64)[:] = values
     commands = device.command_list()
     for _, add in steps:
-        commands.launch(STEP, (n,), [b, a, n, add], barrier=True)
+        commands.launch(STEP, (n,), [b, a, n, add])
         a, b = b, a
     device.run(commands)
     return a.as_numpy(np.int64).copy()
 
 
-def test_barriers_order_entries(device):
+def test_dependent_entries_run_in_order(device):
     rng = np.random.default_rng()
     for n in (1, 2, 37, 500):
         values, additions = rng.integers(-100, 100, n), rng.integers(-5, 5, 300)
@@ -188,8 +188,8 @@ def test_barriers_order_entries(device):
             assert (chain(device, [(n, int(add)) for add in additions], values) == expected).all()
 
 
-def test_a_missing_barrier_shows():
-    """The test above could fail: an entry without a barrier does begin before the one ahead of it has ended."""
+def test_independent_entries_overlap():
+    """The test above could fail: an entry that depends on none does begin before the one ahead of it has ended."""
     device = CpuDevice(2)
     flag, first, second = integers(device, 1), integers(device, 1), integers(device, 1)
     commands = device.command_list()
@@ -205,7 +205,7 @@ def test_a_missing_barrier_shows():
     flag.as_numpy(np.int64)[0] = 0
     second.as_numpy(np.int64)[0] = 0
     commands.launch(SPIN, (1,), [flag, first])
-    commands.fill(second, 1, barrier=True)
+    commands.copy(second, first)
     event = device.submit(commands)
     time.sleep(0.05)
     assert second.as_numpy(np.int64)[0] == 0
@@ -215,6 +215,24 @@ def test_a_missing_barrier_shows():
     device.close()
 
 
+def test_what_a_launch_touches_decides_what_it_comes_after(pair):
+    a, b = integers(pair, 64), integers(pair, 64)
+    commands = pair.command_list()
+    commands.launch(STEP, (4,), [a, b, 4, 0], writes={0: (0, 32)}, reads={1: (0, 32)})
+    commands.launch(STEP, (4,), [a.view(32), b, 4, 0], writes={0: (0, 32)}, reads={1: (0, 32)})  # beside the first
+    commands.launch(STEP, (4,), [a.view(32), b, 4, 0], writes={0: (-8, 0)}, reads={1: (0, 32)})  # what the first wrote
+    commands.launch(STEP, (4,), [a, b, 4, 0], reads={1: (0, 32)})  # of argument 0 nothing is said: all of it
+    commands.launch(STEP, (0,), [a, b, 4, 0])  # no programs
+    commands.fill(b.view(0, 0), 1)
+    commands.fill(b.view(40, 8), 1)  # read by nobody
+    commands.launch(STEP, (4,), [int(a.address), int(b.address), 4, 0], writes={1: (40, 41)})  # addresses as numbers
+    commands.copy(b.view(0, 8), b.view(40, 8))
+    assert [entry.after for entry in commands.entries] == [(), (), (0,), (1, 2), (), (), (), (6,), (3, 7)]
+    for given in ({"reads": {4: (0, 1)}}, {"writes": {-1: (0, 1)}}):
+        with pytest.raises(DeviceError, match="through arguments"):
+            commands.launch(STEP, (4,), [a, b, 4, 0], **given)
+
+
 def test_a_waiting_thread_helps_and_a_late_worker_changes_nothing(device):
     """The same lists over and over, alternating between run and submit, so that workers arrive at any moment."""
     n = 64
@@ -222,8 +240,8 @@ def test_a_waiting_thread_helps_and_a_late_worker_changes_nothing(device):
     short, long = device.command_list(), device.command_list()
     short.launch(MARK, (n,), [b, c])
     for _ in range(4):
-        long.launch(STEP, (n,), [c, a, n, 0], barrier=True)
-        long.launch(MARK, (n,), [b, c], barrier=True)
+        long.launch(STEP, (n,), [c, a, n, 0])
+        long.launch(MARK, (n,), [b, c])
     expected = 0
     for i in range(300):
         commands, marks = (short, 1) if random.random() < 0.5 else (long, 4)
@@ -256,7 +274,7 @@ def test_copy_and_fill(device):
         source, target = device.wrap(data), device.allocate(nbytes + 7)
         commands = device.command_list()
         commands.fill(target, 255)
-        commands.copy(target.view(3, nbytes), source, barrier=True)
+        commands.copy(target.view(3, nbytes), source)
         device.run(commands)
         result = target.as_numpy()
         assert (result[3:3 + nbytes] == data).all()
@@ -269,7 +287,7 @@ def test_submissions_run_in_order_and_the_ring_may_fill_up(device):
     for i in range(150):  # more than the ring has places; x becomes 4 x + 2 i, so the order matters
         commands = device.command_list()
         commands.launch(STEP, (8,), [b, a, 8, i])
-        commands.launch(STEP, (8,), [a, b, 8, 0], barrier=True)
+        commands.launch(STEP, (8,), [a, b, 8, 0])
         events.append(device.submit(commands))
         expected = (4 * expected + 2 * i) % 2**64
     events[-1].wait()
@@ -311,8 +329,8 @@ def test_timestamps(device):
     with pytest.raises(DeviceError, match="profile"):
         commands.timestamps()
     commands.profile = True
-    commands.launch(NAP, (4,), [2000], label="first")
-    commands.launch(NAP, (1,), [3000], barrier=True, label="second")
+    commands.launch(NAP, (4,), [2000], label="first", writes={0: (0, 8)})  # a nap takes its time for an address
+    commands.launch(NAP, (1,), [3000], label="second", reads={0: (-1000, -999)})
     for _ in range(2):
         before = time.monotonic_ns()
         device.run(commands)
@@ -328,7 +346,7 @@ def test_counters(pair):
     a = pair.allocate(100_000)
     commands = pair.command_list()
     commands.fill(a)
-    commands.fill(a, 1, barrier=True)
+    commands.fill(a, 1)
     reserved = pair.counters.allocations, pair.counters.pool_hits, pair.counters.bytes_reserved
     for _ in range(5):
         pair.run(commands)
@@ -395,8 +413,8 @@ def test_ctrl_c_while_waiting(threads, how):
     device = CpuDevice(threads)
     out = integers(device, 64)
     commands = device.command_list()
-    commands.launch(NAP, (64 * threads,), [10_000])
-    commands.fill(out, 1, barrier=True)
+    commands.launch(NAP, (64 * threads,), [10_000, out])
+    commands.fill(out, 1)
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -493,7 +511,7 @@ def test_exit_with_a_list_in_flight():
         memory = device.allocate(64 << 20)
         commands = device.command_list()
         for i in range(2000):
-            commands.fill(memory, i % 256, barrier=True)
+            commands.fill(memory, i % 256)
         event = device.submit(commands)
         assert not event.done
         print("end", flush=True)
@@ -514,7 +532,7 @@ def test_fork():
         commands, slow = device.command_list(), device.command_list()
         commands.fill(small, 5)
         for _ in range(50):
-            slow.fill(large, 1, barrier=True)
+            slow.fill(large, 1)
         device.run(commands)
         finished = device.submit(commands)
         finished.wait()

@@ -15,6 +15,7 @@ from nitinol.compiler.semantics import memory_dtype
 from nitinol.language.jit import specialise
 from nitinol.language.types import DType
 from nitinol.runtime.device import Buffer, CommandList, DeviceError, Event
+from nitinol.runtime.hazards import Span
 
 ALIGNMENT = 64  # of every buffer, also of those inside the arena
 
@@ -143,23 +144,16 @@ class Program:
 
     @cached_property
     def commands(self) -> CommandList:
-        """The command list of the steps; a barrier stands only where one touches what an earlier one writes."""
+        """The command list of the steps, which says of each array what a step may touch of it."""
         commands = self.device.command_list()
-        reads: list[tuple[int, int]] = []
-        writes: list[tuple[int, int]] = []
         for step, record in zip(self.steps, self.records):
-            executable, arguments = self._compile(step)
-            ours = [(self._range(a), i in step.writes) for i, a in enumerate(step.arguments) if isinstance(a, View)]
-            barrier = any(
-                low < end and start < high
-                for (low, high), written in ours
-                for start, end in (reads + writes if written else writes)
-            )
-            if barrier:
-                reads, writes = [], []
-            for span, written in ours:
-                (writes if written else reads).append(span)
-            commands.launch(executable, step.grid, arguments, barrier=barrier, label=record.name)
+            executable, arguments, positions = self._compile(step)
+            spans: tuple[dict[int, Span], dict[int, Span]] = ({}, {})  # reads, writes
+            views = ((i, a) for i, a in enumerate(step.arguments) if isinstance(a, View))
+            for position, (i, view) in zip(positions, views):
+                (low, high), start = self._range(view), self.address(view)
+                spans[i in step.writes][position] = low - start, high - start
+            commands.launch(executable, step.grid, arguments, reads=spans[0], writes=spans[1], label=record.name)
         return commands
 
     def _range(self, view: View) -> tuple[int, int]:
@@ -167,8 +161,8 @@ class Program:
         start = self.buffers[view.value].address
         return start + low * view.dtype.nbytes, start + high * view.dtype.nbytes
 
-    def _compile(self, step: Step) -> tuple[Any, list[Buffer | int | bytes]]:
-        """The executable and its arguments."""
+    def _compile(self, step: Step) -> tuple[Any, list[Buffer | int | bytes], list[int]]:
+        """The executable, its arguments, and which of these are the arrays."""
         from nitinol.compiler.driver import compile_function, compile_kernel
         from nitinol.runtime.launch import encode
 
@@ -187,7 +181,7 @@ class Program:
         arguments: list[Buffer | int | bytes] = [encode(value, type) for value, type in zip(values, types)]
         for position, view in zip(positions, (a for a in step.arguments if isinstance(a, View))):
             arguments[position] = self.buffers[view.value].view(view.offset * view.dtype.nbytes)
-        return executable, arguments
+        return executable, arguments, positions
 
     def _resolve(self, step: Step) -> tuple[Any, Any, list[Any], list[int]]:
         """The generated function, or the kernel's signature; the values of the run-time parameters; which of these

@@ -26,6 +26,7 @@ from nitinol.runtime.device import (
     Progress,
     Timestamp,
 )
+from nitinol.runtime.hazards import meetings
 from nitinol.runtime.memory import Block, Pool, available_memory
 
 # Units of work an entry is cut into, for each worker: the last, smallest piece is 1/32 of a worker's share.
@@ -244,11 +245,12 @@ class CpuDevice:
         entries = memory[cpu_executor.LIST_WORDS:first_slot].reshape(count, cpu_executor.ENTRY_WORDS)
         address, slot = memory.ctypes.data, first_slot
         total = required = parallel = 0
-        for row, entry, (function, (x, y, z), slots) in zip(entries, commands.entries, launches):
+        meets = meetings(entry.after for entry in commands.entries)
+        for row, meeting, (function, (x, y, z), slots) in zip(entries, meets, launches):
             programs = x * y * z
             unit = max(1, -(-programs // (UNITS_PER_WORKER * self.threads)))
             units = -(-programs // unit)
-            required = total if entry.barrier else required
+            required = total if meeting else required
             parallel |= units > 1 or (total > required)
             row[cpu_executor.FUNCTION:cpu_executor.TICKET] = (
                 function, address + 8 * slot, x | y << 32, z, programs, unit, units, required)

@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 
 Entry = Launch | Copy | Fill
 MOST_BLOCKS_YZ = 65535
-# Entries of a group that may overlap. H200, µs a kernel of 132 blocks: 0.95 with 1, 0.57 with 2, 0.50 with 4, where the
-# 16 edges between two groups cost nothing; an empty node between them does, 1.5 µs a kernel and 450 µs of the host.
-WIDTH = 4
 
 
 class Node(NamedTuple):
     """A node of a graph. early: a kernel that lets those after it start before it has ended, and waits itself for those
     before it, so that every edge between two of them may be a programmatic one (CUDA programming guide, "Programmatic
-    dependent launch"). All of them wait: that the one before the one before has ended follows."""
+    dependent launch"). All of them wait, so that none ends before what it comes after: that the one before the one
+    before has ended follows, and needs no edge."""
 
     handle: Any
     early: bool = False
@@ -47,7 +45,7 @@ class Encoded:
             part = self.entries[first:first + 1] if self.blocking else self.entries
             graph = device.call(device.cu.cuGraphCreate, 0)
             try:
-                self._fill(graph, part, self.events[first:first + len(part) + 1], first == 0)
+                self._fill(graph, first, part)
                 self.graphs.append(device.call(device.cu.cuGraphInstantiate, graph, 0))
             finally:
                 device.cu.cuGraphDestroy(graph)
@@ -69,24 +67,23 @@ class Encoded:
             for event in self.events:
                 self.device.cu.cuEventDestroy(event)
 
-    def _fill(self, graph: Any, entries: Sequence[Entry], events: Sequence[Any], first: bool) -> None:
-        """Entries up to the next barrier are a group. Its first WIDTH nodes depend on the last ones of the group
-        before, every further one on the node WIDTH places earlier. With events: one entry after another, an event
-        after each."""
-        cu = self.device.cu
-        before: list[Node] = []  # what the group depends on
-        group: list[Node] = []
+    def _fill(self, graph: Any, first: int, entries: Sequence[Entry]) -> None:
+        """A node for each of the entries, the list's from number `first` on, with an edge from each that it comes after.
+        With events: one entry after another, an event after each."""
+        nodes: list[Node] = []
         written: set[Any] = set()  # memory, by the entries so far
-        if events and first:
-            group = [Node(self.device.call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0]))]
+        events = self.events[first:first + len(entries) + 1]
+        last = [self._add_event(graph, [], events[0])] if events and first == 0 else []
         for number, entry in enumerate(entries):
-            if entry.barrier or events:
-                before, group = group[-WIDTH:] or before, []
-            node = self._add(graph, before if len(group) < WIDTH else [group[-WIDTH]], entry, written)
+            before = last if events else [nodes[other - first] for other in entry.after if other >= first]
+            node = self._add(graph, before, entry, written)
+            nodes.append(node)
             written |= _written(entry)
             if events:
-                node = Node(self.device.call(cu.cuGraphAddEventRecordNode, graph, [node.handle], 1, events[number + 1]))
-            group.append(node)
+                last = [self._add_event(graph, [node.handle], events[number + 1])]
+
+    def _add_event(self, graph: Any, before: list[Any], event: Any) -> Node:
+        return Node(self.device.call(self.device.cu.cuGraphAddEventRecordNode, graph, before, len(before), event))
 
     def _add(self, graph: Any, nodes: list[Node], entry: Entry, written: set[Any]) -> Node:
         """written: the memory that entries before this one write."""

@@ -2,8 +2,8 @@
 
 A driver (cpu.py, metal.py, cuda.py) is one class with the methods of `Device`. Everything else in this file is shared:
 a `CommandList` is recorded once, encoded once by the driver, and submitted many times. Submissions to one device run in
-order, one after another; a device has one queue. Within a list, entries may overlap unless `barrier=True` says that
-everything recorded earlier must have finished.
+order, one after another; a device has one queue. Within a list, entries may overlap but for those that touch the same
+bytes, one of them writing: hazards.py derives from what each reads and writes which entries it comes after.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import math
 import struct
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from nitinol.runtime.hazards import Hazards, Span
 
 Progress = Callable[[int, int], None]  # told how much is done, of how much
 
@@ -64,6 +66,11 @@ class Buffer:
         self._root = root  # the buffer that this one is a view of
         self._freed = False
         self._lists: weakref.WeakSet[CommandList] | None = None  # the lists that use this memory
+
+    @property
+    def span(self) -> Span:
+        """The addresses of the memory."""
+        return self.address, self.address + self.nbytes
 
     @property
     def freed(self) -> bool:
@@ -166,36 +173,63 @@ def slot(value: float, kind: str) -> bytes:
     return struct.pack("<fxxxx" if kind == "f" else "<d", value)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launch:
     """One kernel over a grid. Arguments, one for each run-time parameter: a Buffer for a pointer (the CPU also takes an
-    address), an int, or the 8 bytes of a slot."""
+    address), an int, or the 8 bytes of a slot. reads, writes: see CommandList.launch. after: the entries of the list,
+    by number, that must have ended before."""
 
     executable: Executable
     grid: tuple[int, int, int]
-    arguments: tuple[Buffer | int | bytes, ...]
-    barrier: bool
+    arguments: list[Buffer | int | bytes]
     label: str
+    reads: Mapping[int, Span] = field(default_factory=dict)
+    writes: Mapping[int, Span] = field(default_factory=dict)
+    after: tuple[int, ...] = ()
+
+    def touched(self) -> tuple[list[Span], list[Span]]:
+        """The addresses that it reads, and those that it writes."""
+        reads: list[Span] = []
+        writes: list[Span] = []
+        if 0 in self.grid:
+            return reads, writes
+        for position, argument in enumerate(self.arguments):
+            if position in self.reads or position in self.writes:
+                address = argument.address if isinstance(argument, Buffer) else _number(argument)
+                for given, found in ((self.reads, reads), (self.writes, writes)):
+                    if position in given:
+                        low, high = given[position]
+                        found.append((address + low, address + high))
+            elif isinstance(argument, Buffer):
+                reads.append(argument.span)
+                writes.append(argument.span)
+        return reads, writes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Copy:
     """Bytes from one buffer to another of the same size, which must not overlap it."""
 
     destination: Buffer
     source: Buffer
-    barrier: bool
     label: str
+    after: tuple[int, ...] = ()
+
+    def touched(self) -> tuple[list[Span], list[Span]]:
+        return [self.source.span], [self.destination.span]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fill:
     """One byte value over a whole buffer."""
 
     destination: Buffer
     value: int
-    barrier: bool
     label: str
+    after: tuple[int, ...] = ()
+
+    def touched(self) -> tuple[list[Span], list[Span]]:
+        return [], [self.destination.span]
 
 
 @dataclass(frozen=True)
@@ -219,6 +253,7 @@ class CommandList:
         self.encoded: Any = None  # the driver's form; made at the first submit, dropped when the list changes
         self.invalid = ""  # why this list must not be submitted any more
         self._profile = False
+        self._hazards = Hazards()
 
     @property
     def profile(self) -> bool:
@@ -229,23 +264,28 @@ class CommandList:
         if on != self._profile:
             self._profile, self.encoded = on, None
 
-    def launch(self, executable: Executable, grid: Sequence[int], arguments: Sequence[Buffer | int | bytes] = (),
-               *, barrier: bool = False, label: str = "") -> None:
-        """Record a kernel launch. grid: one to three extents; missing ones are 1."""
+    def launch(self, executable: Executable, grid: Sequence[int], arguments: Sequence[Buffer | int | bytes] = (), *,
+               reads: Mapping[int, Span] | None = None, writes: Mapping[int, Span] | None = None,
+               label: str = "") -> None:
+        """Record a kernel launch. grid: one to three extents; missing ones are 1.
+
+        reads, writes: for an argument, by position, the bytes that the kernel reads or writes through it, as first byte
+        and one past the last, counted from where the argument points. A buffer of which neither says anything is read
+        and written as a whole. An address that is given as a number is memory to the list only if they name it.
+        """
         if not 1 <= len(grid) <= 3 or any(not 0 <= int(extent) < 2**31 for extent in grid):
             raise DeviceError(f"grid {tuple(grid)} of kernel {executable.name!r} must have one to three extents, "
                               "each from 0 to 2**31 - 1")
         for position, argument in enumerate(arguments):
-            if isinstance(argument, Buffer):
-                self._use(argument)
-            elif not isinstance(argument, int | np.integer) and not (
-                    isinstance(argument, bytes) and len(argument) == 8):
-                raise DeviceError(f"argument {position} of kernel {executable.name!r} is {argument!r}; expected a "
-                                  "Buffer, an int, or the 8 bytes of a slot")
+            self._check_argument(executable, position, argument)
+        for given in (reads or {}, writes or {}):
+            if given and not 0 <= min(given) <= max(given) < len(arguments):
+                raise DeviceError(f"kernel {executable.name!r} is said to touch memory through arguments "
+                                  f"{sorted(given)}; it was given {len(arguments)}, counted from 0")
         x, y, z = (*(int(extent) for extent in grid), 1, 1)[:3]
-        self._add(Launch(executable, (x, y, z), tuple(arguments), barrier, label or executable.name))
+        self._add(Launch(executable, (x, y, z), list(arguments), label or executable.name, reads or {}, writes or {}))
 
-    def copy(self, destination: Buffer, source: Buffer, *, barrier: bool = False, label: str = "copy") -> None:
+    def copy(self, destination: Buffer, source: Buffer, *, label: str = "copy") -> None:
         """Record a copy of all bytes of `source` to `destination`."""
         self._use(source)
         self._use(destination, writes=True)
@@ -254,14 +294,14 @@ class CommandList:
                               "size")
         if abs(source.address - destination.address) < source.nbytes:
             raise DeviceError(f"a copy of {source.nbytes} bytes overlaps itself; copy through a third buffer")
-        self._add(Copy(destination, source, barrier, label))
+        self._add(Copy(destination, source, label))
 
-    def fill(self, destination: Buffer, value: int = 0, *, barrier: bool = False, label: str = "fill") -> None:
+    def fill(self, destination: Buffer, value: int = 0, *, label: str = "fill") -> None:
         """Record setting every byte of `destination` to `value` (0 to 255)."""
         self._use(destination, writes=True)
         if not 0 <= value <= 255:
             raise DeviceError(f"a fill with {value}; expected a byte, 0 to 255")
-        self._add(Fill(destination, value, barrier, label))
+        self._add(Fill(destination, value, label))
 
     def timestamps(self) -> list[Timestamp]:
         """Start and end of every entry in the latest run of a profiled list, in the order of recording."""
@@ -278,9 +318,21 @@ class CommandList:
             root._lists = weakref.WeakSet()
         root._lists.add(self)
 
+    def _check_argument(self, executable: Executable, position: int, argument: Any) -> None:
+        if isinstance(argument, Buffer):
+            self._use(argument)
+        elif not isinstance(argument, int | np.integer) and not (isinstance(argument, bytes) and len(argument) == 8):
+            raise DeviceError(f"argument {position} of kernel {executable.name!r} is {argument!r}; expected a Buffer, "
+                              "an int, or the 8 bytes of a slot")
+
     def _add(self, entry: Launch | Copy | Fill) -> None:
+        entry.after = self._hazards.add(*entry.touched())
         self.entries.append(entry)
         self.encoded = None
+
+
+def _number(argument: int | bytes) -> int:
+    return int.from_bytes(argument, "little") if isinstance(argument, bytes) else int(argument)
 
 
 class Event:

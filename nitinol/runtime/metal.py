@@ -31,6 +31,7 @@ from nitinol.runtime.device import (
     Progress,
     Timestamp,
 )
+from nitinol.runtime.hazards import meetings
 from nitinol.runtime.metal_commands import Command, Encoded, check, dispatch, failure, lower, make_indirect
 from nitinol.runtime.metal_memory import Heap, is_mapped
 from nitinol.runtime.metal_pipelines import autorelease, framework, make_pipeline
@@ -244,7 +245,7 @@ class MetalDevice:
         encoded = Encoded(commands)
         scalars = [kernel.arguments(launch.arguments, launch.grid) for kernel, (_, launch) in zip(kernels, launches)]
         arguments = self.allocate(ALIGNMENT * sum(-(-len(data) // ALIGNMENT) for data in scalars))
-        offset, before = 0, -1
+        offset, meets = 0, meetings(entry.after for entry in commands.entries)
         for (number, launch), kernel, data in zip(launches, kernels, scalars):
             used = [argument for argument in launch.arguments if isinstance(argument, Buffer)]
             place = arguments.view(offset, len(data))
@@ -270,12 +271,10 @@ class MetalDevice:
                     root = buffer._root or buffer
                     address = buffer.address if buffer.nbytes else root.address  # no offset may be at the end
                     bound.append(self._heap.window(root._owner, address, buffer.nbytes))
-            barrier = any(entry.barrier for entry in commands.entries[before + 1:number + 1])  # of empty ones too
             size = self._metal.MTLSizeMake
-            encoded.commands.append(Command(pipeline, bound, size(*launch.grid), size(kernel.threads, 1, 1), barrier,
-                                             number))
+            encoded.commands.append(Command(pipeline, bound, size(*launch.grid), size(kernel.threads, 1, 1),
+                                             meets[number], number))
             encoded.kept += [(buffer._root or buffer)._owner for buffer in used]
-            before = number
         encoded.kept.append(arguments)
         return encoded
 

@@ -50,7 +50,7 @@ def lower(entry: Launch | Copy | Fill) -> Launch:
     unit = next(unit for unit in TYPES if not (to.address | source.address | to.nbytes) % unit)
     count = to.nbytes // unit
     kernel = (COPY if isinstance(entry, Copy) else FILL)[unit]
-    return Launch(kernel, (-(-count // 256), 1, 1), (to, source, count, value), entry.barrier, entry.label)
+    return Launch(kernel, (-(-count // 256), 1, 1), [to, source, count, value], entry.label)
 
 
 class Command(NamedTuple):
