@@ -68,8 +68,8 @@ class Encoded:
                 self.device.cu.cuEventDestroy(event)
 
     def _fill(self, graph: Any, first: int, entries: Sequence[Entry]) -> None:
-        """A node for each of the entries, the list's from number `first` on, with an edge from each that it comes after.
-        With events: one entry after another, an event after each."""
+        """A node for each of the entries, the list's from number `first` on, behind those that it comes after. With
+        events: one entry after another, an event after each."""
         nodes: list[Node] = []
         written: set[Any] = set()  # memory, by the entries so far
         events = self.events[first:first + len(entries) + 1]

@@ -25,7 +25,7 @@ class _Readers(NamedTuple):
 
     entry: int
     before: _Readers | None
-    count: int
+    number: int  # of them
 
 
 class _Piece(NamedTuple):
@@ -69,7 +69,7 @@ class Hazards:
         last = self._cut(end)
         starts, pieces = self._starts[first:last], self._pieces[first:last]
         whole = writes or len(pieces) > MOST_PIECES or any(
-            piece.readers is not None and piece.readers.count >= MOST_READERS for piece in pieces)
+            piece.readers is not None and piece.readers.number >= MOST_READERS for piece in pieces)
         for piece in pieces:
             found.add(piece.writer)
             readers = piece.readers if whole else None
@@ -85,7 +85,7 @@ class Hazards:
                 new_starts.append(place)
                 new_pieces.append(_Piece(begin, NOBODY, _Readers(number, None, 1)))
             before, place = piece.readers, piece.end
-            count = 1 if before is None else before.count + 1
+            count = 1 if before is None else before.number + 1
             new_starts.append(begin)
             new_pieces.append(_Piece(piece.end, piece.writer, _Readers(number, before, count)))
         if place < end:
