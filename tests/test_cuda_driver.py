@@ -606,6 +606,24 @@ def test_a_failed_assertion_is_raised_by_the_wait(monkeypatch: Any) -> None:
     with pytest.raises(DeviceError, match="kernel check, line 3: n; the results are not valid"):
         event.wait()
     device.synchronize()  # the report is cleared
+    with pytest.raises(DeviceError, match="line 3"):  # but not forgotten
+        event.wait()
+    fine = device.command_list()
+    fine.fill(device.allocate(4), 1)
+    driver.late = 3
+    events = [device.submit(each) for each in (commands, fine, commands, fine)]
+    for number in (3, 1, 2, 0):
+        if number % 2:
+            events[number].wait()
+        else:
+            with pytest.raises(DeviceError, match="line 3"):
+                events[number].wait()
+    device.submit(commands)
+    other = threading.Thread(target=device.synchronize)  # pytest reports an exception there
+    other.start()
+    other.join()
+    with pytest.raises(DeviceError, match="line 3"):
+        device.synchronize()
 
 
 @pytest.mark.parametrize("blocking", [False, True])

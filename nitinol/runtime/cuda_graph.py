@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from nitinol.runtime.cuda_driver import Pinned
 from nitinol.runtime.device import Buffer, Copy, DeviceError, Fill, Launch
 
@@ -39,7 +41,9 @@ class Encoded:
         self.names: list[list[str]] = []  # of each graph's kernels
         self.events = [device.event() for _ in range(len(entries) + 1)] if profile else []
         self.logs: list[tuple[Any, Pinned]] = []  # of the kernels that print
-        self.submitted = 0  # when it was last, by time.monotonic_ns
+        self.submitted = self.sequence = 0  # when it was last, by time.monotonic_ns, and as which submission
+        self.status: Pinned | None = None  # where kernels with assertions report; 0 between runs
+        self._asserts: dict[int, str] = {}  # what the numbers mean that they leave there
         device.prepare(entry.executable for entry in entries if isinstance(entry, Launch))
         for first in range(0, len(entries), 1 if self.blocking else max(1, len(entries))):
             part = self.entries[first:first + 1] if self.blocking else self.entries
@@ -59,6 +63,15 @@ class Encoded:
                 lines = executable.printed(memory.bytes.tobytes())
                 memory.bytes[:4] = 0
                 print(*lines, sep="\n", flush=True)
+
+    def report(self) -> str:
+        """Which assertion has failed since the last time, as a sentence."""
+        code = 0 if self.status is None else int(self.status.bytes[:4].view(np.uint32)[0])
+        if self.status is None or not code:
+            return ""
+        self.status.bytes[:] = 0
+        what = self._asserts.get(code, f"a kernel on device {self.device.name!r} reported error {code}")
+        return f"{what}; the results are not valid"
 
     def __del__(self) -> None:
         if self.device.usable:
@@ -125,7 +138,11 @@ class Encoded:
         words = [_address(entry.arguments[position]).to_bytes(8, "little") for position in executable.pointers]
         words.append(executable.arguments(entry.arguments, entry.grid))
         if executable.asserts:
-            words.append(self.device.status_address(executable.asserts).to_bytes(8, "little"))
+            self._asserts.update(executable.asserts)
+            if self.status is None:
+                self.status = Pinned(self.device, 8)
+                self.status.bytes[:] = 0
+            words.append(self.status.address.to_bytes(8, "little"))
         if executable.prints:
             words.append(self._log(executable).to_bytes(8, "little"))
         storage = [(ctypes.c_uint64 * -(-len(word) // 8)).from_buffer_copy(word.ljust(-(-len(word) // 8) * 8, b"\0"))

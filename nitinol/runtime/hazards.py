@@ -43,6 +43,10 @@ class Hazards:
         # All that an entry waits for, directly or not: every entry below `floor`, and bit i for entry floor + i.
         self._waits: list[tuple[int, int]] = []
 
+    def __len__(self) -> int:
+        """How many entries there are."""
+        return len(self._waits)
+
     def add(self, reads: Iterable[Span], writes: Iterable[Span]) -> tuple[int, ...]:
         """The next entry, which touches these bytes. Returns the numbers of the entries that it must wait for, in
         order; none of them is waited for by another of them."""
@@ -119,7 +123,7 @@ def meetings(after: Iterable[Sequence[int]]) -> list[bool]:
     that waits for one since the last such place. No choice of places needs fewer."""
     places, start = list[bool](), 0
     for number, entries in enumerate(after):
-        meets = any(entry >= start for entry in entries)
+        meets = bool(entries) and max(entries) >= start
         start = number if meets else start
         places.append(meets)
     return places
