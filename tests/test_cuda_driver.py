@@ -515,8 +515,8 @@ def test_who_loads_before_it_waits_starts_late_where_that_is_written(monkeypatch
     """By any entry before it in the list, whether through the buffer itself or a view; not by those after it."""
     device, driver = open_fake(monkeypatch)
     text = ADD.replace("{", '{ asm volatile("griddepcontrol.wait;");', 1)
-    writer = executable("writer", text, (0, 1), (), written=(1,))
-    reader = executable("reader", text, (0, 1), (), written=(1,), early=(0,))
+    writer = executable("writer", text, (0, 1), (), stores=frozenset((1,)))
+    reader = executable("reader", text, (0, 1), (), stores=frozenset((1,)), early=(0,))
     weights, other, x = (device.allocate(1 << 20) for _ in range(3))
 
     def early(*launches: Any) -> list[bool]:

@@ -185,7 +185,7 @@ def _written(entry: Entry) -> set[Any]:
     if not isinstance(entry, Launch):
         return {_memory(entry.destination)}
     executable: Any = entry.executable
-    return {_memory(entry.arguments[number]) for number in executable.written}
+    return {_memory(entry.arguments[number]) for number in executable.stores}
 
 
 def _address(argument: Buffer | int | bytes) -> int:
