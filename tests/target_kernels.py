@@ -23,6 +23,28 @@ def reverse_in_place(x, n, BLOCK: tl.constexpr):
 
 
 @jit
+def exchange(a, b, out, n, BLOCK: tl.constexpr):
+    """Two pointers change places: what was loaded before the loop is wanted after it."""
+    offsets = tl.arange(0, BLOCK)
+    first = tl.load(a + offsets)
+    to, source = a, b
+    for _ in range(n):
+        tl.store(to + offsets, tl.load(source + offsets) * 2)
+        kept = to
+        to = source
+        source = kept
+    tl.store(out + offsets, first + tl.load(b + offsets))
+
+
+def exchange_reference(a, b, n):
+    """What `exchange` leaves in out, a and b."""
+    first, pair = a, [a, b]
+    for number in range(n):
+        pair[number % 2] = pair[1 - number % 2] * 2
+    return first + pair[1], *pair
+
+
+@jit
 def product(
     a, b, c, K, M: tl.constexpr, N: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,

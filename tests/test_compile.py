@@ -146,7 +146,7 @@ def test_a_call_is_one_submission_without_allocation() -> None:
     np.testing.assert_allclose(state.numpy(), expected_state, **TOLERANCE)
 
 
-def test_barriers_only_where_needed() -> None:
+def test_dependencies_only_where_needed() -> None:
     x = nn.array(floats(64))
 
     @nitinol.compile
@@ -155,8 +155,8 @@ def test_barriers_only_where_needed() -> None:
         return a + b, c
 
     function(x)
-    barriers = [entry.barrier for entry in function.program.commands.entries]
-    assert barriers == [False, False, False, True]  # two launches and a reduction side by side; then a + b
+    after = [entry.after for entry in function.program.commands.entries]
+    assert after == [(), (), (), (0, 1)]  # two launches and a reduction side by side; then a + b
 
 
 def test_earlier_results_stay() -> None:

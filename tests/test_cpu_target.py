@@ -6,7 +6,7 @@ import native
 import numpy as np
 import pytest
 from random_programs import random_program
-from target_kernels import reverse_in_place
+from target_kernels import exchange, exchange_reference, reverse_in_place
 
 import nitinol
 import nitinol.language as tl
@@ -52,6 +52,17 @@ def test_loads_come_before_the_store_that_overwrites_them(n):
     expected = x[::-1].copy()
     reverse_in_place[(1,)](x, n, BLOCK=128)
     np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize("block", [8, 64, 1024])
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_carried_pointer_may_be_any(block, rounds):
+    rng = np.random.default_rng()
+    a, b = rng.integers(-9, 9, (2, block)).astype(np.int32)
+    expected, out = exchange_reference(a, b, rounds), np.full(block, 77, np.int32)
+    exchange[(1,)](a, b, out, rounds, BLOCK=block)
+    for found, wanted in zip((out, a, b), expected):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @jit

@@ -348,7 +348,7 @@ def test_shared_memory_is_read_and_written_without_transfers(monkeypatch: Any) -
     buffer.write(np.arange(64, dtype=np.uint8))
     commands = device.command_list()
     commands.copy(other, buffer)
-    commands.fill(buffer.view(8, 4), 9, barrier=True)
+    commands.fill(buffer.view(8, 4), 9)
     before = driver.calls.copy()
     device.submit(commands)
     assert buffer.read(np.uint8)[:12].tolist() == [*range(8), 9, 9, 9, 9]  # after what was submitted
@@ -458,11 +458,11 @@ def test_copies_fills_and_empty_entries_run_in_order(monkeypatch: Any) -> None:
     a, b = device.allocate(1003), device.allocate(1003)
     commands = device.command_list()
     commands.fill(a, 5)
-    commands.fill(a.view(4, 400), 9, barrier=True)
-    commands.copy(b, a, barrier=True)
-    commands.fill(a.view(0, 0), 1, barrier=True)
+    commands.fill(a.view(4, 400), 9)
+    commands.copy(b, a)
+    commands.fill(a.view(0, 0), 1)
     commands.copy(a.view(8, 0), b.view(8, 0))
-    commands.launch(adding(), (0,), (a, b, slot(1.0, "f"), 1), barrier=True)
+    commands.launch(adding(), (0,), (a, b, slot(1.0, "f"), 1))
     device.run(commands)
     expected = np.full(1003, 5, np.uint8)
     expected[4:404] = 9
@@ -470,27 +470,22 @@ def test_copies_fills_and_empty_entries_run_in_order(monkeypatch: Any) -> None:
     assert [node.kind for node in driver.graphs[-1]] == ["fill", "fill", "copy", "empty", "empty", "empty"]
 
 
-def test_every_entry_waits_for_all_before_its_barrier_and_overlaps_its_neighbour(monkeypatch: Any) -> None:
+def test_every_entry_comes_after_those_it_meets_and_after_no_others(monkeypatch: Any) -> None:
     random = np.random.default_rng()
     device, driver = open_fake(monkeypatch)
     for _ in range(20):
-        barriers = random.random(30) < 0.3
-        buffers = [device.allocate(64) for _ in barriers]
+        buffers = [device.allocate(64) for _ in range(6)]
         commands = device.command_list()
-        for buffer, barrier in zip(buffers, barriers):
-            commands.fill(buffer, 1, barrier=bool(barrier))
+        for source, target in random.integers(0, 6, (30, 2)):
+            if source == target:
+                commands.fill(buffers[target], 1)
+            else:
+                commands.copy(buffers[target], buffers[source])
         device.run(commands)
-        nodes = driver.graphs[-1]
-        reach: dict[Any, set[Any]] = {}
-        for node in nodes:
-            reach[node] = set().union(*({other} | reach[other] for other in node.before))
-        fills = [node for node in nodes if node.kind == "fill"]
-        last = 0
-        for i, barrier in enumerate(barriers):
-            last = i if barrier else last
-            before = reach[fills[i]]
-            assert before >= set(fills[:last]) and (i == 0 or before != set(fills[:i]) or i == last)
-        assert len(nodes) == len(fills)
+        nodes = [node for node in driver.graphs[-1] if node.kind in ("fill", "copy")]
+        assert len(nodes) == len(driver.graphs[-1]) == 30
+        assert [[nodes.index(other) for other in node.before] for node in nodes] == [
+            list(entry.after) for entry in commands.entries]
 
 
 @pytest.mark.parametrize("capability, version", [((9, 0), 13000), ((8, 0), 13000), ((9, 0), 12020)])
@@ -504,12 +499,11 @@ def test_kernels_start_before_those_they_wait_for_have_ended(
     buffer = device.allocate(64)
     commands = device.command_list()
     for made in (waiting, waiting, executable("plain", ADD, (0, 1), ()), waiting):
-        commands.launch(made, (1,), [buffer, buffer], barrier=True)
-    commands.fill(buffer, 0, barrier=True)
-    commands.launch(waiting, (1,), [buffer, buffer], barrier=True)
-    for _ in range(2):
-        commands.launch(waiting, (1,), [buffer, buffer], barrier=False)
-    commands.launch(waiting, (1,), [buffer, buffer], barrier=True)
+        commands.launch(made, (1,), [buffer, buffer])
+    commands.fill(buffer, 0)
+    for part in range(3):  # side by side: each writes a part of its own
+        commands.launch(waiting, (1,), [buffer, buffer], writes={1: (16 * part, 16 * part + 16)}, reads={0: (48, 64)})
+    commands.launch(waiting, (1,), [buffer, buffer])
     device.run(commands)
     nodes = driver.graphs[-1]
     assert [len(node.before) for node in nodes] == [0, 1, 1, 1, 1, 1, 1, 1, 3]
@@ -521,14 +515,14 @@ def test_who_loads_before_it_waits_starts_late_where_that_is_written(monkeypatch
     """By any entry before it in the list, whether through the buffer itself or a view; not by those after it."""
     device, driver = open_fake(monkeypatch)
     text = ADD.replace("{", '{ asm volatile("griddepcontrol.wait;");', 1)
-    writer = executable("writer", text, (0, 1), (), written=(1,))
-    reader = executable("reader", text, (0, 1), (), written=(1,), early=(0,))
+    writer = executable("writer", text, (0, 1), (), stores=frozenset((1,)))
+    reader = executable("reader", text, (0, 1), (), stores=frozenset((1,)), early=(0,))
     weights, other, x = (device.allocate(1 << 20) for _ in range(3))
 
     def early(*launches: Any) -> list[bool]:
         commands = device.command_list()
         for made, source, target in launches:
-            commands.launch(made, (1,), [source, target], barrier=True)
+            commands.launch(made, (1,), [source, target])
         device.run(commands)
         return [bool(node.early) for node in driver.graphs[-1]]
 
@@ -538,8 +532,8 @@ def test_who_loads_before_it_waits_starts_late_where_that_is_written(monkeypatch
     assert early((writer, other, x), (reader, x, other), (writer, other, x)) == [False, False, True]
     commands = device.command_list()
     commands.fill(weights, 0)
-    commands.launch(writer, (1,), [other, x], barrier=True)
-    commands.launch(reader, (1,), [weights, x], barrier=True)
+    commands.launch(writer, (1,), [other, x])
+    commands.launch(reader, (1,), [weights, x])
     device.run(commands)
     assert not driver.graphs[-1][-1].early
 
@@ -612,6 +606,24 @@ def test_a_failed_assertion_is_raised_by_the_wait(monkeypatch: Any) -> None:
     with pytest.raises(DeviceError, match="kernel check, line 3: n; the results are not valid"):
         event.wait()
     device.synchronize()  # the report is cleared
+    with pytest.raises(DeviceError, match="line 3"):  # but not forgotten
+        event.wait()
+    fine = device.command_list()
+    fine.fill(device.allocate(4), 1)
+    driver.late = 3
+    events = [device.submit(each) for each in (commands, fine, commands, fine)]
+    for number in (3, 1, 2, 0):
+        if number % 2:
+            events[number].wait()
+        else:
+            with pytest.raises(DeviceError, match="line 3"):
+                events[number].wait()
+    device.submit(commands)
+    other = threading.Thread(target=device.synchronize)  # pytest reports an exception there
+    other.start()
+    other.join()
+    with pytest.raises(DeviceError, match="line 3"):
+        device.synchronize()
 
 
 @pytest.mark.parametrize("blocking", [False, True])
@@ -627,7 +639,7 @@ def test_a_fault_names_the_kernels_and_ends_the_device(monkeypatch: Any, blockin
     buffer = device.allocate(64)
     commands = device.command_list()
     commands.launch(executable("good", "good", (0,)), (1,), (buffer,))
-    commands.launch(executable("wild", "wild", (0,)), (1,), (buffer,), barrier=True)
+    commands.launch(executable("wild", "wild", (0,)), (1,), (buffer,))
     who = "kernel 'wild' accessed" if blocking else "one of the kernels good, wild .*BLOCKING.* accessed"
     with pytest.raises(DeviceError, match=f"{who} an illegal address on NVIDIA Imaginary .*start it again"):
         device.submit(commands).wait()
@@ -945,7 +957,7 @@ def test_gpu_runs_kernels_in_order(gpu: CudaDevice) -> None:
     buffers = gpu.wrap(x), gpu.wrap(y)
     commands = gpu.command_list()
     for step in range(3):
-        commands.launch(adding(), (-(-n // 32),), (*buffers, slot(0.5 + step, "f"), n), barrier=True)
+        commands.launch(adding(), (-(-n // 32),), (*buffers, slot(0.5 + step, "f"), n))
     before = gpu.counters.allocations
     gpu.run(commands)
     events = [gpu.submit(commands) for _ in range(5)]
@@ -964,7 +976,7 @@ def test_gpu_transfers(gpu: CudaDevice) -> None:
         copy = gpu.allocate(size)
         commands = gpu.command_list()
         commands.fill(copy, 171)
-        commands.copy(copy.view(1), buffer.view(1), barrier=True)
+        commands.copy(copy.view(1), buffer.view(1))
         gpu.run(commands)
         data[0] = 171
         assert np.array_equal(copy.read(), data)
@@ -1035,7 +1047,7 @@ def test_gpu_fault(gpu: CudaDevice, blocking: str) -> None:
         buffer = device.allocate(64)
         commands = device.command_list()
         commands.launch(adding(), (1,), (buffer, buffer, slot(1.0, 'f'), 1))
-        commands.launch(executable("wild", WILD, (0,)), (1,), (buffer,), barrier=True)
+        commands.launch(executable("wild", WILD, (0,)), (1,), (buffer,))
         for _ in range(2):
             try:
                 device.run(commands)

@@ -15,7 +15,7 @@ from model_files import random_file
 from operation_programs import operation_programs
 from random_programs import FLOATS, INTEGERS, random_program
 from software_cuda import Gpu, compiled, executable, launch, open_gpu, run
-from target_kernels import BFloat16, product, reverse_in_place
+from target_kernels import BFloat16, exchange, exchange_reference, product, reverse_in_place
 
 import nitinol as na
 import nitinol.language as tl
@@ -142,6 +142,16 @@ def test_reductions_that_are_wanted_elsewhere(rng, kind, dtype, warps, count, ro
     assert made.barriers <= 1
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_carried_pointer_may_be_any(rng, rounds):
+    block = 256
+    a, b = rng.integers(-9, 9, (2, block)).astype(np.int32)
+    expected, out = exchange_reference(a, b, rounds), np.full(block, 77, np.int32)
+    launch(exchange, (1,), 4, a=a, b=b, out=out, n=rounds, BLOCK=block)
+    for found, wanted in zip((out, a, b), expected):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def changed(made, old, new):
     assert old in made.source
     return replace(made, source=made.source.replace(old, new))
@@ -185,7 +195,7 @@ def test_a_kernel_that_says_when_it_waits(rng):
     out = np.zeros_like(x)
     made, values = compiled(weigh, 4, x=x, weights=weights, out=out, N=128)
     names = [value.name for value in made.function.parameters]
-    assert [names[i] for i in made.early] == ["weights"] and [names[i] for i in made.written] == ["out"]
+    assert [names[i] for i in made.early] == ["weights"] and [names[i] for i in made.stores] == ["out"]
     run(made, (1,), values)
     np.testing.assert_array_equal(out, x * weights)
     run(replace(made, early=()), (1,), values)

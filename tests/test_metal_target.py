@@ -10,7 +10,7 @@ import pytest
 from operation_programs import operation_programs
 from random_programs import FLOATS, INTEGERS, random_program
 from software_metal import Library, executable
-from target_kernels import BFloat16, reverse_in_place
+from target_kernels import BFloat16, exchange, exchange_reference, reverse_in_place
 
 import nitinol.language as tl
 import softmetal
@@ -50,6 +50,17 @@ def launch(kernel, grid=(1, 1, 1), simdgroups=4, **arguments):
     made, values = compiled(kernel, "", simdgroups, **arguments)
     Library([made]).run(made, grid, values)
     return made
+
+
+@pytest.mark.parametrize("block", [8, 256])
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_carried_pointer_may_be_any(block, rounds):
+    rng = np.random.default_rng()
+    a, b = rng.integers(-9, 9, (2, block)).astype(np.int32)
+    expected, out = exchange_reference(a, b, rounds), np.full(block, 77, np.int32)
+    launch(exchange, a=a, b=b, out=out, n=rounds, BLOCK=block)
+    for found, wanted in zip((out, a, b), expected):
+        np.testing.assert_array_equal(found, wanted)
 
 
 # -------------------------------------------------------------------------------------------------- random programs

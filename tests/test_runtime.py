@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,9 +104,9 @@ def build_kernels() -> ir.Module:
         k.put(index_from(k, out, p), 0, k.b.add(k.read(total), k.b.and_(scratch, constant(63))))
     over_programs(k, use_scratch)
 
-    m = kernel("fail")  # *status = code
+    m = kernel("fail")  # *status = code; the list adds the status word's address to the arguments
     args = m.parameters[0]
-    status, code = m.get(args, 0), m.get(args, 1)
+    code, status = m.get(args, 0), m.get(args, 1)
     over_programs(m, lambda p: m.put(status, 0, code))
 
     n = kernel("nap")  # usleep(args[0])
@@ -170,13 +171,13 @@ def chain(device: CpuDevice, steps: list[tuple[int, int]], values: np.ndarray) -
     a.as_numpy(np.int64)[:] = values
     commands = device.command_list()
     for _, add in steps:
-        commands.launch(STEP, (n,), [b, a, n, add], barrier=True)
+        commands.launch(STEP, (n,), [b, a, n, add])
         a, b = b, a
     device.run(commands)
     return a.as_numpy(np.int64).copy()
 
 
-def test_barriers_order_entries(device):
+def test_dependent_entries_run_in_order(device):
     rng = np.random.default_rng()
     for n in (1, 2, 37, 500):
         values, additions = rng.integers(-100, 100, n), rng.integers(-5, 5, 300)
@@ -188,8 +189,8 @@ def test_barriers_order_entries(device):
             assert (chain(device, [(n, int(add)) for add in additions], values) == expected).all()
 
 
-def test_a_missing_barrier_shows():
-    """The test above could fail: an entry without a barrier does begin before the one ahead of it has ended."""
+def test_independent_entries_overlap():
+    """The test above could fail: an entry that depends on none does begin before the one ahead of it has ended."""
     device = CpuDevice(2)
     flag, first, second = integers(device, 1), integers(device, 1), integers(device, 1)
     commands = device.command_list()
@@ -205,7 +206,7 @@ def test_a_missing_barrier_shows():
     flag.as_numpy(np.int64)[0] = 0
     second.as_numpy(np.int64)[0] = 0
     commands.launch(SPIN, (1,), [flag, first])
-    commands.fill(second, 1, barrier=True)
+    commands.copy(second, first)
     event = device.submit(commands)
     time.sleep(0.05)
     assert second.as_numpy(np.int64)[0] == 0
@@ -215,6 +216,24 @@ def test_a_missing_barrier_shows():
     device.close()
 
 
+def test_what_a_launch_touches_decides_what_it_comes_after(pair):
+    a, b = integers(pair, 64), integers(pair, 64)
+    commands = pair.command_list()
+    commands.launch(STEP, (4,), [a, b, 4, 0], writes={0: (0, 32)}, reads={1: (0, 32)})
+    commands.launch(STEP, (4,), [a.view(32), b, 4, 0], writes={0: (0, 32)}, reads={1: (0, 32)})  # beside the first
+    commands.launch(STEP, (4,), [a.view(32), b, 4, 0], writes={0: (-8, 0)}, reads={1: (0, 32)})  # what the first wrote
+    commands.launch(STEP, (4,), [a, b, 4, 0], reads={1: (0, 32)})  # of argument 0 nothing is said: all of it
+    commands.launch(STEP, (0,), [a, b, 4, 0])  # no programs
+    commands.fill(b.view(0, 0), 1)
+    commands.fill(b.view(40, 8), 1)  # read by nobody
+    commands.launch(STEP, (4,), [int(a.address), int(b.address), 4, 0], writes={1: (40, 41)})  # addresses as numbers
+    commands.copy(b.view(0, 8), b.view(40, 8))
+    assert [entry.after for entry in commands.entries] == [(), (), (0,), (1, 2), (), (), (), (6,), (3, 7)]
+    for given in ({"reads": {4: (0, 1)}}, {"writes": {-1: (0, 1)}}):
+        with pytest.raises(DeviceError, match="through arguments"):
+            commands.launch(STEP, (4,), [a, b, 4, 0], **given)
+
+
 def test_a_waiting_thread_helps_and_a_late_worker_changes_nothing(device):
     """The same lists over and over, alternating between run and submit, so that workers arrive at any moment."""
     n = 64
@@ -222,8 +241,8 @@ def test_a_waiting_thread_helps_and_a_late_worker_changes_nothing(device):
     short, long = device.command_list(), device.command_list()
     short.launch(MARK, (n,), [b, c])
     for _ in range(4):
-        long.launch(STEP, (n,), [c, a, n, 0], barrier=True)
-        long.launch(MARK, (n,), [b, c], barrier=True)
+        long.launch(STEP, (n,), [c, a, n, 0])
+        long.launch(MARK, (n,), [b, c])
     expected = 0
     for i in range(300):
         commands, marks = (short, 1) if random.random() < 0.5 else (long, 4)
@@ -256,7 +275,7 @@ def test_copy_and_fill(device):
         source, target = device.wrap(data), device.allocate(nbytes + 7)
         commands = device.command_list()
         commands.fill(target, 255)
-        commands.copy(target.view(3, nbytes), source, barrier=True)
+        commands.copy(target.view(3, nbytes), source)
         device.run(commands)
         result = target.as_numpy()
         assert (result[3:3 + nbytes] == data).all()
@@ -269,7 +288,7 @@ def test_submissions_run_in_order_and_the_ring_may_fill_up(device):
     for i in range(150):  # more than the ring has places; x becomes 4 x + 2 i, so the order matters
         commands = device.command_list()
         commands.launch(STEP, (8,), [b, a, 8, i])
-        commands.launch(STEP, (8,), [a, b, 8, 0], barrier=True)
+        commands.launch(STEP, (8,), [a, b, 8, 0])
         events.append(device.submit(commands))
         expected = (4 * expected + 2 * i) % 2**64
     events[-1].wait()
@@ -311,8 +330,8 @@ def test_timestamps(device):
     with pytest.raises(DeviceError, match="profile"):
         commands.timestamps()
     commands.profile = True
-    commands.launch(NAP, (4,), [2000], label="first")
-    commands.launch(NAP, (1,), [3000], barrier=True, label="second")
+    commands.launch(NAP, (4,), [2000], label="first", writes={0: (0, 8)})  # a nap takes its time for an address
+    commands.launch(NAP, (1,), [3000], label="second", reads={0: (-1000, -999)})
     for _ in range(2):
         before = time.monotonic_ns()
         device.run(commands)
@@ -328,7 +347,7 @@ def test_counters(pair):
     a = pair.allocate(100_000)
     commands = pair.command_list()
     commands.fill(a)
-    commands.fill(a, 1, barrier=True)
+    commands.fill(a, 1)
     reserved = pair.counters.allocations, pair.counters.pool_hits, pair.counters.bytes_reserved
     for _ in range(5):
         pair.run(commands)
@@ -395,8 +414,8 @@ def test_ctrl_c_while_waiting(threads, how):
     device = CpuDevice(threads)
     out = integers(device, 64)
     commands = device.command_list()
-    commands.launch(NAP, (64 * threads,), [10_000])
-    commands.fill(out, 1, barrier=True)
+    commands.launch(NAP, (64 * threads,), [10_000, out])
+    commands.fill(out, 1)
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -417,12 +436,80 @@ def test_ctrl_c_while_waiting(threads, how):
 
 def test_a_kernel_reports_an_error(device):
     commands = device.command_list()
-    commands.launch(FAIL, (5,), [device.status_address, 42])
+    commands.launch(FAIL, (5,), [42])
     with pytest.raises(DeviceError, match="error 42"):
         device.run(commands)
     device.run(device.command_list())  # reported once
     with pytest.raises(DeviceError, match="error 42"):
         device.submit(commands).wait()
+
+
+def test_a_failure_is_told_by_the_wait_for_its_submission_and_by_no_other(device):
+    """One thread's lists fail, by chance some twice in a row and in the same list; two others' do not."""
+    failing = device.command_list()
+    failing.launch(FAIL, (3,), [7])
+    wrong: list[object] = []
+
+    def fail(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(300):
+            try:
+                if rng.random() < 0.5:
+                    device.run(failing)
+                else:
+                    events = [device.submit(failing) for _ in range(rng.integers(1, 4))]
+                    for event in events[:-1]:
+                        with pytest.raises(DeviceError, match="error 7"):
+                            event.wait()
+                    events[-1].wait()
+                wrong.append("a failure was lost")
+            except DeviceError as error:
+                if "error 7" not in str(error):
+                    wrong.append(error)
+
+    def succeed(seed: int) -> None:
+        try:
+            out = integers(device, 8)
+            commands = device.command_list()
+            commands.fill(out, seed)
+            for number in range(300):
+                if number % 3 == 0:
+                    device.submit(commands).wait()
+                elif number % 3 == 1:
+                    device.run(commands)
+                else:
+                    device.submit(commands)
+                    assert (out.read() == seed).all()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=fail, args=(1,)), *(threading.Thread(target=succeed, args=(n,)) for n in (2, 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_failures_are_kept_until_somebody_asks(device):
+    """More than the ring has places for; and whoever has submitted and not waited hears of it from `synchronize`."""
+    failing, fine = device.command_list(), device.command_list()
+    failing.launch(FAIL, (1,), [9])
+    events = [device.submit(failing if number % 2 else fine) for number in range(200)]
+    for number in np.random.default_rng().permutation(200):
+        for _ in range(2):  # also when asked again
+            if number % 2:
+                with pytest.raises(DeviceError, match="error 9"):
+                    events[number].wait()
+            else:
+                events[number].wait()
+    device.submit(failing)
+    other = threading.Thread(target=device.synchronize)  # would print the exception, which pytest reports
+    other.start()
+    other.join()
+    with pytest.raises(DeviceError, match="error 9"):
+        device.synchronize()
+    device.synchronize()
 
 
 def test_many_python_threads_share_a_device(device):
@@ -465,6 +552,172 @@ def test_a_list_dropped_in_flight_lives_until_it_has_run(pair):
     assert (view == 9).all()
 
 
+class Witness(np.ndarray):
+    """An array that tells when it goes."""
+
+
+def witness(values: np.ndarray) -> tuple[np.ndarray, list[bool]]:
+    array, gone = values.view(Witness), []
+    weakref.finalize(array, gone.append, True)
+    return array, gone
+
+
+@pytest.mark.parametrize("how", ["free", "forget"])
+def test_wrapped_memory_outlives_the_work_on_it(pair, how):
+    event, flag, _ = blocked(pair)
+    array, gone = witness(np.zeros(1000, np.uint8))
+    buffer, commands = pair.wrap(array), pair.command_list()
+    commands.fill(buffer, 3)
+    last = pair.submit(commands)
+    if how == "free":
+        buffer.free()
+    del array, buffer, commands
+    gc.collect()
+    assert not gone and not event.done
+    flag[0] = 1
+    last.wait()
+    pair.run(pair.command_list())
+    del last
+    gc.collect()
+    assert gone
+
+
+def test_freed_wrapped_memory_goes_at_once_if_nothing_runs(pair):
+    array, gone = witness(np.zeros(1000, np.uint8))
+    buffer = pair.wrap(array)
+    del array
+    assert not gone
+    buffer.free()
+    assert gone
+
+
+@pytest.mark.parametrize("how", ["run", "wait"])
+def test_ctrl_c_frees_nothing_that_is_in_use(pair, how):
+    array, gone = witness(np.zeros(64, np.int64))
+    flag = integers(pair, 1)
+    commands = pair.command_list()
+    commands.kept.append(array)
+    commands.launch(SPIN, (3,), [flag, int(array.ctypes.data)])
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    release = threading.Timer(0.4, lambda: flag.as_numpy(np.int64).__setitem__(0, 1))  # the waiting thread is a worker
+    release.start()
+    with pytest.raises(KeyboardInterrupt):
+        if how == "run":
+            pair.run(commands)
+        else:
+            pair.submit(commands).wait(30)
+    timer.join()
+    del array
+    if how == "wait":  # with `run` the interrupt came when the piece that this thread had taken was done
+        with pytest.raises(DeviceError, match="in flight"):
+            commands.rebind({(0, 0): flag})
+    else:
+        pair.synchronize()
+        commands.rebind({(0, 0): flag})
+    del commands
+    gc.collect()
+    assert how == "run" or not gone
+    release.join()
+    pair.synchronize()
+    pair.run(pair.command_list())
+    gc.collect()
+    assert gone
+
+
+# Rebinding
+
+
+def test_rebinding_is_like_recording_again(device):
+    rng = np.random.default_rng()
+    buffers = [integers(device, 16) for _ in range(4)]
+    commands = device.command_list()
+    commands.launch(STEP, (16,), [buffers[1], buffers[0], 16, 5])
+    commands.launch(STEP, (16,), [buffers[2], buffers[1], 16, 7])
+    for number in range(60):
+        for buffer in buffers:
+            buffer.as_numpy(np.int64)[:] = rng.integers(-9, 9, 16)
+        # Sometimes a chain, sometimes side by side, sometimes the second overwrites what the first reads.
+        to, source, second_to, second_source = (buffers[i] for i in rng.integers(0, 4, 4))
+        if to is source or second_to is second_source:
+            continue
+        add, second_add = (int(x) for x in rng.integers(-9, 9, 2))
+        commands.rebind({(0, 0): to, (0, 1): source, (0, 3): add, (1, 0): second_to, (1, 1): second_source,
+                         (1, 3): slot(second_add, "i")})
+        fresh = device.command_list()
+        fresh.launch(STEP, (16,), [to, source, 16, add])
+        fresh.launch(STEP, (16,), [second_to, second_source, 16, second_add])
+        assert [entry.after for entry in commands.entries] == [entry.after for entry in fresh.entries]
+        expected = [buffer.as_numpy(np.int64).copy() for buffer in buffers]
+        for a, b, c in ((to, source, add), (second_to, second_source, second_add)):
+            values = expected[buffers.index(b)]
+            expected[buffers.index(a)] = values + values[::-1] + c
+        if number % 2:
+            device.run(commands)
+        else:
+            device.submit(commands).wait()
+        for buffer, values in zip(buffers, expected):
+            assert (buffer.as_numpy(np.int64) == values).all()
+
+
+def test_a_list_of_one_launch_is_not_encoded_again(pair):
+    a, b, c = integers(pair, 8, 1), integers(pair, 8), integers(pair, 8)
+    commands = pair.command_list()
+    commands.launch(STEP, (4,), [b, a, 4, 1])
+    pair.run(commands)
+    encoded = commands.encoded
+    commands.rebind({(0, 0): c.view(8), (0, 3): 2**64 - 3})
+    commands.rebind({})
+    pair.run(commands)
+    assert commands.encoded is encoded and c.as_numpy(np.int64).tolist() == [0, -1, -1, -1, -1, 0, 0, 0]
+
+
+def test_what_cannot_be_bound_changes_nothing(pair):
+    other = CpuDevice(1)
+    a, b, gone = integers(pair, 8, 1), integers(pair, 8), integers(pair, 8)
+    gone.free()
+    commands = pair.command_list()
+    commands.launch(STEP, (8,), [b, a, 8, 1])
+    pair.run(commands)
+    for change, text in (({(0, 1): gone}, "freed"), ({(0, 1): other.allocate(64)}, "device"), ({(0, 1): 5}, "become"),
+                         ({(0, 3): a}, "become"), ({(0, 2): 1.5}, "expected a Buffer"), ({(0, 2): 2**64}, "64 bits"),
+                         ({(1, 0): a}, "argument 0 of entry 1"), ({(-1, 0): a}, "of entry -1"),
+                         ({(0, 4): 1}, "argument 4"), ({(0, -1): 1}, "argument -1")):
+        with pytest.raises(DeviceError, match=text):
+            commands.rebind({(0, 0): a, (0, 3): 7, **change})
+        b.as_numpy(np.int64)[:] = 0
+        pair.run(commands)
+        assert (b.as_numpy(np.int64) == 3).all()
+    event, flag, _ = blocked(pair)
+    pair.submit(commands)
+    with pytest.raises(DeviceError, match="in flight"):
+        commands.rebind({(0, 3): 3})
+    flag[0] = 1
+    pair.synchronize()
+    commands.rebind({(0, 3): 2})
+    pair.run(commands)
+    assert (b.as_numpy(np.int64) == 4).all() and event.done
+    a.free()
+    with pytest.raises(DeviceError, match="freed"):
+        pair.run(commands)
+    commands.rebind({(0, 1): b, (0, 0): integers(pair, 8)})
+    pair.run(commands)
+    other.close()
+
+
+def test_replaced_buffers_are_let_go(pair):
+    array, gone = witness(np.ones(8, np.int64))
+    b, commands = integers(pair, 8), pair.command_list()
+    commands.launch(STEP, (8,), [b, pair.wrap(array), 8, 1])
+    pair.run(commands)
+    del array
+    gc.collect()
+    assert not gone
+    commands.rebind({(0, 1): integers(pair, 8)})
+    gc.collect()
+    assert gone
+
+
 def test_close(device):
     event, flag, _ = blocked(device)
     closer = threading.Timer(0.05, device.close)
@@ -493,7 +746,7 @@ def test_exit_with_a_list_in_flight():
         memory = device.allocate(64 << 20)
         commands = device.command_list()
         for i in range(2000):
-            commands.fill(memory, i % 256, barrier=True)
+            commands.fill(memory, i % 256)
         event = device.submit(commands)
         assert not event.done
         print("end", flush=True)
@@ -514,7 +767,7 @@ def test_fork():
         commands, slow = device.command_list(), device.command_list()
         commands.fill(small, 5)
         for _ in range(50):
-            slow.fill(large, 1, barrier=True)
+            slow.fill(large, 1)
         device.run(commands)
         finished = device.submit(commands)
         finished.wait()
@@ -530,6 +783,16 @@ def test_fork():
                 lost = False
             except DeviceError as error:
                 lost = "fork" in str(error)
+            grandchild = os.fork()
+            if grandchild == 0:
+                try:
+                    event.wait()
+                    lost = False
+                except DeviceError as error:
+                    lost = lost and "fork" in str(error)
+                print("grandchild", lost, flush=True)
+                sys.exit(0)
+            assert os.waitpid(grandchild, 0)[1] == 0
             print("child", lost, flush=True)
             sys.exit(0)
         assert os.waitpid(child, 0)[1] == 0
@@ -537,7 +800,7 @@ def test_fork():
         device.run(commands)
         print("parent")
         """)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "child True\nparent\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "grandchild True\nchild True\nparent\n", "")
 
 
 def test_an_idle_device_uses_no_processor_time(device):

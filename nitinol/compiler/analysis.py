@@ -5,6 +5,8 @@ Used by every target: the CPU's choice of the axis that its vector lanes run alo
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from nitinol.compiler.ir import Block, Function, Op, Value, constant_of, walk
 from nitinol.language.types import PointerType
 
@@ -101,8 +103,8 @@ def reshape_strides(strides: Strides, source: tuple[int, ...], result: tuple[int
     return tuple(out)
 
 
-def base_pointer(value: Value) -> Value | None:
-    """The kernel parameter that a pointer is derived from, None if it cannot be told."""
+def base_pointer(value: Value, parameters: Container[Value]) -> Value | None:
+    """The one of the kernel's parameters that a pointer is derived from, None if it cannot be told."""
     while value.op is not None:
         if value.op.kind in ("addptr", "splat", "broadcast", "reshape", "trans", "bitcast", "cast"):
             value = value.op.operands[0]
@@ -110,7 +112,7 @@ def base_pointer(value: Value) -> Value | None:
                 return None
         else:
             return None
-    return value
+    return value if value in parameters else None  # a loop's argument may be any pointer
 
 
 def uses_of(function: Function) -> dict[Value, list[Op]]:

@@ -73,12 +73,17 @@ def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
         _plans[tuple(key)] = plan
-    program = Program(plan, device, [value.buffer for value in outside], numbers)  # type: ignore[misc]
+    program = plan.idle.pop() if plan.idle else None
+    if program is None or program.device is not device:
+        program = Program(plan, device)
+    program.bind([value.buffer for value in outside], numbers)
     program.run()
     for (i, j), stand_in in plan.results.items():
         value = results[i][j]
         value.buffer, value.call = program.buffers[stand_in], None
-    finish(call for call, done in zip(run, plan.done) if done)
+    finish([call for call, done in zip(run, plan.done) if done])
+    program.release()
+    plan.idle.append(program)
 
 
 def structure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,37 +11,60 @@ from nitinol.compiler import interpreter
 from nitinol.compiler.driver import tile_ir
 from nitinol.compiler.semantics import memory_dtype
 from nitinol.graph.nodes import Number, Value, View
-from nitinol.graph.plan import Plan, Record, first_byte, resolve, span_bytes
+from nitinol.graph.plan import ALIGNMENT, Plan, Record, first_byte, resolve, span_bytes
 from nitinol.runtime.device import Buffer, CommandList, DeviceError, Event
+from nitinol.runtime.hazards import Span
 from nitinol.runtime.launch import encode, interpreting
 
 
 class Program:
-    """The steps of a plan with bound buffers. `outside`: the buffers of what is there already; `numbers`: the plan's.
+    """The steps of a plan with buffers, on a device. It is bound anew for other memory and numbers; what it has been
+    bound to it keeps until then, or until `release`."""
 
-    The results' buffers are `results`, in the order of `plan.kept`.
-    """
+    def __init__(self, plan: Plan, device: Any) -> None:
+        self.plan, self.device = plan, device
+        self.buffers: dict[Value, Buffer] = {}
+        self.numbers: Sequence[Any] = ()
+        self.arena: Buffer | None = None
+        self.commands: CommandList | None = None
+        self._places: list[tuple[int, int, Value, int]] = []  # entry, argument, whose memory, from which byte
+        self._number_places: list[tuple[int, int, int, Any]] = []  # entry, argument, which number, its type
+        self._nothing: Buffer | None = None
 
-    def __init__(
-        self, plan: Plan, device: Any, outside: Sequence[Buffer], numbers: Sequence[Any] = (),
-        arena: Buffer | None = None,
-    ) -> None:  # fmt: skip
-        self.plan, self.device, self.numbers = plan, device, numbers
+    def bind(self, outside: Sequence[Buffer], numbers: Sequence[Any] = (), arena: Buffer | None = None) -> None:
+        """Memory for a run: `outside`, of what is there already, in the order of the plan; the plan's numbers; the
+        arena of intermediate results, if there is one already. Results get memory of their own."""
+        plan, device = self.plan, self.device
         offsets, size = plan.memory
-        self.arena = device.allocate(size) if size and arena is None else arena
-        self.buffers: dict[Value, Buffer] = dict(zip(plan.outside, outside))
+        self.numbers = numbers
+        buffers = self.buffers = dict(zip(plan.outside, outside))
         for position in plan.updated:
             if outside[position].read_only:
                 self._refuse(plan.outside[position])
-        for value, offset in offsets.items():
-            assert self.arena is not None
-            self.buffers[value] = self.arena.view(offset, value.nbytes)
+        if size:
+            self.arena = arena or device.allocate(size)
+            for value, offset in offsets.items():
+                buffers[value] = self.arena.view(offset, value.nbytes)
         for value in plan.kept:
-            self.buffers[value] = device.allocate(value.nbytes)
+            buffers[value] = device.allocate(value.nbytes)
+        if self.commands is not None:
+            changes: dict[tuple[int, int], Any] = {}
+            for entry, argument, value, start in self._places:
+                buffer = buffers[value]
+                changes[entry, argument] = buffer.view(start) if start else buffer
+            for entry, argument, index, type in self._number_places:
+                changes[entry, argument] = encode(numbers[index], type)
+            self.commands.rebind(changes)
+        elif plan.steps and not interpreting():
+            self.commands = self._record()
 
-    @property
-    def results(self) -> list[Buffer]:
-        return [self.buffers[value] for value in self.plan.kept]
+    def release(self) -> None:
+        """Lets go of the memory; the program must be bound again before it runs."""
+        self.buffers, self.numbers, self.arena = {}, (), None
+        if self.commands is not None:
+            if self._nothing is None:
+                self._nothing = self.device.allocate(ALIGNMENT)
+            self.commands.forget(self._places, self._nothing)
 
     @property
     def records(self) -> list[Record]:
@@ -61,50 +83,46 @@ class Program:
         if interpreting():
             self._interpret()
         elif self.plan.steps:
-            self.device.run(self.commands)
+            self.device.run(self._commands())
 
     def submit(self) -> Event | None:
         """All steps, started; None if they have run already: because they are interpreted, or there are none."""
         if interpreting():
             self._interpret()
         elif self.plan.steps:
-            return self.device.submit(self.commands)
+            return self.device.submit(self._commands())
         return None
 
     def address(self, view: View) -> int:
         return self.buffers[view.value].address + first_byte(view)
 
-    @cached_property
-    def commands(self) -> CommandList:
-        """The command list of the steps; a barrier stands only where one touches what an earlier one writes."""
+    def _commands(self) -> CommandList:
+        if self.commands is None:  # bound while kernels were interpreted
+            self.commands = self._record()
+        return self.commands
+
+    def _record(self) -> CommandList:
+        """The command list of the steps, which says of each array what a step may touch of it."""
         self.plan.compile()
         commands = self.device.command_list()
-        reads: list[tuple[int, int]] = []
-        writes: list[tuple[int, int]] = []
-        for step, (executable, arguments, _) in zip(self.plan.steps, self.plan.executables):
-            ours = [(self._range(a), i in step.writes) for i, a in enumerate(step.arguments) if isinstance(a, View)]
-            barrier = any(
-                low < end and start < high
-                for (low, high), written in ours
-                for start, end in (reads + writes if written else writes)
-            )
-            if barrier:
-                reads, writes = [], []
-            for span, written in ours:
-                (writes if written else reads).append(span)
-            slots = [self._argument(value, type) for value, type in arguments]
-            commands.launch(executable, step.grid, slots, barrier=barrier, label=step.name)
+        for number, (step, (executable, arguments, positions)) in enumerate(zip(self.plan.steps, self.plan.executables)):
+            spans: tuple[dict[int, Span], dict[int, Span]] = ({}, {})  # reads, writes
+            views = ((i, a) for i, a in enumerate(step.arguments) if isinstance(a, View))
+            for position, (i, view) in zip(positions, views):
+                (low, high), start = span_bytes(view), first_byte(view)
+                spans[i in step.writes][position] = low - start, high - start
+                self._places.append((number, position, view.value, start))
+            slots: list[Buffer | int | bytes] = []
+            for position, (value, type) in enumerate(arguments):
+                if isinstance(value, View):
+                    slots.append(self.buffers[value.value].view(first_byte(value)))
+                elif isinstance(value, Number):
+                    slots.append(encode(self.numbers[value.index], type))
+                    self._number_places.append((number, position, value.index, type))
+                else:
+                    slots.append(encode(value, type))
+            commands.launch(executable, step.grid, slots, reads=spans[0], writes=spans[1], label=step.name)
         return commands
-
-    def _argument(self, value: Any, type: Any) -> Buffer | int | bytes:
-        if isinstance(value, View):
-            return self.buffers[value.value].view(first_byte(value))
-        return encode(self.numbers[value.index] if isinstance(value, Number) else value, type)
-
-    def _range(self, view: View) -> tuple[int, int]:
-        low, high = span_bytes(view)
-        start = self.buffers[view.value].address
-        return start + low, start + high
 
     def _interpret(self) -> None:
         for step in self.plan.steps:

@@ -6,8 +6,9 @@ import ctypes
 import os
 import threading
 import weakref
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,14 @@ from nitinol.runtime.device import (
     Progress,
     Timestamp,
 )
+from nitinol.runtime.hazards import meetings
 from nitinol.runtime.memory import Block, Pool, available_memory
 
 # Units of work an entry is cut into, for each worker: the last, smallest piece is 1/32 of a worker's share.
 UNITS_PER_WORKER = 32
 NEVER = 2**63 - 1
+UNSET = (0,) * 8  # the second half of a list's header and of an entry: what a run writes
+MOST_FAILED = 4096  # failures that are kept for a wait
 
 
 class CpuDevice:
@@ -49,12 +53,12 @@ class CpuDevice:
         self._executor = cpu_executor.executor()
         self._pool = Pool(self.counters)
         self._scratch: list[Block] = []  # the last one serves new lists; older lists may use older ones
-        self._lost = range(0)  # submissions that a fork has lost
-        self._words = _aligned_words(cpu_executor.WORKERS + cpu_executor.WORKER_WORDS * threads)
-        self._state = self._words.ctypes.data
-        self._done, self._submitted, self._status = (
+        self._lost: set[int] = set()  # submissions that forks have lost
+        words, self._state = _aligned_words(cpu_executor.WORKERS + cpu_executor.WORKER_WORDS * threads)
+        self._words = np.asarray(words)
+        self._done, self._submitted, self._failures = (
             ctypes.c_int64.from_buffer(self._words, 8 * index)
-            for index in (cpu_executor.DONE, cpu_executor.SUBMITTED, cpu_executor.STATUS))
+            for index in (cpu_executor.DONE, cpu_executor.SUBMITTED, cpu_executor.FAILURES))
         self._open(0)
         _devices.add(self)
 
@@ -83,9 +87,15 @@ class CpuDevice:
         return Buffer(self, view.ctypes.data, view.nbytes, read_only=not view.flags.writeable, owner=view)
 
     def release(self, buffer: Buffer) -> None:
-        """Called by Buffer: back to the pool, for use after the last submission so far."""
-        if isinstance(buffer._owner, Block):
-            self._pool.release(buffer._owner, self._submitted.value)
+        """Called by Buffer: back to the pool, for use after the last submission so far. Wrapped memory that work in
+        flight may use goes with the Buffer, which the work keeps."""
+        owner = buffer._owner
+        if type(owner) is Block:
+            self._pool.release(owner, self._submitted.value)
+        elif self._in_flight:
+            self._retire()
+            if self._in_flight:
+                return
         buffer._owner = None
 
     def read(self, buffer: Buffer, destination: np.ndarray) -> None:
@@ -110,24 +120,34 @@ class CpuDevice:
 
     def submit(self, commands: CommandList) -> Event:
         """Start a list after everything submitted before it; returns at once."""
-        encoded = self._ready(commands)
-        while not (sequence := self._start(encoded, 0)):
-            self.wait_slice(self._done.value + 1, WAIT_SLICE_NS)  # the ring is full: wait for its oldest
-        return Event(self, sequence, commands)
+        return Event(self, self._start(commands, 0), commands)
 
     def run(self, commands: CommandList) -> None:
         """Submit and wait in one call: this thread works along, so that a short list needs no other thread."""
-        encoded = self._ready(commands)
-        while not (sequence := self._start(encoded, WAIT_SLICE_NS)):
-            self.wait_slice(self._done.value + 1, WAIT_SLICE_NS)
+        sequence = self._start(commands, WAIT_SLICE_NS)
         if sequence < 0:
             Event(self, -sequence, commands).wait()
         else:
             self.counters.waits += 1
-            self.check_status()
+            if self._failed and (failure := self.failure(sequence)):
+                raise DeviceError(failure)
+
+    def busy(self, commands: CommandList) -> bool:
+        if commands.sequence != NEVER:
+            return not self.poll(commands.sequence)
+        self._retire()  # Ctrl-C ended the call that submitted it
+        return any(flight.commands is commands for flight in self._in_flight)
+
+    def rebind(self, commands: CommandList, changes: Mapping[tuple[int, int], Buffer | int | bytes]) -> bool:
+        encoded: _Encoded = commands.encoded
+        words, places = encoded.words, encoded.places
+        slots = [argument.address if type(argument) is Buffer else _slot(argument) for argument in changes.values()]
+        for (number, position), slot in zip(changes, slots):
+            words[places[number] + position] = slot
+        return True
 
     def poll(self, sequence: int) -> bool:
-        if sequence in self._lost:
+        if self._lost and sequence in self._lost:
             raise DeviceError("work that was submitted before a fork does not run in the child; submit it again")
         return self._done.value >= sequence
 
@@ -140,26 +160,27 @@ class CpuDevice:
         """Wait for everything submitted so far."""
         while not self.poll(submitted := self._submitted.value):
             self.wait_slice(submitted, WAIT_SLICE_NS)
-        self.check_status()
+        self._retire()
+        if self._failed:
+            mine = threading.get_ident()
+            failures = [self.failure(number) for number, (_, thread) in list(self._failed.items()) if thread == mine]
+            if failures:
+                raise DeviceError(failures[0])
 
-    @property
-    def status_address(self) -> int:
-        """Where a kernel stores a nonzero int64 to report an error; the next wait raises it."""
-        return self._state + 8 * cpu_executor.STATUS
+    def failure(self, sequence: int) -> str:
+        self._retire()
+        code, _ = self._failed.pop(sequence, (0, 0))
+        if not code:
+            return ""
+        from nitinol.compiler.cpu import assertions
 
-    def check_status(self) -> None:
-        code = self._status.value
-        if code:
-            self._status.value = 0
-            from nitinol.compiler.cpu import assertions
-
-            what = assertions.get(code, f"a kernel on device {self.name!r} reported error {code}")
-            raise DeviceError(f"{what}; the results are not valid")
+        what = assertions.get(code, f"a kernel on device {self.name!r} reported error {code}")
+        return f"{what}; the results are not valid"
 
     def timestamps(self, commands: CommandList) -> list[Timestamp]:
-        entries = commands.encoded.entries
-        return [Timestamp(entry.label, int(row[cpu_executor.START]), int(row[cpu_executor.END]))
-                for entry, row in zip(commands.entries, entries)]
+        rows = [commands.encoded.row(number) for number in range(len(commands.entries))]
+        return [Timestamp(entry.label, row[cpu_executor.START], row[cpu_executor.END])
+                for entry, row in zip(commands.entries, rows)]
 
     def close(self) -> None:
         """Stop the workers; work in flight is abandoned between two pieces of a kernel."""
@@ -176,9 +197,11 @@ class CpuDevice:
         self._words[:] = 0
         self._words[[cpu_executor.CURRENT, cpu_executor.DONE, cpu_executor.SUBMITTED, cpu_executor.STARTED]] = sequence
         self._executor.start(self._state)
-        self._lock = threading.Lock()
-        self._in_flight: deque[list[Any]] = deque()  # [encoded list, sequence number]: what must be kept alive
-        self._retired: dict[int, np.ndarray] = {}  # lists that are gone, but that a worker may still look at
+        self._lock = threading.RLock()  # re-entrant: the collector may free a buffer anywhere
+        self._in_flight: deque[_Flight] = deque()
+        self._failed: dict[int, tuple[int, int]] = {}  # submission: what it reported, the thread that submitted it
+        self._taken = 0  # how many of the reports these and the ones before are
+        self._retired: dict[int, memoryview] = {}  # lists that are gone, but that a worker may still look at
         self._pool_threads: list[threading.Thread] = []
         self._stop = weakref.finalize(self, _stop, self._executor, self._words, self._pool_threads)
 
@@ -187,24 +210,70 @@ class CpuDevice:
         if not self.closed:
             self._stop.detach()
             done, submitted = self._done.value, self._submitted.value
-            self._lost = range(done + 1, submitted + 1)
+            self._lost.update(range(done + 1, submitted + 1))
             self._pool.after_fork()
             self._open(submitted)
 
-    def _ready(self, commands: CommandList) -> _Encoded:
-        if self.closed:
+    def _start(self, commands: CommandList, nanoseconds: int) -> int:
+        """Submit, or with a time run; the sequence number, negative if not done yet."""
+        if not self._stop.alive:
             raise DeviceError(f"device {self.name!r} is closed; open another")
-        if commands.invalid:
-            raise DeviceError(commands.invalid)
-        if commands.device is not self:
-            raise DeviceError(f"a command list of device {commands.device.name!r} was submitted to another device; "
-                              "record it on this one")
-        if commands.encoded is None:
-            commands.encoded = self._encode(commands)
+        commands.check(self)
+        encoded = commands.encoded
+        if encoded is None:
+            encoded = commands.encoded = self._encode(commands)
         if not self._pool_threads:
             with self._lock:
                 self._start_threads()
-        return commands.encoded
+        # Noted before it starts: Ctrl-C may end this function at any point after.
+        flight = _Flight(commands, encoded)
+        commands.sequence = encoded.words[cpu_executor.LIST_SEQUENCE] = NEVER
+        self._in_flight.append(flight)
+        while True:
+            if nanoseconds:
+                sequence = self._executor.run(self._state, encoded.address, nanoseconds)
+            else:
+                sequence = self._executor.submit(self._state, encoded.address)
+            if sequence:
+                break
+            self._retire()  # a report was in the way, or the ring is full: then wait for its oldest
+            if self._submitted.value - (done := self._done.value) >= cpu_executor.RING_SIZE - 1:
+                self.wait_slice(done + 1, WAIT_SLICE_NS)
+        commands.sequence = flight.sequence = abs(sequence)
+        self._retire()
+        if self._failed and flight.sequence in self._failed:  # taken by a thread that did not know whose it is
+            self._failed[flight.sequence] = self._failed[flight.sequence][0], flight.thread
+        self.counters.submits += 1
+        self.counters.dispatches += encoded.count
+        return sequence
+
+    def _retire(self) -> None:
+        """Take the reports of failures, and let go of what has run."""
+        done = self._done.value
+        with self._lock:
+            if self._taken != self._failures.value:
+                self._take_reports()
+            flights = self._in_flight
+            while flights:
+                if flights[0].sequence == NEVER:  # another thread is about to know it, or Ctrl-C ended its call
+                    flights[0].sequence = flights[0].encoded.words[cpu_executor.LIST_SEQUENCE]
+                if flights[0].sequence > done:
+                    break
+                flights.popleft()
+
+    def _take_reports(self) -> None:
+        """Notes what failed, and makes room for the next reports. The lock is held."""
+        self._taken = self._failures.value
+        reports = self._words[cpu_executor.FAILED:cpu_executor.FAILED + cpu_executor.RING_SIZE]
+        places = np.flatnonzero(reports).tolist()
+        submitted = self._submitted.value  # read after the places: the latest submission with each of them has failed
+        threads = {flight.sequence: flight.thread for flight in self._in_flight}
+        for place in places:
+            sequence = submitted - (submitted - place) % cpu_executor.RING_SIZE
+            self._failed[sequence] = int(reports[place]), threads.get(sequence, 0)
+            reports[place] = 0
+        for sequence in list(self._failed)[:-MOST_FAILED]:  # nobody has asked for so long
+            del self._failed[sequence]
 
     def _start_threads(self) -> None:
         if not self._pool_threads:
@@ -215,61 +284,42 @@ class CpuDevice:
                 thread.start()
                 self._pool_threads.append(thread)
 
-    def _start(self, encoded: _Encoded, nanoseconds: int) -> int:
-        """Submit, or with a time run; the sequence number, negative if not done yet, or 0 if the ring is full."""
-        record = [encoded, NEVER]
-        with self._lock:
-            self._in_flight.append(record)
-        if nanoseconds:
-            sequence = self._executor.run(self._state, encoded.address, nanoseconds)
-        else:
-            sequence = self._executor.submit(self._state, encoded.address)
-        with self._lock:
-            record[1] = abs(sequence)
-            done = self._done.value
-            while self._in_flight and self._in_flight[0][1] <= done:
-                self._in_flight.popleft()
-            if len(self._in_flight) > 2 * cpu_executor.RING_SIZE:  # a call that Ctrl-C ended blocks the front
-                self._in_flight = deque(item for item in self._in_flight if item[1] > done)
-            if sequence:
-                self.counters.submits += 1
-                self.counters.dispatches += encoded.count
-        return sequence
-
     def _encode(self, commands: CommandList) -> _Encoded:
         """The list in one piece of memory: header, entries, argument slots (layouts: see cpu_executor.py)."""
-        launches = [self._lower(entry) for entry in commands.entries]
-        count, first_slot = len(launches), cpu_executor.LIST_WORDS + cpu_executor.ENTRY_WORDS * len(launches)
-        memory = _aligned_words(first_slot + sum(len(slots) for _, _, slots in launches))
-        entries = memory[cpu_executor.LIST_WORDS:first_slot].reshape(count, cpu_executor.ENTRY_WORDS)
-        address, slot = memory.ctypes.data, first_slot
+        lowered = [self._lower(entry) for entry in commands.entries]
+        count = len(lowered)
+        slot = cpu_executor.LIST_WORDS + cpu_executor.ENTRY_WORDS * count
+        words, address = _aligned_words(slot + sum(len(slots) + 1 for _, _, slots in lowered))
+        status, places = address + 8 * cpu_executor.LIST_STATUS, []
+        rows: list[int] = []
+        values: list[int] = []
         total = required = parallel = 0
-        for row, entry, (function, (x, y, z), slots) in zip(entries, commands.entries, launches):
+        for meeting, (function, (x, y, z), slots) in zip(meetings(e.after for e in commands.entries), lowered):
             programs = x * y * z
             unit = max(1, -(-programs // (UNITS_PER_WORKER * self.threads)))
             units = -(-programs // unit)
-            required = total if entry.barrier else required
+            required = total if meeting else required
             parallel |= units > 1 or (total > required)
-            row[cpu_executor.FUNCTION:cpu_executor.TICKET] = (
-                function, address + 8 * slot, x | y << 32, z, programs, unit, units, required)
-            memory[slot:slot + len(slots)] = slots
-            slot += len(slots)
+            rows += (function, address + 8 * slot, x | y << 32, z, programs, unit, units, required, *UNSET)
+            values += slots
+            values.append(status)
+            places.append(slot)
+            slot += len(slots) + 1
             total += units
         if total >= 1 << cpu_executor.COUNT_BITS:
             raise DeviceError(f"a command list of {count} entries is too long; split it into several lists")
         kernels: list[Any] = [entry.executable for entry in commands.entries if isinstance(entry, Launch)]
         scratch, stride = self._scratch_for(max((kernel.scratch_bytes for kernel in kernels), default=0))
-        memory[cpu_executor.LIST_ENTRIES:cpu_executor.LIST_COMPLETED] = (
-            address + 8 * cpu_executor.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile,
-            scratch, stride, 2 * self.threads)
-        return _Encoded(self, memory, entries, tuple(commands.entries))
+        head = (address + 8 * cpu_executor.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile,
+                scratch, stride, 2 * self.threads)
+        words[:] = array("q", [*head, *UNSET, *rows, *values])
+        return _Encoded(self, words, address, places, (tuple(commands.entries), tuple(commands.kept)))
 
-    def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], Sequence[int]]:
+    def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], list[int]]:
         """Function address, grid and argument slots; copies and fills are launches of the executor's own kernels."""
         if isinstance(entry, Launch):
-            slots = [_slot(argument) for argument in entry.arguments]
             kernel: Any = entry.executable
-            return kernel.address, entry.grid, [*slots, self.status_address]
+            return kernel.address, entry.grid, [_slot(argument) for argument in entry.arguments]
         grid = (-(-entry.destination.nbytes // cpu_executor.COPY_CHUNK), 1, 1)
         if isinstance(entry, Copy):
             return self._executor.copy, grid, [entry.destination.address, entry.source.address,
@@ -286,23 +336,40 @@ class CpuDevice:
             return (self._scratch[-1].address if self._scratch else 0), stride
 
 
+class _Flight:
+    """A submission that may be running, and so what must be kept alive."""
+
+    __slots__ = ("commands", "encoded", "sequence", "thread")
+
+    def __init__(self, commands: CommandList, encoded: _Encoded):
+        self.commands = commands
+        self.encoded = encoded
+        self.sequence = NEVER  # until it is known
+        self.thread = threading.get_ident()  # that submits it
+
+
 class _Encoded:
     """A command list as the executor reads it: header, entries, argument slots, in one piece of memory."""
 
-    def __init__(self, device: CpuDevice, memory: np.ndarray, entries: np.ndarray, kept: tuple[Any, ...]):
+    def __init__(self, device: CpuDevice, words: memoryview, address: int, places: list[int], kept: tuple[Any, ...]):
         self.device = device
-        self.memory = memory
-        self.address = memory.ctypes.data
-        self.entries = entries
-        self.count = len(entries)
+        self.words = words
+        self.address = address
+        self.places = places  # where each entry's slots begin
+        self.count = len(places)
         self.kept = kept  # the executables and buffers that it names
+
+    def row(self, entry: int) -> memoryview:
+        """The words of an entry."""
+        first = cpu_executor.LIST_WORDS + cpu_executor.ENTRY_WORDS * entry
+        return self.words[first:first + cpu_executor.ENTRY_WORDS]
 
     def __del__(self) -> None:
         # Not in flight any more, but a worker that came late may still be looking at it.
         device = self.device
         if device.closed:
             return
-        device._retired[self.address] = self.memory
+        device._retired[self.address] = self.words
         for address in list(device._retired):
             if not device._executor.inside(device._state, address, device.threads):
                 device._retired.pop(address, None)
@@ -320,11 +387,13 @@ def _slot(argument: Buffer | int | bytes) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _aligned_words(count: int) -> np.ndarray:
-    """Zeroed int64 words that start on a 128-byte boundary."""
-    raw = np.zeros(count + 16, np.int64)
-    start = -raw.ctypes.data % 128 // 8
-    return raw[start:start + count]
+def _aligned_words(count: int) -> tuple[memoryview, int]:
+    """Zeroed int64 words that start on a 128-byte boundary, and their address. (A NumPy array takes ten times as long
+    to make.)"""
+    raw = array("q", bytes(8 * (count + 16)))
+    address = raw.buffer_info()[0]
+    skip = -address % 128 // 8
+    return memoryview(raw)[skip:skip + count], address + 8 * skip
 
 
 def _work(executor: cpu_executor.Executor, words: np.ndarray, index: int) -> None:

@@ -7,6 +7,8 @@ that first pieces are large and last ones small) by compare-and-swap on the entr
 left it adds what it did to the list's COMPLETED and goes on. An entry with a barrier may begin once COMPLETED has
 reached the number of units before it, so nobody waits for a worker that holds no work: a thread that the system has
 put to sleep delays nothing but its own piece. Whoever completes the last unit marks the run DONE and starts the next.
+What kernels reported in the list's STATUS is moved before to the submission's place in FAILED, and no submission gets a
+place with a report that Python has not taken: so a report belongs to one submission, and none is lost.
 
 TICKET and COMPLETED carry the sequence number above 24 bits of count, so a worker that comes late, even into a later
 run of the same list, can neither take a piece nor pass a barrier by mistake. The list's memory must outlive such a
@@ -32,14 +34,16 @@ from llvmlite import ir
 from nitinol.runtime.native import I1, I32, I64, PREFIX, VOID, Body, Value, compile_module, constant
 
 # Layouts in words of 8 bytes; words that different threads write are 64 bytes apart.
-CURRENT, STOP, DONE, SUBMITTED, STARTED, SLEEPERS, WAITERS, STATUS = 0, 1, 8, 16, 17, 24, 25, 32
+CURRENT, STOP, DONE, SUBMITTED, STARTED, SLEEPERS, WAITERS, FAILURES = 0, 1, 8, 16, 17, 24, 25, 32
 MUTEX, WORK, STAND_IN, FINISHED = 40, 56, 72, 88  # pthread objects: at most 64 bytes anywhere, 128 reserved
 RING, RING_SIZE = 104, 64
-WORKERS, WORKER_WORDS, OWNED, INSIDE = 168, 8, 0, 1
+FAILED = 168  # what kernels of a submission reported, by its place in the ring; FAILURES counts the reports
+WORKERS, WORKER_WORDS, OWNED, INSIDE = 232, 8, 0, 1
 
 LIST_WORDS = 16
 LIST_ENTRIES, LIST_COUNT, LIST_UNITS, LIST_PARALLEL, LIST_PROFILE, LIST_SCRATCH, LIST_STRIDE, LIST_SHARE = range(8)
-LIST_COMPLETED = 8
+# STATUS: where the kernels of the list report an error, 0 between runs; SEQUENCE: of the latest submission.
+LIST_COMPLETED, LIST_STATUS, LIST_SEQUENCE = 8, 9, 10
 
 ENTRY_WORDS = 16
 FUNCTION, ARGUMENTS, GRID, PROGRAMS, UNIT, UNITS, REQUIRED = 0, 1, 2, 4, 5, 6, 7  # GRID: int32[3] in two words
@@ -161,8 +165,12 @@ def _advance(module: ir.Module) -> None:
 
 
 def _ring(f: Body, state: Value, sequence: Value) -> Value:
-    index = f.b.shl(f.b.and_(sequence, constant(RING_SIZE - 1)), constant(3))
-    return f.get(f.b.add(state, index), RING)
+    return f.get(_place(f, state, sequence), RING)
+
+
+def _place(f: Body, state: Value, sequence: Value) -> Value:
+    """The address whose words RING and FAILED are the submission's."""
+    return f.b.add(state, f.b.shl(f.b.and_(sequence, constant(RING_SIZE - 1)), constant(3)))
 
 
 def _walk(module: ir.Module) -> None:
@@ -218,6 +226,11 @@ def _walk(module: ir.Module) -> None:
                     f.put(entry, END, f.call("now", result=I64))
             completed = f.increment(commands, LIST_COMPLETED, f.read(taken))
             with f.when(f.test(completed, "==", f.b.add(tag, f.get(commands, LIST_UNITS)))):
+                status = f.get(commands, LIST_STATUS)
+                with f.when(f.test(status, "!=", 0)):
+                    f.put(commands, LIST_STATUS, 0)
+                    f.put(_place(f, state, sequence), FAILED, status)
+                    f.increment(state, FAILURES, 1)
                 f.call("mark_done", state, sequence)
                 f.call("advance", state)
         f.jump_if(f.test(f.read(hurry), "!=", 0), leave)
@@ -274,15 +287,18 @@ def _worker(module: ir.Module) -> None:
 
 
 def _submit(module: ir.Module) -> None:
-    """enqueue(state, list): the new submission's sequence number, or 0 when the ring is full. Starts nothing yet."""
+    """enqueue(state, list): the new submission's sequence number, or 0 when the ring is full or a report in the way.
+    Starts nothing yet."""
     f = Body(module, "enqueue", "state commands", I64)
     state, commands = f.parameters
     answer = f.variable(0)
     f.call("pthread_mutex_lock", f.at(state, MUTEX))
     sequence = f.b.add(f.get(state, SUBMITTED), constant(1))
-    with f.when(f.test(f.b.sub(sequence, f.get(state, DONE)), "<", RING_SIZE)):
-        index = f.b.shl(f.b.and_(sequence, constant(RING_SIZE - 1)), constant(3))
-        f.put(f.b.add(state, index), RING, commands)
+    place = _place(f, state, sequence)
+    room = f.test(f.b.sub(sequence, f.get(state, DONE)), "<", RING_SIZE)
+    with f.when(f.b.and_(room, f.test(f.get(place, FAILED), "==", 0))):
+        f.put(place, RING, commands)
+        f.put(commands, LIST_SEQUENCE, sequence)
         f.put(state, SUBMITTED, sequence)
         f.b.store(sequence, answer)
     f.call("pthread_mutex_unlock", f.at(state, MUTEX))

@@ -8,10 +8,10 @@ pinned memory (cuda_transfer.py), NVRTC compiles the kernels (cuda_driver.py).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -79,11 +79,7 @@ class CudaDevice:
         self._pool = _Pool(self)
         self._transfers = Transfers(self)
         self.functions: dict[str, Any] = {}  # by source
-        self._asserts: dict[int, str] = {}
         self._printing: weakref.WeakSet[Encoded] = weakref.WeakSet()
-        self._status = Pinned(self, 8)
-        self._status_word = ctypes.c_uint32.from_address(self._status.address)
-        self._status_word.value = 0
 
     # Memory
 
@@ -129,8 +125,8 @@ class CudaDevice:
         elif isinstance(owner, Allocation):
             self.counters.bytes_in_use -= owner.nbytes
             self.counters.bytes_reserved -= owner.nbytes
-        elif isinstance(owner, Pinned):
-            self.stream.keep(owner)  # the host's memory must outlive what may use it
+        else:
+            self.stream.keep(owner)  # pinned memory, or another library's, must outlive what may use it
 
     def read(self, buffer: Buffer, destination: np.ndarray) -> None:
         """All bytes of the buffer to a uint8 array of that length, after everything submitted so far."""
@@ -161,16 +157,14 @@ class CudaDevice:
     def submit(self, commands: CommandList) -> Event:
         """Start a list after everything submitted before it; returns at once."""
         self.enter()
-        if commands.invalid:
-            raise DeviceError(commands.invalid)
-        if commands.device is not self:
-            raise DeviceError(f"a command list of device {commands.device.name!r} was submitted to another device; "
-                              "record it on this one")
+        commands.check(self)
         encoded = commands.encoded
         if encoded is None:
             encoded = commands.encoded = Encoded(self, commands.entries, commands.profile)
             if encoded.logs:
                 self._printing.add(encoded)
+        while encoded.status is not None and not self.poll(encoded.sequence):
+            self.wait_slice(encoded.sequence, WAIT_SLICE_NS)  # what it reports belongs to one submission
         sequence = self.stream.submit(encoded)
         self.counters.submits += 1
         self.counters.dispatches += len(encoded.entries)
@@ -179,6 +173,12 @@ class CudaDevice:
     def run(self, commands: CommandList) -> None:
         """Submit and wait."""
         self.submit(commands).wait()
+
+    def busy(self, commands: CommandList) -> bool:
+        return not self.poll(commands.sequence)
+
+    def rebind(self, commands: CommandList, changes: Mapping[tuple[int, int], Buffer | int | bytes]) -> bool:
+        return False
 
     def poll(self, sequence: int) -> bool:
         return self.stream.poll(sequence)
@@ -192,17 +192,15 @@ class CudaDevice:
         submitted = self.stream.submitted
         while not self.poll(submitted):
             self.wait_slice(submitted, WAIT_SLICE_NS)
-        self.check_status()
+        mine, failed = threading.get_ident(), self.stream.failed
+        failures = [self.failure(number) for number, (_, thread) in list(failed.items()) if thread == mine]
+        self._print()
+        if failures:
+            raise DeviceError(failures[0])
 
-    def check_status(self) -> None:
-        """Print what kernels have printed; raise DeviceError if an assertion failed."""
-        if self._printing and self.stream.done == self.stream.submitted:
-            for encoded in list(self._printing):
-                encoded.flush()
-        if code := self._status_word.value:
-            self._status_word.value = 0
-            what = self._asserts.get(code, f"a kernel on device {self.name!r} reported error {code}")
-            raise DeviceError(f"{what}; the results are not valid")
+    def failure(self, sequence: int) -> str:
+        self._print()
+        return self.stream.failed.pop(sequence, ("", 0))[0]
 
     def timestamps(self, commands: CommandList) -> list[Timestamp]:
         """A profiled list runs one entry after another; each starts when the one before has ended."""
@@ -282,12 +280,13 @@ class CudaDevice:
                     self.call(self.cu.cuFuncSetAttribute, function, attribute, executable.threadgroup_bytes)
                 self.functions[executable.source] = function
 
-    def status_address(self, asserts: dict[int, str]) -> int:
-        """The word that takes the number of a failed assertion; asserts: what the numbers mean."""
-        self._asserts.update(asserts)
-        return self._status.address
-
     # Inside
+
+    def _print(self) -> None:
+        """What kernels have printed, if nothing is running."""
+        if self._printing and self.stream.done == self.stream.submitted:
+            for encoded in list(self._printing):
+                encoded.flush()
 
     def _ask(self, name: str) -> int:
         attribute = getattr(self.cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")

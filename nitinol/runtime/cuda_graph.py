@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from nitinol.runtime.cuda_driver import Pinned
 from nitinol.runtime.device import Buffer, Copy, DeviceError, Fill, Launch
 
@@ -15,15 +17,13 @@ if TYPE_CHECKING:
 
 Entry = Launch | Copy | Fill
 MOST_BLOCKS_YZ = 65535
-# Entries of a group that may overlap. H200, µs a kernel of 132 blocks: 0.95 with 1, 0.57 with 2, 0.50 with 4, where the
-# 16 edges between two groups cost nothing; an empty node between them does, 1.5 µs a kernel and 450 µs of the host.
-WIDTH = 4
 
 
 class Node(NamedTuple):
     """A node of a graph. early: a kernel that lets those after it start before it has ended, and waits itself for those
     before it, so that every edge between two of them may be a programmatic one (CUDA programming guide, "Programmatic
-    dependent launch"). All of them wait: that the one before the one before has ended follows."""
+    dependent launch"). All of them wait, so that none ends before what it comes after: that the one before the one
+    before has ended follows, and needs no edge."""
 
     handle: Any
     early: bool = False
@@ -41,13 +41,15 @@ class Encoded:
         self.names: list[list[str]] = []  # of each graph's kernels
         self.events = [device.event() for _ in range(len(entries) + 1)] if profile else []
         self.logs: list[tuple[Any, Pinned]] = []  # of the kernels that print
-        self.submitted = 0  # when it was last, by time.monotonic_ns
+        self.submitted = self.sequence = 0  # when it was last, by time.monotonic_ns, and as which submission
+        self.status: Pinned | None = None  # where kernels with assertions report; 0 between runs
+        self._asserts: dict[int, str] = {}  # what the numbers mean that they leave there
         device.prepare(entry.executable for entry in entries if isinstance(entry, Launch))
         for first in range(0, len(entries), 1 if self.blocking else max(1, len(entries))):
             part = self.entries[first:first + 1] if self.blocking else self.entries
             graph = device.call(device.cu.cuGraphCreate, 0)
             try:
-                self._fill(graph, part, self.events[first:first + len(part) + 1], first == 0)
+                self._fill(graph, first, part)
                 self.graphs.append(device.call(device.cu.cuGraphInstantiate, graph, 0))
             finally:
                 device.cu.cuGraphDestroy(graph)
@@ -62,6 +64,15 @@ class Encoded:
                 memory.bytes[:4] = 0
                 print(*lines, sep="\n", flush=True)
 
+    def report(self) -> str:
+        """Which assertion has failed since the last time, as a sentence."""
+        code = 0 if self.status is None else int(self.status.bytes[:4].view(np.uint32)[0])
+        if self.status is None or not code:
+            return ""
+        self.status.bytes[:] = 0
+        what = self._asserts.get(code, f"a kernel on device {self.device.name!r} reported error {code}")
+        return f"{what}; the results are not valid"
+
     def __del__(self) -> None:
         if self.device.usable:
             for graph in self.graphs:
@@ -69,24 +80,23 @@ class Encoded:
             for event in self.events:
                 self.device.cu.cuEventDestroy(event)
 
-    def _fill(self, graph: Any, entries: Sequence[Entry], events: Sequence[Any], first: bool) -> None:
-        """Entries up to the next barrier are a group. Its first WIDTH nodes depend on the last ones of the group
-        before, every further one on the node WIDTH places earlier. With events: one entry after another, an event
-        after each."""
-        cu = self.device.cu
-        before: list[Node] = []  # what the group depends on
-        group: list[Node] = []
+    def _fill(self, graph: Any, first: int, entries: Sequence[Entry]) -> None:
+        """A node for each of the entries, the list's from number `first` on, behind those that it comes after. With
+        events: one entry after another, an event after each."""
+        nodes: list[Node] = []
         written: set[Any] = set()  # memory, by the entries so far
-        if events and first:
-            group = [Node(self.device.call(cu.cuGraphAddEventRecordNode, graph, [], 0, events[0]))]
+        events = self.events[first:first + len(entries) + 1]
+        last = [self._add_event(graph, [], events[0])] if events and first == 0 else []
         for number, entry in enumerate(entries):
-            if entry.barrier or events:
-                before, group = group[-WIDTH:] or before, []
-            node = self._add(graph, before if len(group) < WIDTH else [group[-WIDTH]], entry, written)
+            before = last if events else [nodes[other - first] for other in entry.after if other >= first]
+            node = self._add(graph, before, entry, written)
+            nodes.append(node)
             written |= _written(entry)
             if events:
-                node = Node(self.device.call(cu.cuGraphAddEventRecordNode, graph, [node.handle], 1, events[number + 1]))
-            group.append(node)
+                last = [self._add_event(graph, [node.handle], events[number + 1])]
+
+    def _add_event(self, graph: Any, before: list[Any], event: Any) -> Node:
+        return Node(self.device.call(self.device.cu.cuGraphAddEventRecordNode, graph, before, len(before), event))
 
     def _add(self, graph: Any, nodes: list[Node], entry: Entry, written: set[Any]) -> Node:
         """written: the memory that entries before this one write."""
@@ -128,7 +138,11 @@ class Encoded:
         words = [_address(entry.arguments[position]).to_bytes(8, "little") for position in executable.pointers]
         words.append(executable.arguments(entry.arguments, entry.grid))
         if executable.asserts:
-            words.append(self.device.status_address(executable.asserts).to_bytes(8, "little"))
+            self._asserts.update(executable.asserts)
+            if self.status is None:
+                self.status = Pinned(self.device, 8)
+                self.status.bytes[:] = 0
+            words.append(self.status.address.to_bytes(8, "little"))
         if executable.prints:
             words.append(self._log(executable).to_bytes(8, "little"))
         storage = [(ctypes.c_uint64 * -(-len(word) // 8)).from_buffer_copy(word.ljust(-(-len(word) // 8) * 8, b"\0"))
@@ -171,7 +185,7 @@ def _written(entry: Entry) -> set[Any]:
     if not isinstance(entry, Launch):
         return {_memory(entry.destination)}
     executable: Any = entry.executable
-    return {_memory(entry.arguments[number]) for number in executable.written}
+    return {_memory(entry.arguments[number]) for number in executable.stores}
 
 
 def _address(argument: Buffer | int | bytes) -> int:

@@ -22,6 +22,7 @@ class Stream:
         self._device, self._lock = device, threading.RLock()
         self.handle = call(device.cu.cuStreamCreate, 0)
         self.submitted = self.done = 0
+        self.failed: dict[int, tuple[str, int]] = {}  # submission: what it reported, the thread that submitted it
         self._in_flight: deque[_Submission] = deque()
         self._idle_events: list[Any] = []
 
@@ -39,8 +40,8 @@ class Stream:
                 if encoded.blocking:
                     device.call(cu.cuStreamSynchronize, self.handle, names=names)
             device.call(cu.cuEventRecord, event, self.handle)
-            self._in_flight.append(_Submission(sequence, event, encoded, encoded.submitted, []))
-            self.submitted = sequence
+            self._in_flight.append(_Submission(sequence, event, encoded, encoded.submitted, [], threading.get_ident()))
+            self.submitted = encoded.sequence = sequence
         return sequence
 
     def poll(self, sequence: int) -> bool:
@@ -57,7 +58,10 @@ class Stream:
                     if status:
                         raise device.explained(CudaError(device.cu.cuEventQuery, status))
                     while self.done < sequence:
-                        self.done = self._in_flight[0].sequence
+                        ended = self._in_flight[0]
+                        if report := ended.encoded.report():
+                            self.failed[ended.sequence] = report, ended.thread
+                        self.done = ended.sequence
                         self._idle_events.append(self._in_flight.popleft().event)
         return True
 
@@ -85,3 +89,4 @@ class _Submission(NamedTuple):
     encoded: Encoded
     time: int  # of the submission, by time.monotonic_ns
     kept: list[Any]
+    thread: int  # that submitted it

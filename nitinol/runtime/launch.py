@@ -61,6 +61,7 @@ def launch(kernel: JITFunction, grid: Any, arguments: Sequence[Any], keywords: M
     commands = CommandList(device)
     slots = [encode(value, type) for value, (_, type, _) in zip(values, signature.parameters)]
     if device.target == "cpu":
+        commands.kept = given  # Ctrl-C ends the wait, not the kernel
         commands.launch(executable, extents, slots)
         device.run(commands)
         return executable

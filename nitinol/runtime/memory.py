@@ -20,7 +20,7 @@ SLAB = 1 << 20
 HUGE_PAGE = 1 << 21
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Block:
     """Memory of one size class. `sequence`: the last submission that may still touch it when it was freed."""
 
@@ -91,8 +91,11 @@ class Pool:
         size = size_class(nbytes)
         with self._lock:
             free = self._free[size]
-            index = next((i for i in reversed(range(len(free))) if free[i].sequence <= done), None)
-            if index is not None:
+            if free and free[-1].sequence <= done:  # nearly always
+                index = len(free) - 1
+            else:
+                index = next((i for i in reversed(range(len(free))) if free[i].sequence <= done), -1)
+            if index >= 0:
                 block = free.pop(index)
                 self.counters.pool_hits += 1
             elif size <= SMALL:

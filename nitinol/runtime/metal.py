@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from nitinol.runtime.device import (
     Progress,
     Timestamp,
 )
+from nitinol.runtime.hazards import meetings
 from nitinol.runtime.metal_commands import Command, Encoded, check, dispatch, failure, lower, make_indirect
 from nitinol.runtime.metal_memory import Heap, is_mapped
 from nitinol.runtime.metal_pipelines import autorelease, framework, make_pipeline
@@ -43,6 +44,7 @@ class _Submission(NamedTuple):
     sequence: int
     encoded: Encoded
     buffers: list[Any]  # MTLCommandBuffer
+    thread: int  # that submitted it
 
 
 class MetalDevice:
@@ -74,15 +76,11 @@ class MetalDevice:
         self._pipelines: dict[tuple[str, str], Any] = {}  # by name and source
         self._in_flight: deque[_Submission] = deque()
         self._submitted = self._done = 0
-        self._failed: dict[int, str] = {}  # submissions that ended with an error
-        self._news: list[int] = []  # those of which nobody was told yet
+        self._failed: dict[int, tuple[str, int]] = {}  # submission: why it failed, the thread that submitted it
         self._asserts: dict[int, str] = {}
         self._printing: weakref.WeakSet[Encoded] = weakref.WeakSet()
-        self._status = ctypes.c_uint32()  # for close(), should there be no memory for the one that kernels write
+        self._lists: weakref.WeakSet[CommandList] = weakref.WeakSet()  # that were encoded
         self._closed = False
-        self._status_buffer = self.allocate(4)
-        self._status = ctypes.c_uint32.from_address(self._status_buffer.address)
-        self._status.value = 0
         _devices.add(self)
 
     # Memory
@@ -122,9 +120,11 @@ class MetalDevice:
         if memory is None or os.getpid() != self._process:
             return
         with self._lock:
-            for commands in buffer._lists or ():
-                commands.encoded = None  # it holds the memory, and the list cannot be submitted any more
-            if memory.host is None and not self._closed:
+            if memory.host is not None:
+                for commands in list(self._lists):  # which cannot be submitted any more
+                    if commands.encoded is not None and memory in commands.encoded.kept:
+                        commands.encoded = None
+            elif not self._closed:
                 self._heap.release(memory, self._submitted)
 
     def read(self, buffer: Buffer, destination: np.ndarray) -> None:
@@ -150,20 +150,19 @@ class MetalDevice:
     def submit(self, commands: CommandList) -> Event:
         """Start a list after everything submitted before it; returns at once."""
         self._check_usable()
-        if commands.invalid:
-            raise DeviceError(commands.invalid)
-        if commands.device is not self:
-            raise DeviceError(f"a command list of device {commands.device.name!r} was submitted to another device; "
-                              "record it on this one")
+        commands.check(self)
         with autorelease():
             encoded = commands.encoded or self._encode(commands)
+            while encoded.status is not None and not self.poll(encoded.sequence):
+                self.wait_slice(encoded.sequence, WAIT_SLICE_NS)  # what it reports belongs to one submission
             with self._lock:
                 commands.encoded = encoded
                 self._retire()
                 if encoded.commands:
                     buffers = self._commit(encoded, self._submitted + 1)
                     self._submitted += 1
-                    self._in_flight.append(_Submission(self._submitted, encoded, buffers))
+                    encoded.sequence = self._submitted
+                    self._in_flight.append(_Submission(self._submitted, encoded, buffers, threading.get_ident()))
                     self.counters.submits += 1
                     self.counters.dispatches += len(encoded.commands)
                 return Event(self, self._submitted, commands)
@@ -175,10 +174,13 @@ class MetalDevice:
         self._check_process()
         with self._lock:
             self._retire()
-            if sequence in self._failed:
-                self._news = [number for number in self._news if number != sequence]
-                raise DeviceError(self._failed[sequence])
             return self._done >= sequence
+
+    def busy(self, commands: CommandList) -> bool:
+        return not self.poll(commands.sequence)
+
+    def rebind(self, commands: CommandList, changes: Mapping[tuple[int, int], Buffer | int | bytes]) -> bool:
+        return False  # the scalars are in a buffer that a submission may still read
 
     def wait_slice(self, sequence: int, nanoseconds: int, work: bool = True) -> None:
         """A wait of Metal's own would not let Ctrl-C through until it ends, so it has a time."""
@@ -195,18 +197,18 @@ class MetalDevice:
             self.wait_slice(submitted, WAIT_SLICE_NS)
             with self._lock:
                 self._retire()
-        self.check_status()
+        with self._lock:
+            mine = threading.get_ident()
+            failures = [self.failure(number) for number, (_, thread) in list(self._failed.items()) if thread == mine]
+            self._print()
+        if failures:
+            raise DeviceError(failures[0])
 
-    def check_status(self) -> None:
+    def failure(self, sequence: int) -> str:
         with self._lock:
             self._retire()
             self._print()
-            if self._news:
-                raise DeviceError(self._failed[self._news.pop(0)])
-            code, self._status.value = self._status.value, 0
-        if code:
-            what = self._asserts.get(code, f"a kernel on device {self.name!r} reported error {code}")
-            raise DeviceError(f"{what}; the results are not valid")
+            return self._failed.pop(sequence, ("", 0))[0]
 
     def timestamps(self, commands: CommandList) -> list[Timestamp]:
         """By the GPU's clock: in a profiled run each entry is a command buffer. An entry with nothing to do takes 0."""
@@ -242,9 +244,10 @@ class MetalDevice:
         kernels: list[Any] = [launch.executable for _, launch in launches]
         self._compile(dict.fromkeys((kernel.name, kernel.source) for kernel in kernels))
         encoded = Encoded(commands)
+        self._lists.add(commands)
         scalars = [kernel.arguments(launch.arguments, launch.grid) for kernel, (_, launch) in zip(kernels, launches)]
         arguments = self.allocate(ALIGNMENT * sum(-(-len(data) // ALIGNMENT) for data in scalars))
-        offset, before = 0, -1
+        offset, meets = 0, meetings(entry.after for entry in commands.entries)
         for (number, launch), kernel, data in zip(launches, kernels, scalars):
             used = [argument for argument in launch.arguments if isinstance(argument, Buffer)]
             place = arguments.view(offset, len(data))
@@ -253,7 +256,10 @@ class MetalDevice:
             used.append(place)
             if kernel.asserts:
                 self._asserts.update(kernel.asserts)
-                used.append(self._status_buffer)
+                if encoded.status is None:
+                    encoded.status = self.allocate(4)
+                    encoded.status.as_numpy()[:] = 0
+                used.append(encoded.status)
             if kernel.prints:
                 log = self.allocate(LOG_BYTES)
                 log.as_numpy()[:4] = 0
@@ -270,12 +276,10 @@ class MetalDevice:
                     root = buffer._root or buffer
                     address = buffer.address if buffer.nbytes else root.address  # no offset may be at the end
                     bound.append(self._heap.window(root._owner, address, buffer.nbytes))
-            barrier = any(entry.barrier for entry in commands.entries[before + 1:number + 1])  # of empty ones too
             size = self._metal.MTLSizeMake
-            encoded.commands.append(Command(pipeline, bound, size(*launch.grid), size(kernel.threads, 1, 1), barrier,
-                                             number))
+            encoded.commands.append(Command(pipeline, bound, size(*launch.grid), size(kernel.threads, 1, 1),
+                                             meets[number], number))
             encoded.kept += [(buffer._root or buffer)._owner for buffer in used]
-            before = number
         encoded.kept.append(arguments)
         return encoded
 
@@ -327,14 +331,17 @@ class MetalDevice:
         """Notes which submissions have finished and how. The lock is held."""
         finished = (self._metal.MTLCommandBufferStatusCompleted, self._metal.MTLCommandBufferStatusError)
         while self._in_flight and self._in_flight[0].buffers[-1].status() in finished:
-            sequence, encoded, buffers = self._in_flight.popleft()
+            sequence, encoded, buffers, thread = self._in_flight.popleft()
             self._done = sequence
+            if encoded.status is not None and (code := int(encoded.status.as_numpy(np.uint32)[0])):
+                encoded.status.as_numpy()[:] = 0
+                what = self._asserts.get(code, f"a kernel on device {self.name!r} reported error {code}")
+                self._failed[sequence] = f"{what}; the results are not valid", thread
             for number, buffer in enumerate(buffers):
                 if buffer.error() is not None and sequence not in self._failed:
                     ran = encoded.commands[number:number + 1] if encoded.profile else encoded.commands
                     names = [encoded.labels[command.entry] for command in ran]
-                    self._failed[sequence] = failure(names, buffer.error())
-                    self._news.append(sequence)
+                    self._failed[sequence] = failure(names, buffer.error()), thread
 
     def _print(self) -> None:
         """What kernels printed, of lists that are not running. The lock is held."""

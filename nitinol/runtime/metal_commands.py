@@ -50,7 +50,7 @@ def lower(entry: Launch | Copy | Fill) -> Launch:
     unit = next(unit for unit in TYPES if not (to.address | source.address | to.nbytes) % unit)
     count = to.nbytes // unit
     kernel = (COPY if isinstance(entry, Copy) else FILL)[unit]
-    return Launch(kernel, (-(-count // 256), 1, 1), (to, source, count, value), entry.barrier, entry.label)
+    return Launch(kernel, (-(-count // 256), 1, 1), [to, source, count, value], entry.label)
 
 
 class Command(NamedTuple):
@@ -72,7 +72,8 @@ class Encoded:
         self.commands: list[Command] = []
         self.kept: list[Any] = []  # the memory that it uses
         self.logs: list[tuple[Executable, Buffer]] = []  # of kernels that print
-        self.submits = 0
+        self.status: Buffer | None = None  # where kernels with assertions report; 0 between runs
+        self.submits = self.sequence = 0  # how many there were, and the latest
         self.indirect: Any = None
         self.latest: list[Any] = []  # the command buffers of a profiled run, one a command
 

@@ -98,14 +98,16 @@ class Compiled:
             self(*arguments, **keywords)
             trace = self._latest
             assert trace is not None
-            for variant in trace.variants:
-                variant.program.commands.profile = True
+            lists = [commands for v in trace.variants if (commands := v.program.commands) is not None]
+            for commands in lists:
+                commands.profile = True
             try:
                 result = self(*arguments, **keywords)
+                assert trace.program.commands is not None
                 return result, list(zip(trace.program.records, trace.program.commands.timestamps()))
             finally:
-                for variant in trace.variants:
-                    variant.program.commands.profile = False
+                for commands in lists:
+                    commands.profile = False
 
 
 def compile(function: Callable[..., Any]) -> Compiled:
@@ -257,7 +259,8 @@ class _Variant:
 
     def __init__(self, trace: _Trace, arena: Buffer | None = None) -> None:
         outside: list[Any] = [value.buffer for value in trace.touched]
-        self.program = Program(trace.plan, trace.device, outside, trace.numbers, arena)
+        self.program = Program(trace.plan, trace.device)
+        self.program.bind(outside, trace.numbers, arena)
         self.latest: list[weakref.ref[Buffer]] = []
 
     def held(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nitinol.compiler import cache, ir
+from nitinol.compiler.stores import stores
 
 assertions: dict[int, str] = {}  # what a failed assertion of any loaded kernel leaves in the status word -> its message
 
@@ -26,6 +27,7 @@ class Executable:
     scratch_bytes: int
     aliases: tuple[int, ...]
     source: Callable[[], ir.Function] = field(repr=False)
+    stores: frozenset[int] = frozenset()  # the positions of the parameters whose memory it writes
 
     @cached_property
     def asm(self) -> dict[str, str]:
@@ -55,17 +57,20 @@ def compile_function(
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         stored = cache.get(key)
     if stored is None:
-        text, scratch_bytes, asserts = generate(source(), aliases)
+        function = source()
+        written = sorted(stores(function))
+        text, scratch_bytes, asserts = generate(function, aliases)
         code = assemble(optimise(text))
         if key:
-            head = json.dumps({"scratch_bytes": scratch_bytes, "asserts": asserts}).encode()
+            head = json.dumps({"scratch_bytes": scratch_bytes, "asserts": asserts, "stores": written}).encode()
             cache.put(key, len(head).to_bytes(4, "little") + head + code)
     else:
         size = int.from_bytes(stored[:4], "little")
         facts = json.loads(stored[4 : 4 + size])
-        scratch_bytes, asserts, code = facts["scratch_bytes"], facts["asserts"], stored[4 + size :]
+        scratch_bytes, asserts, written = facts["scratch_bytes"], facts["asserts"], facts["stores"]
+        code = stored[4 + size :]
     assertions.update({assertion_number(message): message for message in asserts})
-    return Executable(name, load_object(code, "kernel"), scratch_bytes, aliases, source)
+    return Executable(name, load_object(code, "kernel"), scratch_bytes, aliases, source, frozenset(written))
 
 
 def generate(function: ir.Function, aliases: tuple[int, ...]) -> tuple[str, int, list[str]]:

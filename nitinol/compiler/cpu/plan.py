@@ -190,10 +190,10 @@ class Plan:
     # ----------------------------------------------------------------------------------------------- memory hazards
 
     def may_alias(self, a: Value, b: Value) -> bool:
-        first, second = base_pointer(a), base_pointer(b)
+        first, second = (base_pointer(pointer, self._classes) for pointer in (a, b))
         if first is None or second is None:
             return True
-        return first is second or self._classes.get(first) == self._classes.get(second)
+        return first is second or self._classes[first] == self._classes[second]
 
     def _overtaken(self, load: Op) -> bool:
         """Whether a write that may touch the same memory comes before the last walk that would do this load."""

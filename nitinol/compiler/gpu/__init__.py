@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from nitinol.compiler.analysis import base_pointer
 from nitinol.compiler.gpu import metal
 from nitinol.compiler.gpu.effects import LOG_BYTES, Print, read_log
-from nitinol.compiler.ir import WRITES, Function, walk
+from nitinol.compiler.ir import Function
+from nitinol.compiler.stores import stores
 from nitinol.language.types import DType, PointerType
 
 __all__ = ["LOG_BYTES", "Executable", "compile_function"]
@@ -43,7 +43,7 @@ class Executable:
     scalars: tuple[tuple[int, DType], ...]  # parameters in the struct of arguments, and their types
     asserts: dict[int, str] = field(default_factory=dict)
     prints: tuple[Print, ...] = ()
-    written: tuple[int, ...] = ()  # parameters whose memory the kernel writes
+    stores: frozenset[int] = frozenset()  # the positions of the parameters whose memory it writes
     early: tuple[int, ...] = ()  # CUDA: parameters from which it loads before it waits for the kernels before it
     language: str = "msl"
     function: Function | None = field(default=None, repr=False)
@@ -165,14 +165,6 @@ def compile_function(
     text = "\n".join([*head, *lines, *render(e.body, dialect.UNROLL), "}", ""])
     return Executable(
         name, "\n".join([*dialect.prelude(text, e.helpers), text]), simdgroups, nbytes, barriers, tuple(pointers),
-        tuple(scalars), dict(e.asserts), tuple(e.prints), written_pointers(function), tuple(sorted(e.early)),
+        tuple(scalars), dict(e.asserts), tuple(e.prints), stores(function), tuple(sorted(e.early)),
         dialect.LANGUAGE, function, dialect.OPTIONS,
     )  # fmt: skip
-
-
-def written_pointers(function: Function) -> tuple[int, ...]:
-    """The numbers of the pointer parameters that stores and atomics go to; all, if one goes no one knows where."""
-    bases = {base_pointer(op.operands[0]) for op in walk(function.body) if op.kind in WRITES}
-    anywhere = not bases <= set(function.parameters)
-    pointers = (i for i, v in enumerate(function.parameters) if isinstance(v.element, PointerType))
-    return tuple(i for i in pointers if anywhere or function.parameters[i] in bases)

@@ -202,8 +202,10 @@ class Emitter:
 
     def loads_early(self, op: Op) -> bool:
         """Whether an operation loads before the kernel waits, because the kernel says when it does."""
-        base = base_pointer(op.operands[0]) if op.kind == "load" and self.says_when and not self.waits else None
-        if base not in self.function.parameters:
+        if op.kind != "load" or not self.says_when or self.waits:
+            return False
+        base = base_pointer(op.operands[0], self.aliases)
+        if base is None:
             return False
         self.early.add(self.function.parameters.index(base))
         return True

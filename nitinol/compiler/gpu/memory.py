@@ -29,7 +29,7 @@ Text = Callable[[Index], str]
 def touched(e: Emitter, op: Op, how: str, layout: Layout) -> Access:
     """The access for barriers."""
     pointer = op.operands[0]
-    base = base_pointer(pointer)
+    base = base_pointer(pointer, e.aliases)
     where = None if base is None else e.aliases[base]
     own = layout.copies == (0, 0) and e.depth.get(pointer, 0) == 0
     return Access(how, where, (pointer, layout) if own else None)

@@ -252,10 +252,10 @@ class _Loop:
 
     def written(self, pointer: Value) -> bool:
         """Whether the loop writes where the load may read."""
-        base = base_pointer(pointer)
+        base = base_pointer(pointer, self.groups)
         for op in walk(self.body):
             if op.kind in WRITES:
-                other = base_pointer(op.operands[0])
+                other = base_pointer(op.operands[0], self.groups)
                 if base is None or other is None or self.groups[base] == self.groups[other]:
                     return True
         return False
