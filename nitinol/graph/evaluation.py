@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
     program = plan.idle.pop() if plan.idle else None
     if program is None or program.device is not device:
         program = Program(plan, device)
-    program.bind([value.buffer for value in outside], numbers)
+    program.bind([cast(Buffer, value.buffer) for value in outside], numbers)
     program.run()
     for (i, j), stand_in in plan.results.items():
         value = results[i][j]

@@ -152,11 +152,12 @@ def make_plan(
         stand_ins[value] = Value(value.shape, value.dtype, None, THERE)
     numbers = itertools.count()
     origins: list[list[Call]] = []
-    with lowering(target), recording() as recorded:
+    family = target.partition(":")[0]  # "cuda" of "cuda:90": what it is lowered for
+    with lowering(family), recording() as recorded:
         for call in calls:
             before = len(recorded)
             state.place = call.place
-            for value, stand_in in zip(call.outputs, _again(call, stand_ins, numbers, target)):
+            for value, stand_in in zip(call.outputs, _again(call, stand_ins, numbers, family)):
                 stand_ins[value] = stand_in
             origins.append(recorded[before:])
     wanted = {stand_ins[v] for v in targets if v in stand_ins}

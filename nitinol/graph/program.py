@@ -105,7 +105,8 @@ class Program:
         """The command list of the steps, which says of each array what a step may touch of it."""
         self.plan.compile()
         commands = self.device.command_list()
-        for number, (step, (executable, arguments, positions)) in enumerate(zip(self.plan.steps, self.plan.executables)):
+        for number, (step, made) in enumerate(zip(self.plan.steps, self.plan.executables)):
+            executable, arguments, positions = made
             spans: tuple[dict[int, Span], dict[int, Span]] = ({}, {})  # reads, writes
             views = ((i, a) for i, a in enumerate(step.arguments) if isinstance(a, View))
             for position, (i, view) in zip(positions, views):
