@@ -419,7 +419,7 @@ def test_the_other_steps_of_a_large_model_stay_inside(corners):
     x = quantized.embedding(weights(corners, "Q8_0", 128256, hidden), ids).evaluate()
     quantize_activations(norm.rms_norm(x, na.empty((hidden,), "float32", corners))).sums.evaluate()
     position = na.array(np.array([context - tokens], np.int32), device=corners)
-    keys, values = (na.empty((kv_heads, context, head_dim), "float16", corners) for _ in range(2))
+    keys, values = (na.empty((1, kv_heads, context, head_dim), "float16", corners) for _ in range(2))
     k = na.empty((tokens, kv_heads * head_dim), "float32", corners)
     frequencies = na.empty((head_dim // 2,), "float32", corners)
     q = rope.rope_and_cache(x, k, k, frequencies, position, keys, values, interleaved=True).evaluate()

@@ -137,7 +137,7 @@ def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng, c
 def test_the_last_step_of_attention_is_one_kernel_with_the_rounding(rng, head_dim):
     kv_heads, group, context, position = 2, 2, 192, 150
     width = kv_heads * group * head_dim
-    q, k, v = normal(rng, 1, width), normal(rng, kv_heads, context, head_dim), normal(rng, kv_heads, context, head_dim)
+    q, (k, v) = normal(rng, 1, width), normal(rng, 2, 1, kv_heads, context, head_dim)
     weights, values = weights_of(normal(rng, 8, width), "Q4_0")
     arrays = [na.array(a) for a in (q, k, v, np.array([position], np.int32))]
 
@@ -182,7 +182,7 @@ def test_a_prompt_and_then_a_token(rng, kv_heads, cache):
     q = normal(rng, 6, heads * head_dim)
     k, v = normal(rng, 2, 6, kv_heads * head_dim)
     frequencies = rope.rope_frequencies(head_dim)
-    caches = [na.array(np.zeros((kv_heads, context, head_dim), cache)).evaluate() for _ in range(2)]
+    caches = [na.array(np.zeros((1, kv_heads, context, head_dim), cache)).evaluate() for _ in range(2)]
     results = []
     for start, stop in ((0, 5), (5, 6)):
         position = na.array(np.array([start], np.int32))

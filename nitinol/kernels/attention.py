@@ -1,9 +1,10 @@
 """Causal attention with an online softmax (Dao et al., "FlashAttention", 2022): scores never reach memory.
 
-Keys and values are [kv_heads, context, head_dim], float32 or float16; GROUP neighbouring query heads share one of them
-(grouped-query attention, Ainslie et al., 2023). Query t stands at position `position` + t and sees the positions up to
-its own. Two kernels: many queries at once (a prompt), and one query (a token) whose work is split over the sequence
-into a fixed number of parts, so that the result does not depend on how many threads share them.
+Keys and values are [sequences, kv_heads, context, head_dim], float32 or float16; GROUP neighbouring query heads share
+one of them (grouped-query attention, Ainslie et al., 2023). Each sequence has as many queries as the others; its query t
+stands at position[sequence] + t and sees the positions up to its own, with a window (Beltagy et al., "Longformer",
+2020) only the last WINDOW of them. Two kernels: many queries at once (a prompt), and one query (a token) whose work is
+split over the sequence into a fixed number of parts, so that the result does not depend on how many threads share them.
 
 Scores are kept in units of log2(e), which spares exp2 a product per value.
 """
@@ -23,39 +24,53 @@ from nitinol.language.jit import jit
 from nitinol.runtime import get_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-1e38)  # below any score
 
 
 @jit(do_not_specialize=["tokens"])
 def prefill_attention_kernel(
     q, k, v, position, out, tokens, context, q_token, q_head, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr = tl.float32,
+    WINDOW: tl.constexpr = 0, DOT: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """Program (m, h): tokens BLOCK_M * m ... of query head h. Query t of head h starts at t * q_token + h * q_head in
-    q and out; `position` is int32 [1], or None for 0. DOT: what queries, keys, values and weights are multiplied in."""
+    """Program (m, h, s): tokens BLOCK_M * m ... of the `tokens` of sequence s, query head h. Query t of all sequences'
+    starts at t * q_token + h * q_head in q and out; `position` is int32 [sequences], or None for 0. WINDOW: 0 for none.
+    DOT: what queries, keys, values and weights are multiplied in."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: threads finish together
     head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2)
     row = first + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_D)
-    offset = 0 if position is None else tl.load(position)
-    rows = row[:, None].to(tl.int64) * q_token + head * q_head + lane[None, :]
+    offset = 0 if position is None else tl.load(position + sequence)
+    rows = (sequence * tokens + row)[:, None].to(tl.int64) * q_token + head * q_head + lane[None, :]
     inside = (row < tokens)[:, None] & (lane < HEAD_DIM)[None, :]
     query = (tl.load(q + rows, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)).to(DOT)
-    keys = k + (head // GROUP) * context * HEAD_DIM
-    values = v + (head // GROUP) * context * HEAD_DIM
+    base = (sequence * (tl.num_programs(1) // GROUP) + head // GROUP) * context * HEAD_DIM
+    keys = k + base
+    values = v + base
     place = offset + row
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     length = tl.minimum(tl.minimum(first + BLOCK_M, tokens) + offset, context)
     whole = tl.minimum(first + offset + 1, length) // BLOCK_N * BLOCK_N  # keys that every query of the block sees
-    for start in range(0, whole, BLOCK_N):
+    begin = 0
+    if WINDOW:  # and those before `begin` none does, those before `seen` not all
+        begin = tl.maximum(first + offset - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+        seen = tl.cdiv(tl.maximum(first + offset + BLOCK_M - WINDOW, 0), BLOCK_N) * BLOCK_N
+        seen = tl.maximum(tl.minimum(seen, whole), begin)
+        for start in range(begin, seen, BLOCK_N):
+            top, total, acc = attend(
+                query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True, WINDOW
+            )
+        begin = seen
+    for start in range(begin, whole, BLOCK_N):
         top, total, acc = attend(
             query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, False
         )
-    for start in range(whole, length, BLOCK_N):
+    for start in range(tl.maximum(begin, whole) if WINDOW else whole, length, BLOCK_N):
         top, total, acc = attend(
-            query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
+            query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True, WINDOW
         )
     tl.store(out + rows, acc / total[:, None], mask=inside)
 
@@ -64,18 +79,25 @@ def prefill_attention_kernel(
 def attend(
     query, keys, values, start, place, length, top, total, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
 ):  # fmt: skip
     """One block of keys and values: the new maximum, sum of weights and weighted values. Keys and values are multiplied
     in the query's type.
 
-    MASKED: only keys below `length` are read, and only those up to its `place` count for a query.
+    MASKED: only keys below `length` are read, and only those up to its `place` (with WINDOW: the last WINDOW of these)
+    count for a query.
     """
     at = start + tl.arange(0, BLOCK_N)
     key = load_block(keys, at, length, HEAD_DIM, BLOCK_D, MASKED).to(query.dtype)
     scores = tl.dot(query, tl.trans(key))
     if MASKED:
-        scores = tl.where(at[None, :] <= place[:, None], scores, float("-inf"))
+        visible = at[None, :] <= place[:, None]
+        if WINDOW:
+            visible = visible & (at[None, :] > place[:, None] - WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, axis=1))
+    if WINDOW:  # a query may see no key of its first blocks: -inf - -inf would be NaN
+        highest = tl.maximum(highest, LEAST)
     weights = tl.exp2(scores - highest[:, None])
     shrink = tl.exp2(top - highest)
     total = total * shrink + tl.sum(weights, axis=1)
@@ -99,17 +121,19 @@ def load_block(base, at, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 def decode_attention_kernel(
     q, k, v, position, out, part, tops, totals, context, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, DOT: tl.constexpr = tl.float32,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr = 0, DOT: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """Program (h, s): the GROUP query heads of key and value head h, on part s of the positions 0 .. position.
+    """Program (h, p, s): the GROUP query heads of key and value head h of sequence s, on part p of the positions that
+    its token sees.
 
-    ROWS is GROUP rounded up to a power of two, or more; DOT as above. With one part the result goes to `out`; with
-    more, each leaves its weighted values (part [heads, SPLITS, head_dim]), maximum and sum of weights (tops, totals
-    [heads, SPLITS]) to `combine_kernel`. A part without positions leaves maximum -inf.
+    ROWS is GROUP rounded up to a power of two, or more; WINDOW and DOT as above. With one part the result goes to
+    `out`; with more, each leaves its weighted values (part [sequences, heads, SPLITS, head_dim]), maximum and sum of
+    weights (tops, totals [sequences, heads, SPLITS]) to `combine_kernel`. A part without positions leaves maximum -inf.
     """
-    head = tl.program_id(0)
+    sequence = tl.program_id(2)
+    head = sequence * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(1)
-    length = tl.minimum(tl.load(position) + 1, context)  # first: all else waits for it
+    length = tl.minimum(tl.load(position + sequence) + 1, context)  # first: all else waits for it
     member = tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK_D)
     row = head * GROUP + member
@@ -117,8 +141,9 @@ def decode_attention_kernel(
     query = tl.load(q + row[:, None] * HEAD_DIM + lane[None, :], mask=inside, other=0.0) * (scale * LOG2_E)
     query = query.to(DOT)
     base = head.to(tl.int64) * context * HEAD_DIM
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
+    begin = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), BLOCK_N) * BLOCK_N
+    begin += split * share
     end = tl.minimum(begin + share, length)
     place = tl.zeros((ROWS,), tl.int32) + (length - 1)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -146,7 +171,8 @@ def decode_attention_kernel(
 
 @jit
 def combine_kernel(part, tops, totals, out, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Program (h, c): the parts of query head h, brought to a common maximum and added; BLOCK_D of its values."""
+    """Program (h, c): the parts of query head h (of all sequences'), brought to a common maximum and added; BLOCK_D of
+    its values."""
     head = tl.program_id(0)
     lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)
@@ -168,51 +194,75 @@ def combined(part, tops, totals, head, lane, SPLITS: tl.constexpr, HEAD_DIM: tl.
     return tl.sum(acc * weight[:, None], axis=0) * (1.0 / tl.sum(total * weight))
 
 
-def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None) -> Any:
-    """Attention of the tokens at position, position + 1, ... over a cache that already holds their keys and values.
+def cached_attention(
+    q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None, window: int = 0
+) -> Any:
+    """Attention of each sequence's tokens, at its position, position + 1, ..., over a cache that already holds their
+    keys and values.
 
-    q float32 [T, heads * head_dim], caches [kv_heads, context, head_dim], position int32 [1]; float32 of q's shape.
-    `scale` is 1 / sqrt(head_dim) unless given.
+    q float32 [sequences * T, heads * head_dim], one sequence's rows after the other's; caches [sequences, kv_heads,
+    context, head_dim], position int32 [sequences]; float32 of q's shape. `scale` is 1 / sqrt(head_dim) unless given;
+    window: how many positions, its own among them, a token sees (0: all). The row of a sequence at position -1, which
+    has nothing to say in this step, is NaN if T is 1.
     """
-    kv_heads, context, head_dim = k_cache.shape
-    tokens, width = q.shape
+    if len(k_cache.shape) != 4 or len(q.shape) != 2:
+        raise ValueError(
+            f"cached_attention: q has shape {tuple(q.shape)} and the cache {tuple(k_cache.shape)}, expected "
+            "[sequences * T, heads * head_dim] and [sequences, kv_heads, context, head_dim]"
+        )
+    sequences, kv_heads, context, head_dim = k_cache.shape
+    rows, width = q.shape
     if width % (kv_heads * head_dim):
         raise ValueError(
             f"cached_attention: q has rows of {width} values, expected a multiple of the cache's {kv_heads} heads of "
             f"{head_dim}"
         )
+    tokens = tokens_of_each("cached_attention", rows, sequences, position)
     scale = head_dim**-0.5 if scale is None else scale
     heads = width // head_dim
+    window = 0 if window >= context else window
     arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": float(scale)}
     if tokens > 1:
         constants, warps = prefill_blocks(heads // kv_heads, head_dim, tokens, k_cache)
         return launch(
-            prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), out=Output(q.shape, "float32"),
-            tokens=tokens, q_token=width, q_head=head_dim, _warps=warps, **arguments, **constants,
+            prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads, sequences),
+            out=Output(q.shape, "float32"), tokens=tokens, q_token=width, q_head=head_dim, WINDOW=window, _warps=warps,
+            **arguments, **constants,
         )  # fmt: skip
-    constants, warps = decode_blocks(heads // kv_heads, head_dim, kv_heads, k_cache)
-    splits = min(constants["SPLITS"], tl.next_power_of_2(tl.cdiv(context, constants["BLOCK_N"])))  # others were empty
-    constants["SPLITS"] = splits
+    constants, warps = decode_blocks(heads // kv_heads, head_dim, sequences * kv_heads, k_cache)
+    most = tl.next_power_of_2(tl.cdiv(window or context, constants["BLOCK_N"]))
+    splits = constants["SPLITS"] = min(constants["SPLITS"], most)  # others were empty
     if splits == 1:
         return launch(
-            decode_attention_kernel, (kv_heads, 1), out=Output(q.shape, "float32"), part=None, tops=None, totals=None,
-            _warps=warps, **arguments, **constants,
+            decode_attention_kernel, (kv_heads, 1, sequences), out=Output(q.shape, "float32"), part=None, tops=None,
+            totals=None, WINDOW=window, _warps=warps, **arguments, **constants,
         )  # fmt: skip
     part, tops, totals = launch(
-        decode_attention_kernel, (kv_heads, splits), out=None, part=Output((heads, splits, head_dim), "float32"),
-        tops=Output((heads, splits), "float32"), totals=Output((heads, splits), "float32"), _warps=warps, **arguments,
-        **constants,
+        decode_attention_kernel, (kv_heads, splits, sequences), out=None,
+        part=Output((sequences, heads, splits, head_dim), "float32"),
+        tops=Output((sequences, heads, splits), "float32"), totals=Output((sequences, heads, splits), "float32"),
+        WINDOW=window, _warps=warps, **arguments, **constants,
     )  # fmt: skip
     columns = constants["BLOCK_D"] if get_device().name == "cpu" else 32  # on GPUs many programs with short sums
     return launch(
-        combine_kernel, (heads, tl.cdiv(head_dim, columns)), part=part, tops=tops, totals=totals,
+        combine_kernel, (sequences * heads, tl.cdiv(head_dim, columns)), part=part, tops=tops, totals=totals,
         out=Output(q.shape, "float32"), SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=columns,
     )  # fmt: skip
 
 
-def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
+def tokens_of_each(name: str, rows: int, sequences: int, position: Any) -> int:
+    """How many of `rows` belong to each sequence; ValueError where they do not divide, or positions do not fit."""
+    if tuple(position.shape) != (sequences,) or rows % sequences:
+        raise ValueError(
+            f"{name}: {rows} rows of queries and positions of shape {tuple(position.shape)} for a cache of {sequences} "
+            f"sequences, expected a multiple of {sequences} rows and shape ({sequences},)"
+        )
+    return rows // sequences
+
+
+def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None, window: int = 0) -> Any:
     """softmax(q k^T * scale, causal) v for q float32 [heads, T, head_dim] and k, v [kv_heads, T, head_dim], contiguous;
-    float32 [heads, T, head_dim]."""
+    float32 [heads, T, head_dim]. window: how many positions, its own among them, a token sees (0: all)."""
     heads, tokens, head_dim = q.shape
     kv_heads = k.shape[0]
     if heads % kv_heads or tuple(k.shape[1:]) != (tokens, head_dim) or tuple(v.shape) != tuple(k.shape):
@@ -224,7 +274,8 @@ def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
     return launch(
         prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), q=q, k=k, v=v, position=None,
         out=Output(q.shape, "float32"), tokens=tokens, context=tokens, q_token=head_dim, q_head=tokens * head_dim,
-        scale=float(head_dim**-0.5 if scale is None else scale), _warps=warps, **constants,
+        scale=float(head_dim**-0.5 if scale is None else scale), WINDOW=0 if window >= tokens else window,
+        _warps=warps, **constants,
     )  # fmt: skip
 
 
@@ -271,14 +322,17 @@ def check_head(head_dim: int) -> None:
         raise ValueError(f"attention with a head_dim of {head_dim}: expected 1 to 1024")
 
 
-def attention_reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float) -> np.ndarray:
+def attention_reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float, window: int = 0
+) -> np.ndarray:
     """q [heads, T, head_dim] at positions position + t over k, v [kv_heads, context, head_dim], in float64."""
     heads, tokens, _ = q.shape
     group = heads // k.shape[0]
     length = position + tokens
     key, value = (np.repeat(x[:, :length].astype(np.float64), group, axis=0) for x in (k, v))
     scores = np.einsum("htd,hnd->htn", q.astype(np.float64), key) * scale
-    seen = np.arange(length)[None, :] <= position + np.arange(tokens)[:, None]
+    distance = position + np.arange(tokens)[:, None] - np.arange(length)[None, :]
+    seen = (distance >= 0) & (distance < (window or length))
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("htn,hnd->htd", weights / weights.sum(axis=-1, keepdims=True), value)

@@ -22,10 +22,13 @@ MOST_UNROLLED = 8  # runs of a row, each with code of its own
 DECODE_COST = 12  # decoding and packing a block of weights takes as long as its products with about so many tokens
 
 
-def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate: Any = None) -> Array:
+def linear(
+    x: Array, weights: Any, bias: Any = None, residual: Any = None, gate: Any = None, gelu: bool = False
+) -> Array:
     """silu(gate) * (x @ weights^T) + bias + residual, float32 [T, rows]; what is None is left out.
 
     x float32 [T, columns], weights of shape [rows, columns] in any format, bias [rows], residual and gate [T, rows].
+    gelu: gelu(gate), by its tanh approximation, instead of silu(gate).
     With weights of a block format x is rounded to int8, with a scale per 32 values; on CUDA, for many tokens, x and the
     weights are rounded to bfloat16 instead.
     """
@@ -37,22 +40,23 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
     epilogue = {"bias": bias, "residual": residual, "out": Output((tokens, rows), "float32")}
     if tokens <= FEW_TOKENS and gate is None:
         return _matvec(x, weights, None, epilogue)
+    epilogue |= {"gate": gate, "GELU": gelu}
     if weights.format in FLOAT_FORMATS:
         if get_device().name == "cuda":  # whose matrix instructions take halves, or float32 at a reduced precision
             x = x.astype(weights.data.dtype)
-        return _matmul(x[None], weights.data.T[None], {**epilogue, "gate": gate})
+        return _matmul(x[None], weights.data.T[None], epilogue)
     if get_device().name == "cuda" and tokens >= MANY_TOKENS:
         # 2048 tokens by 14336 rows of 4096 on an H200: 4.8 ms by int8 mma.sync, blocks decoded by each program; 0.5 ms
         # by wgmma in bf16, and decoding moves 190 MB once, 0.05 ms.
         decoded = dequantize(weights, "bfloat16")
-        return _matmul(x.astype("bfloat16")[None], decoded.T[None], {**epilogue, "gate": gate})
+        return _matmul(x.astype("bfloat16")[None], decoded.T[None], epilogue)
     parts = quantize_activations(x)
     block_t = min((16, 64), key=lambda block: tl.cdiv(tokens, block) * (block + DECODE_COST))
     block_n = max(16, math.gcd(rows, 64))
     return launch(
         quantized_matmul_kernel, (tl.cdiv(rows, block_n), tl.cdiv(tokens, block_t)), x=parts.values,
         x_scales=parts.scales, x_sums=parts.sums, weights=weights, tokens=tokens, rows=rows, columns=columns,
-        row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, gate=gate,
+        row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n,
         EVEN_N=rows % block_n == 0, _operations=2 * tokens * rows * columns,
         **epilogue, **run_arguments(weights.format, columns, 64),
     )  # fmt: skip
@@ -61,13 +65,22 @@ def linear(x: Array, weights: Any, bias: Any = None, residual: Any = None, gate:
 def swiglu(x: Array, gate: Any, up: Any) -> Array:
     """silu(x @ gate^T) * (x @ up^T), the gate of a feed-forward layer (Shazeer, "GLU variants improve transformer",
     2020): float32 [T, rows]. gate and up are weights of one shape [rows, columns]."""
+    return _gated("swiglu", x, gate, up, False)
+
+
+def geglu(x: Array, gate: Any, up: Any) -> Array:
+    """gelu(x @ gate^T) * (x @ up^T) with GELU's tanh approximation, otherwise as `swiglu`."""
+    return _gated("geglu", x, gate, up, True)
+
+
+def _gated(name: str, x: Array, gate: Any, up: Any, gelu: bool) -> Array:
     if tuple(gate.shape) != tuple(up.shape):
-        raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected the same")
+        raise ValueError(f"{name}: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, expected the same")
     if x.shape[0] <= FEW_TOKENS and gate.format == up.format:
-        rows = _rows("swiglu", x, gate)
-        epilogue = {"bias": None, "residual": None, "out": Output((x.shape[0], rows), "float32")}
+        rows = _rows(name, x, gate)
+        epilogue = {"bias": None, "residual": None, "out": Output((x.shape[0], rows), "float32"), "GELU": gelu}
         return _matvec(x, gate, up, epilogue)
-    return linear(x, up, gate=linear(x, gate))
+    return linear(x, up, gate=linear(x, gate), gelu=gelu)
 
 
 def matmul(a: Array, b: Array) -> Array:
