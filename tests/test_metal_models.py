@@ -82,9 +82,9 @@ def test_a_step_is_one_command_buffer_and_one_wait_and_allocates_nothing(softwar
     software.reset_counters()
     before = vars(model.device.counters).copy()
     for _ in range(5):
-        model.step()
+        model.session.step()
     after, theirs = vars(model.device.counters), software.counters()
-    launches = 5 * len(model.decode_list.records)
+    launches = 5 * len(model.session.decode_list.records)
     changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
     assert changed == {"submits": 5, "waits": 5, "dispatches": launches}
     assert (theirs["submits"], theirs["waits"], theirs["allocations"], theirs["dispatches"]) == (5, 5, 0, launches)
@@ -106,13 +106,13 @@ def test_the_demo_in_validation_mode_and_its_traffic(software: Any) -> None:
     software.set_validation(False)
     software.set_seed(0)
     software.set_counting(True)
-    position = len(model.cache.tokens)
+    position = len(model.session.cache.tokens)
     software.reset_counters()
-    model.step()
+    model.session.step()
     counted = software.counters()
     found = counted["loaded_device"] + counted["stored_device"]
-    records = model.decode_list.records
-    least = sum(moved(record, model, position, 1) for record in records)
+    records = model.session.decode_list.records
+    least = sum(moved(records, model, position, 1))
     again = sum((record.grid[0] - 1) * (record.shapes[0][1] + 4 * record.shapes[1][1]) for record in records
                 if record.name == "matvec_kernel")  # int8 values, float32 scales
     assert found <= 1.05 * (least + again), (found, least, again)

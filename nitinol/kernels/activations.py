@@ -63,8 +63,8 @@ def rms_norm_quantize_kernel(
 def combine_quantize_kernel(
     part, tops, totals, values, scales, sums, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Program (h, c): attention's parts of query head h (of all sequences') as one, BLOCK_D of its values, then as above. HEAD_DIM and
-    BLOCK_D are multiples of 32."""
+    """Program (h, c): attention's parts of query head h (of all sequences') as one, BLOCK_D of its values, then as
+    above. HEAD_DIM and BLOCK_D are multiples of 32."""
     head = tl.program_id(0)
     lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)

@@ -1,10 +1,10 @@
 """Causal attention with an online softmax (Dao et al., "FlashAttention", 2022): scores never reach memory.
 
 Keys and values are [sequences, kv_heads, context, head_dim], float32 or float16; GROUP neighbouring query heads share
-one of them (grouped-query attention, Ainslie et al., 2023). Each sequence has as many queries as the others; its query t
-stands at position[sequence] + t and sees the positions up to its own, with a window (Beltagy et al., "Longformer",
-2020) only the last WINDOW of them. Two kernels: many queries at once (a prompt), and one query (a token) whose work is
-split over the sequence into a fixed number of parts, so that the result does not depend on how many threads share them.
+one of them (grouped-query attention, Ainslie et al., 2023). All sequences have as many queries; query t of one stands
+at position[sequence] + t and sees the positions up to its own, with a window (Beltagy et al., "Longformer", 2020) only
+the last WINDOW of them. Two kernels: many queries at once (a prompt), and one query (a token) whose work is split over
+the sequence into a fixed number of parts, so that the result does not depend on how many threads share them.
 
 Scores are kept in units of log2(e), which spares exp2 a product per value.
 """

@@ -107,8 +107,8 @@ def rope_and_cache(
 
     q float32 [sequences * T, heads * head_dim], one sequence's rows after the other's, k and v [sequences * T,
     kv_heads * head_dim], frequencies float32 [head_dim / 2], position int32 [sequences] (of each one's first token),
-    caches [sequences, kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm (both [head_dim]) every
-    query and key head goes through RMSNorm first. Positions below 0 and from `context` on are dropped.
+    caches [sequences, kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm (both [head_dim])
+    every query and key head goes through RMSNorm first. Positions below 0 and from `context` on are dropped.
     """
     if len(k_cache.shape) != 4:
         raise ValueError(
@@ -128,9 +128,9 @@ def rope_and_cache(
     angles = constants["BLOCK"] if interleaved else constants["BLOCK"] * tl.next_power_of_2(constants["GROUP"])
     warps = min(8, max(1, angles // 32)) if rows <= 16 else 0
     return launch(
-        rope_kernel, (tokens, kv_heads, sequences), q=q, k=k, v=v, frequencies=frequencies, position=position, q_norm=q_norm,
-        k_norm=k_norm, q_out=Output(q.shape, "float32"), k_cache=InPlace(k_cache), v_cache=InPlace(v_cache),
-        context=context, epsilon=float(epsilon), _warps=warps, **constants,
+        rope_kernel, (tokens, kv_heads, sequences), q=q, k=k, v=v, frequencies=frequencies, position=position,
+        q_norm=q_norm, k_norm=k_norm, q_out=Output(q.shape, "float32"), k_cache=InPlace(k_cache),
+        v_cache=InPlace(v_cache), context=context, epsilon=float(epsilon), _warps=warps, **constants,
     )  # fmt: skip
 
 
