@@ -12,6 +12,7 @@ from same_tokens import check_same_tokens
 from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import load
 from nitinol.kernels.linear import MANY_TOKENS
+from nitinol.models import ARCHITECTURES
 
 # Errors of logits in parts of their deviation (how close, and at most), where CUDA rounds what the CPU does not.
 # Attention over a cache of fp16: queries and weights become fp16 too, 2^-12 of them on average. 1e-3 seen.
@@ -42,7 +43,7 @@ def test_every_format_gives_the_tokens_of_the_cpu(format: str, rng: np.random.Ge
     check_same_tokens(path, "cuda", rng, 1, cache="fp32")
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_gives_the_tokens_of_the_cpu(arch: str, rng: np.random.Generator, tmp_path: Path) -> None:
     """With products in int8, and with attention in fp16: the two would hide each other's errors."""
     for format, cache, limits in (("Q8_0", "fp32", ()), ("F32", "fp16", HALVES)):

@@ -19,6 +19,7 @@ from nitinol.cli import main
 from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import Model, load
 from nitinol.generate.profile import moved
+from nitinol.models import ARCHITECTURES
 from nitinol.runtime import open_device, using_device
 from nitinol.runtime.device import DeviceError
 from nitinol.runtime.metal import MetalDevice
@@ -41,7 +42,7 @@ def test_every_format_gives_the_tokens_of_the_cpu(format: str, rng: np.random.Ge
     check_same_tokens(path, "metal", rng, 1)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_gives_the_tokens_of_the_cpu(arch: str, rng: np.random.Generator, tmp_path: Path) -> None:
     path = random_file(tmp_path / f"{arch}.gguf", "Q8_0", arch, seed=int(rng.integers(1 << 31)), ffn=256, tied=False)
     check_same_tokens(path, "metal", rng, 9)

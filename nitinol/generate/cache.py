@@ -13,8 +13,8 @@ DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
 class KVCache:
-    """Of one sequence. layers: keys and values of each block, both [1, kv_heads, context, head_dim]. position: int32 [1]
-    on the device, where the next token goes; kernels advance it. tokens: what the cache holds, as the host knows it.
+    """Of one sequence. layers: keys and values of each block, both [1, kv_heads, context, head_dim]. position: int32
+    [1] on the device, where the next token goes; kernels advance it. tokens: what it holds, as the host knows it.
     """
 
     def __init__(self, config: Config, context: int, dtype: str, device: Any) -> None:
