@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from model_files import LINEAR_ROPE, random_file, transformers_model, write_transformers_model
 
-from nitinol.array import Array, array, empty
+from nitinol.array import Array, array, compile, empty
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf import FormatError, open_gguf
 from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.generate.model import Model, load
+from nitinol.generate.profile import profile
+from nitinol.kernels.sampling import SamplingState, sample
 from nitinol.models import ARCHITECTURES, open_model
 from nitinol.models.memory import cache_bytes_per_token, cache_bytes_read
 from nitinol.models.weights import wrap_weights
@@ -197,6 +199,50 @@ def test_a_prompt_goes_into_one_of_several_caches(tmp_path: Path, rng: np.random
     for keys, values in cache:
         for side in (keys.numpy(), values.numpy()):
             assert np.isnan(side[[0, 2]]).all() and np.isfinite(side[1, :, :20]).all()
+
+
+def test_a_step_of_several_sequences_is_one_submission_without_allocations(file_of: FileOf) -> None:
+    """Forward, logits and choice of three sequences as one command list; each chooses what it would alone."""
+    model = load(file_of("gemma3", **{"attention.sliding_window": 8}), cache_dtype="fp32", context=32)
+    config, count, counters = model.config, 3, model.device.counters
+    prompts = [[1, 2, 3], [7, 8, 9], [300, 2, 5]]
+    shape = config.cache_shape(32, count)
+    cache = [(empty(shape, "float32"), empty(shape, "float32")) for _ in range(config.layers)]
+    first = run(model, np.array(prompts), np.zeros(count), cache).reshape(count, 3, -1)[:, -1].argmax(axis=1)
+    state = SamplingState(
+        array(first.astype(np.int32)).evaluate(), array(np.full(count, 3, np.int32)).evaluate(),
+        array(np.zeros((count, 32), np.int32)).evaluate(), array(np.tile(np.float32([0, 1, 0, 1]), (count, 1))),
+        array(np.zeros((count, 3), np.int64)),
+    )  # fmt: skip
+
+    @compile
+    def step() -> None:
+        sample(model.network.logits(model.network.forward(state.token, state.position, cache)), state)
+
+    found = [first.tolist()]
+    for number in range(12):
+        before = vars(counters).copy()
+        step()
+        if number > 1:
+            after = vars(counters)
+            changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+            assert changed == {"submits": 1, "waits": 1, "dispatches": len(step.records)}
+        found.append(state.token.numpy().tolist())
+    model.tokenizer.stop_ids = frozenset()
+    for prompt, tokens in zip(prompts, np.transpose(found).tolist()):
+        generation = model.generate(prompt, max_tokens=13)
+        list(generation)
+        assert generation.tokens == tokens
+
+
+def test_a_trace_counts_what_a_window_leaves(file_of: FileOf) -> None:
+    """Of two layers one reads 8 positions of 21, the other all."""
+    change = {"attention.sliding_window": 8, "attention.sliding_window_pattern": 2}
+    model = load(file_of("gemma3", **change), context=64)  # one block of keys, so neither is split
+    decode = profile(model, list(range(20)))[-1]
+    read = [nbytes for record, nbytes in zip(decode.records, decode.nbytes) if "decode_attention" in record.name]
+    position = 2 * model.config.kv_width * 2  # bytes of keys and values of one, in fp16
+    assert len(read) == 2 and read[1] - read[0] == (21 - 8) * position
 
 
 def test_two_sessions_share_a_model(tmp_path: Path) -> None:
