@@ -135,7 +135,8 @@ def test_decode(rng, engine, kv_heads, group, head_dim, position, context, dtype
 WINDOWED_DECODE = [  # engine, kv_heads, group, head_dim, positions, context, cache, splits, window
     ("native", 2, 4, 64, (200, 0, 77), 300, np.float16, 1, 0),
     ("native", 1, 2, 64, (255, 99), 256, np.float32, 4, 100),
-    ("native", 3, 1, 80, (129, 5), 130, np.float16, 2, 64),
+    ("native", 3, 1, 80, (129, -1, 5), 130, np.float16, 2, 64),
+    ("native", 1, 2, 16, (-1, 3), 64, np.float16, 1, 0),
     ("native", 1, 4, 256, (90,), 100, np.float32, 2, 1),
     ("interpreter", 1, 3, 12, (130, 3), 200, np.float16, 2, 70),
 ]
@@ -166,6 +167,8 @@ def test_decode_of_several_sequences_with_a_window(
             HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"])  # fmt: skip
     for sequence, position in enumerate(positions):
         k, v = np.nan_to_num(caches[:, sequence])
-        expected = attention.attention_reference(q[sequence], k, v, position, 0.2, window)[:, 0]
+        expected = np.zeros((heads, head_dim))  # of a sequence without a token in this step
+        if position >= 0:
+            expected = attention.attention_reference(q[sequence], k, v, position, 0.2, window)[:, 0]
         np.testing.assert_allclose(out[sequence * heads : (sequence + 1) * heads], expected, **CLOSE)
     assert np.isnan(out[rows]).all()

@@ -25,6 +25,7 @@ from nitinol.runtime import get_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e38)  # below any score
+SMALLEST = tl.constexpr(1e-30)  # below any sum of weights, of which one is 1
 
 
 @jit(do_not_specialize=["tokens"])
@@ -161,7 +162,8 @@ def decode_attention_kernel(
             query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
         )
     if SPLITS == 1:
-        tl.store(out + row[:, None] * HEAD_DIM + lane[None, :], acc / total[:, None], mask=inside)
+        acc /= tl.maximum(total, SMALLEST)[:, None]
+        tl.store(out + row[:, None] * HEAD_DIM + lane[None, :], acc, mask=inside)
     else:
         slot = row * SPLITS + split
         tl.store(part + slot[:, None] * HEAD_DIM + lane[None, :], acc, mask=inside)
@@ -190,8 +192,8 @@ def combined(part, tops, totals, head, lane, SPLITS: tl.constexpr, HEAD_DIM: tl.
         acc = tl.load(part + at)
     else:
         acc = tl.load(part + at, mask=(lane < HEAD_DIM)[None, :], other=0.0)
-    weight = tl.exp2(top - tl.max(top))
-    return tl.sum(acc * weight[:, None], axis=0) * (1.0 / tl.sum(total * weight))
+    weight = tl.exp2(top - tl.maximum(tl.max(top), LEAST))
+    return tl.sum(acc * weight[:, None], axis=0) * (1.0 / tl.maximum(tl.sum(total * weight), SMALLEST))
 
 
 def cached_attention(
@@ -202,8 +204,8 @@ def cached_attention(
 
     q float32 [sequences * T, heads * head_dim], one sequence's rows after the other's; caches [sequences, kv_heads,
     context, head_dim], position int32 [sequences]; float32 of q's shape. `scale` is 1 / sqrt(head_dim) unless given;
-    window: how many positions, its own among them, a token sees (0: all). The row of a sequence at position -1, which
-    has nothing to say in this step, is NaN if T is 1.
+    window: how many positions, its own among them, a token sees (0: all). With T = 1 a sequence that has nothing to say
+    in this step is at position -1 and its row zeros.
     """
     if len(k_cache.shape) != 4 or len(q.shape) != 2:
         raise ValueError(
@@ -221,29 +223,29 @@ def cached_attention(
     scale = head_dim**-0.5 if scale is None else scale
     heads = width // head_dim
     window = 0 if window >= context else window
-    arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": float(scale)}
+    target = get_device().name
+    constants = blocks(target, heads // kv_heads, head_dim, tokens, sequences * kv_heads, k_cache)
+    arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": float(scale),
+                 "WINDOW": window}  # fmt: skip
     if tokens > 1:
-        constants, warps = prefill_blocks(heads // kv_heads, head_dim, tokens, k_cache)
         return launch(
             prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads, sequences),
-            out=Output(q.shape, "float32"), tokens=tokens, q_token=width, q_head=head_dim, WINDOW=window, _warps=warps,
-            **arguments, **constants,
+            out=Output(q.shape, "float32"), tokens=tokens, q_token=width, q_head=head_dim, **arguments, **constants,
         )  # fmt: skip
-    constants, warps = decode_blocks(heads // kv_heads, head_dim, sequences * kv_heads, k_cache)
     most = tl.next_power_of_2(tl.cdiv(window or context, constants["BLOCK_N"]))
     splits = constants["SPLITS"] = min(constants["SPLITS"], most)  # others were empty
     if splits == 1:
         return launch(
             decode_attention_kernel, (kv_heads, 1, sequences), out=Output(q.shape, "float32"), part=None, tops=None,
-            totals=None, WINDOW=window, _warps=warps, **arguments, **constants,
+            totals=None, **arguments, **constants,
         )  # fmt: skip
     part, tops, totals = launch(
         decode_attention_kernel, (kv_heads, splits, sequences), out=None,
         part=Output((sequences, heads, splits, head_dim), "float32"),
         tops=Output((sequences, heads, splits), "float32"), totals=Output((sequences, heads, splits), "float32"),
-        WINDOW=window, _warps=warps, **arguments, **constants,
+        **arguments, **constants,
     )  # fmt: skip
-    columns = constants["BLOCK_D"] if get_device().name == "cpu" else 32  # on GPUs many programs with short sums
+    columns = constants["BLOCK_D"] if target == "cpu" else 32  # on GPUs many programs with short sums
     return launch(
         combine_kernel, (sequences * heads, tl.cdiv(head_dim, columns)), part=part, tops=tops, totals=totals,
         out=Output(q.shape, "float32"), SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=columns,
@@ -270,17 +272,35 @@ def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None, window:
             f"causal_attention: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected "
             "[heads, T, head_dim] and twice [kv_heads, T, head_dim], heads a multiple of kv_heads"
         )
-    constants, warps = prefill_blocks(heads // kv_heads, head_dim, tokens, k)
+    prefill = max(tokens, 2)  # the kernel of many tokens, also for one
+    constants = blocks(get_device().name, heads // kv_heads, head_dim, prefill, kv_heads, k)
     return launch(
         prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), q=q, k=k, v=v, position=None,
         out=Output(q.shape, "float32"), tokens=tokens, context=tokens, q_token=head_dim, q_head=tokens * head_dim,
         scale=float(head_dim**-0.5 if scale is None else scale), WINDOW=0 if window >= tokens else window,
-        _warps=warps, **constants,
+        **constants,
     )  # fmt: skip
 
 
+def blocks(target: str, group: int, head_dim: int, tokens: int, kv_heads: int, keys: Any) -> dict[str, Any]:
+    """Constexpr arguments and warps of either kernel, by whether there is more than one token a sequence; kv_heads:
+    those of all sequences. CUDA's matrix instructions take halves as they are. For one token most of their 16 rows are
+    empty, but a fifth of the instructions that single products need is left, and keys and values come at the same
+    time."""
+    halves = target == "cuda" and keys.dtype.nbytes == 2
+    if tokens > 1:
+        constants: dict[str, Any] = prefill_constants(group, head_dim, tokens)
+        if halves:
+            constants |= {"DOT": keys.dtype, "_warps": 4 if tokens <= 16 else 8, "BLOCK_M": 16 if tokens <= 16 else 128}
+        return constants
+    constants = decode_constants(group, head_dim, kv_heads, target)
+    if halves:
+        constants |= {"DOT": keys.dtype, "_warps": 4, "ROWS": max(16, constants["ROWS"])}
+    return constants
+
+
 def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
-    """Constexpr arguments: queries, keys and values of a block, in fp32, fit a 32 to 64 KB cache together."""
+    """Of every target: queries, keys and values of a block, in fp32, fit a 32 to 64 KB cache together."""
     check_head(head_dim)
     return {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": tl.next_power_of_2(head_dim),
@@ -288,32 +308,15 @@ def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def prefill_blocks(group: int, head_dim: int, tokens: int, keys: Any) -> tuple[dict[str, Any], int]:
-    """The constants and the warps for the current device: CUDA's matrix instructions take halves as they are."""
-    constants: dict[str, Any] = prefill_constants(group, head_dim, tokens)
-    if get_device().name != "cuda" or keys.dtype.nbytes != 2:
-        return constants, 0
-    return constants | {"BLOCK_M": 16 if tokens <= 16 else 128, "DOT": keys.dtype}, 4 if tokens <= 16 else 8
-
-
-def decode_constants(group: int, head_dim: int, kv_heads: int) -> dict[str, int]:
-    """Constexpr arguments: about 16 programs on a CPU, whatever the number of threads; more on a GPU."""
+def decode_constants(group: int, head_dim: int, kv_heads: int, target: str = "cpu") -> dict[str, int]:
+    """About 16 programs on a CPU, whatever the number of threads; more on a GPU."""
     check_head(head_dim)
-    programs = {"cpu": 16, "metal": 32}.get(get_device().name, 256)
+    programs = {"cpu": 16, "metal": 32, "cuda": 256}[target]
     return {
         "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,
         "SPLITS": tl.next_power_of_2(max(1, programs // kv_heads)),
     }  # fmt: skip
-
-
-def decode_blocks(group: int, head_dim: int, kv_heads: int, keys: Any) -> tuple[dict[str, Any], int]:
-    """The constants and the warps for the current device. CUDA's matrix instructions take 16 rows, most of them empty
-    here: a fifth of the instructions that single products need, and keys and values come at the same time."""
-    constants: dict[str, Any] = decode_constants(group, head_dim, kv_heads)
-    if get_device().name != "cuda" or keys.dtype.nbytes != 2:
-        return constants, 0
-    return constants | {"ROWS": max(16, constants["ROWS"]), "DOT": keys.dtype}, 4
 
 
 def check_head(head_dim: int) -> None:

@@ -124,14 +124,19 @@ def rope_and_cache(
         )
     tokens = tokens_of_each("rope_and_cache", rows, sequences, position)
     constants = head_arguments(width // k.shape[1], head_dim, interleaved, q_norm is not None)
-    # On a GPU one angle for each thread where there are few programs: each waits for memory, a sine and a cosine once.
-    angles = constants["BLOCK"] if interleaved else constants["BLOCK"] * tl.next_power_of_2(constants["GROUP"])
-    warps = min(8, max(1, angles // 32)) if rows <= 16 else 0
     return launch(
         rope_kernel, (tokens, kv_heads, sequences), q=q, k=k, v=v, frequencies=frequencies, position=position,
         q_norm=q_norm, k_norm=k_norm, q_out=Output(q.shape, "float32"), k_cache=InPlace(k_cache),
-        v_cache=InPlace(v_cache), context=context, epsilon=float(epsilon), _warps=warps, **constants,
+        v_cache=InPlace(v_cache), context=context, epsilon=float(epsilon), _warps=warps_of(rows, **constants),
+        **constants,
     )  # fmt: skip
+
+
+def warps_of(rows: int, GROUP: int, BLOCK: int, INTERLEAVED: bool, **_: Any) -> int:
+    """For GPUs, one angle for each thread where there are few programs: each waits for memory, a sine and a cosine
+    once. 0: the compiler chooses."""
+    angles = BLOCK if INTERLEAVED else BLOCK * tl.next_power_of_2(GROUP)
+    return min(8, max(1, angles // 32)) if rows <= 16 else 0
 
 
 def head_arguments(group: int, head_dim: int, interleaved: bool, norm: bool) -> dict[str, Any]:

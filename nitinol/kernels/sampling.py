@@ -229,13 +229,12 @@ def sample(logits: Any, state: SamplingState, tokens: int = 1) -> None:
         sample_kernel, (sequences,), logits=logits, weights=Output((sequences, vocabulary), "float32"),
         token=InPlace(state.token), position=InPlace(state.position), history=InPlace(state.history),
         options=state.options, limits=state.limits, vocabulary=vocabulary, tokens=tokens,
-        context=state.history.shape[-1], **blocks(vocabulary),
+        context=state.history.shape[-1], **blocks(get_device().name, vocabulary),
     )  # fmt: skip
 
 
-def blocks(vocabulary: int) -> dict[str, int]:
-    """Logits at a time, and warps, on the current device: one program must be quick on all of them."""
-    target = get_device().name
+def blocks(target: str, vocabulary: int) -> dict[str, int]:
+    """Logits at a time, and warps: one program must be quick on all of them."""
     if target == "cuda":  # 128,256 logits: 4 iterations a pass, each with 16 loads of 16 bytes a thread at once
         return {"BLOCK": 4096, "CHUNK": 8, "_warps": 16}
     if target == "cpu":
