@@ -133,6 +133,10 @@ def random_file(path: Path, format: str = "Q8_0", arch: str = "llama", seed: int
     return path
 
 
+# A Gemma 3 of two layers, one of which sees fewer tokens than a short test has.
+SMALL_WINDOW = {"gemma3.attention.sliding_window": 6, "gemma3.attention.sliding_window_pattern": 2}
+
+
 def mixed_file(path: Path, first: int, seed: int) -> Path:
     """A random model whose matrices have all formats in turn, beginning with number `first`, as real files mix them."""
     shape = random_model.PRESETS["tiny"]._replace(vocab=512, context=256, ffn=768, tied=False)

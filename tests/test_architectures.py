@@ -14,6 +14,7 @@ import pytest
 from model_files import LINEAR_ROPE, random_file, transformers_model, write_transformers_model
 
 from nitinol.array import Array, array, compile, empty
+from nitinol.cli import main
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf import FormatError, open_gguf
 from nitinol.formats.gguf_writer import TensorSource, write_gguf
@@ -121,6 +122,13 @@ def test_gemma_3_says_which_layers_see_everything(file_of: FileOf) -> None:
     assert [config.window_of(layer) for layer in range(4)] == [9, 0, 9, 0] and config.local_rope.base == 500.0
     # Of two layers one sees 9 positions: at position 100 they read 109 of 200.
     assert cache_bytes_read(config, 100.0) == 109 / 2 * cache_bytes_per_token(config)
+
+
+def test_inspecting_shows_windows(file_of: FileOf, capsys: pytest.CaptureFixture[str]) -> None:
+    path = file_of("gemma3", **{"attention.sliding_window": 9, "attention.sliding_window_pattern": 2})
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "Gemma 3 (gemma3)" in text and "1 of 2 layers see the last 9 tokens" in text
 
 
 def test_inspecting_imports_neither_arrays_nor_the_compiler() -> None:
