@@ -62,12 +62,12 @@ class Nitinol:
         self.options = Options()
 
     def prefill(self, ids: Sequence[int]) -> None:
-        self.model.begin(None)
-        self.model.cache.move(0)
-        self.model.prefill(ids, self.options)
+        self.model.session.begin(None)
+        self.model.session.cache.move(0)
+        self.model.session.prefill(ids, self.options)
 
     def step(self) -> None:
-        self.model.step()
+        self.model.session.step()
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return self.model.logits(ids)[-1]
@@ -248,7 +248,7 @@ def main() -> None:
     options.add_argument("--llama-cpp", metavar="FOLDER", help="where llama_cpp lies, if it is not installed")
     given = options.parse_args()
     from nitinol.models import open_model
-    from nitinol.models.config import parameters
+    from nitinol.models.memory import parameters
     from nitinol.runtime import host
     from nitinol.runtime.cpu import CpuDevice
     from nitinol.runtime.peak import measure_peak_rates

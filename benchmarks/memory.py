@@ -59,7 +59,7 @@ def measure(path: str, threads: int | None, context: int, prompt: int, gen: int)
     """In this process; the peak includes whatever has been done here before."""
     from nitinol.commands.run import peak_rss_bytes
     from nitinol.generate.model import load
-    from nitinol.models.config import cache_bytes_per_token
+    from nitinol.models.memory import cache_bytes_per_token
 
     model = load(path, threads=threads, context=context)
     device = model.device

@@ -452,16 +452,16 @@ def measure_model(path: Path, prompt: int, gen: int, rounds: int) -> dict[str, A
     seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
     counted: dict[str, float] = {}
     for number in range(rounds + 1):
-        model.begin(None)
-        model.cache.move(0)
+        model.session.begin(None)
+        model.session.cache.move(0)
         begun = time.perf_counter()
-        model.prefill(ids, options)
+        model.session.prefill(ids, options)
         read = time.perf_counter()
-        model.step()
+        model.session.step()
         before = vars(model.device.counters).copy()
         started = time.perf_counter()
         for left in reversed(range(gen)):
-            model.step(more=left > 0)
+            model.session.step(more=left > 0)
         ended = time.perf_counter()
         if number:  # the first round compiles
             seconds["prefill"].append(read - begun)

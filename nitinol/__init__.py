@@ -6,9 +6,9 @@ Everything here is imported at first use, so that `import nitinol` costs next to
 from __future__ import annotations
 
 import importlib as _importlib
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from nitinol.generate.model import Model as Model
     from nitinol.generate.model import load as load
     from nitinol.generate.options import Options as Options
@@ -48,7 +48,9 @@ _PLACES = {
         "not_equal power reciprocal relu right_shift rsqrt sigmoid sign silu sin sqrt square subtract tanh where"
     ),
     "nitinol.ops.indexing": "concatenate outer repeat stack take update_slice",
-    "nitinol.ops.linear": "linear swiglu",
+    "nitinol.ops.attention": "cached_attention causal_attention",
+    "nitinol.ops.linear": "geglu linear swiglu",
+    "nitinol.ops.rope": "rope_and_cache rope_frequencies",
     "nitinol.ops.matmul": "matmul",
     "nitinol.ops.norm": "layer_norm rms_norm",
     "nitinol.ops.quantized": "dequantize embedding quantize",
@@ -64,7 +66,7 @@ _PLACE = {name: place for place, names in _PLACES.items() for name in names.spli
 _ROOMS = frozenset("language formats compiler runtime graph ops transform models generate".split())
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> _typing.Any:
     if name in _ROOMS:
         return _importlib.import_module(f"nitinol.{name}")
     if name not in _PLACE:

@@ -22,6 +22,8 @@ NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
+GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+               "post_feedforward_layernorm": "post_ffw_norm"}
 TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
        "lm_head.weight": "output.weight"}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -31,46 +33,57 @@ LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
 
 def transformers_model(arch: str, seed: int, *, tied: bool = False, rope: dict[str, Any] | None = None,
                        **sizes: Any) -> Any:
-    """A random model of transformers, float32: 2 layers, width 64, 4 heads that share 2, 300 tokens."""
+    """A random model of transformers, float32: 2 layers, width 64, 4 heads that share 2, 300 tokens. "mistral" is a
+    llama with a window. `rope`: of a gemma3, that of the layers without a window."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 128} | sizes
-    if arch == "qwen3":
+    if arch in ("qwen3", "gemma3"):
         sizes.setdefault("head_dim", 32)  # not width / heads
     parameters = {"rope_type": "default", "rope_theta": 10000.0} | (rope or {})
-    kinds = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    make_config = getattr(transformers, f"{kinds[arch]}Config")
+    kinds = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
+    make_config = getattr(transformers, f"{kinds[arch]}{'Text' if arch == 'gemma3' else ''}Config")
+    if arch == "gemma3":
+        sizes = {"num_hidden_layers": 7, "sliding_window": 10, "query_pre_attn_scalar": sizes["head_dim"]} | sizes
+        parameters = {"full_attention": parameters | {"rope_theta": 1000000.0},
+                      "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     config = make_config(tie_word_embeddings=tied, rope_parameters=parameters, **sizes)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{kinds[arch]}ForCausalLM")(config).eval()
     with torch.no_grad():  # far from the initial values, under which an omitted norm or bias would not show
         for name, value in model.named_parameters():
             if "norm" in name:
-                value.copy_(1 + 0.3 * torch.randn_like(value))
+                value.copy_((arch != "gemma3") + 0.3 * torch.randn_like(value))
             else:
                 value.copy_(torch.randn_like(value) * (0.3 if value.ndim == 1 else 1.5 * value.shape[-1] ** -0.5))
     return model
 
 
 def write_transformers_model(path: Path, model: Any, arch: str) -> None:
-    """Its weights as F32 under llama.cpp's names; for `llama`, rows of queries and keys in the order of pairs."""
+    """Its weights as F32 under llama.cpp's names; for `llama`, rows of queries and keys in the order of pairs; for
+    `gemma3`, norms with 1 added."""
+    arch = "llama" if arch == "mistral" else arch
+    names = NAMES | (GEMMA_NAMES if arch == "gemma3" else {})
     config = model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
+    window = getattr(config, "sliding_window", None) if arch in ("llama", "gemma3") else None
+    if arch == "gemma3":
+        rope = rope["full_attention"]
 
     def converted() -> Iterator[TensorSource]:
         for name, value in model.state_dict().items():
-            array = value.detach().numpy()
+            array = value.detach().numpy() + (1.0 if arch == "gemma3" and "norm" in name else 0.0)
             if name in TOP:
                 if name != "lm_head.weight" or not config.tie_word_embeddings:
                     yield TensorSource(TOP[name], array.shape, "F32", array)
                 continue
             _, _, layer, *middle, kind = name.split(".")
-            short = NAMES[".".join(middle)]
+            short = names[".".join(middle)]
             if arch == "llama" and short in heads:
                 array = np.ascontiguousarray(array.reshape(heads[short], 2, head_dim // 2, *array.shape[1:])
                                              .swapaxes(1, 2)).reshape(array.shape)
@@ -97,6 +110,8 @@ def write_transformers_model(path: Path, model: Any, arch: str) -> None:
     }
     if rope["rope_type"] == "linear":
         metadata |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": float(rope["factor"])}
+    if window:
+        metadata[f"{arch}.attention.sliding_window"] = window
     write_gguf(path, metadata, list(converted()))
 
 
@@ -116,6 +131,10 @@ def random_file(path: Path, format: str = "Q8_0", arch: str = "llama", seed: int
     metadata = {key: value for key, value in (metadata | (change or {})).items() if value is not None}
     write_gguf(path, metadata, random_model.tensors(shape, format, seed))
     return path
+
+
+# A Gemma 3 of two layers, one of which sees fewer tokens than a short test has.
+SMALL_WINDOW = {"gemma3.attention.sliding_window": 6, "gemma3.attention.sliding_window_pattern": 2}
 
 
 def mixed_file(path: Path, first: int, seed: int) -> Path:

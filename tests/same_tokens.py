@@ -8,7 +8,6 @@ import numpy as np
 
 from nitinol.generate.model import Model, load
 from nitinol.generate.options import Options
-from nitinol.runtime import using_device
 
 STEPS = 16
 # Errors of logits, as parts of their deviation. The two devices add in another order, which makes 1e-6 to 1e-4. Every
@@ -21,14 +20,14 @@ PROMPTS = 10  # a tie spoils about one in four
 def follow(model: Model, prompt: list[int], tokens: list[int]) -> list[int]:
     """What the model chooses after the prompt and after each of `tokens`, one decode step each: it is given these
     whatever it would have chosen itself."""
-    model.begin(None)
-    model.cache.move(0)
-    model.prefill(prompt, Options())
-    chosen = [model.next_token]
+    model.session.begin(None)
+    model.session.cache.move(0)
+    model.session.prefill(prompt, Options())
+    chosen = [model.session.next_token]
     for token in tokens:
-        model._state.token.buffer.write(np.array([token], np.int32))
-        model.step()
-        chosen.append(model.next_token)
+        model.session.state.token.buffer.write(np.array([token], np.int32))
+        model.session.step()
+        chosen.append(model.session.next_token)
     return chosen
 
 
@@ -36,9 +35,8 @@ def step_logits(model: Model, ids: list[int], start: int) -> np.ndarray:
     """The logits of the tokens from `start` on, one step each; their predecessors are in the cache."""
     rows = []
     for position in range(start, len(ids)):
-        model.cache.move(position)
-        with using_device(model.device):
-            rows.append(model._logits(model._forward(model._tokens(ids[position:position + 1]))).numpy()[0])
+        model.session.cache.tokens[:] = ids[:position]
+        rows.append(model.session.read(ids[position:position + 1])[0])
     return np.stack(rows)
 
 
@@ -51,8 +49,8 @@ def check_same_tokens(path: Path, device: str, rng: np.random.Generator, prompt_
         prompt = rng.integers(0, cpu.config.vocab, prompt_tokens).tolist()
         tokens = follow(cpu, prompt, [])
         while len(tokens) < STEPS:
-            cpu.step()
-            tokens.append(cpu.next_token)
+            cpu.session.step()
+            tokens.append(cpu.session.next_token)
         found = follow(gpu, prompt, tokens[:-1])
         ids, start = prompt + tokens[:-1], len(prompt) - 1
         expected, logits = (step_logits(model, ids, start) for model in (cpu, gpu))

@@ -658,7 +658,7 @@ def test_bitcast() -> None:
 
 def test_import_is_light() -> None:
     code = ("import sys, nitinol; heavy = {'llvmlite', 'tokenizers', 'jinja2', 'typer', 'rich', 'torch'}; "
-            "print(sorted(heavy & set(sys.modules)), 'nitinol.array' in sys.modules); nitinol.Array; "
+            "print(sorted(heavy & set(sys.modules)), 'nitinol.graph' in sys.modules); nitinol.Array; "
             "print(sorted(heavy & set(sys.modules)))")  # fmt: skip
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split("\n")[:2] == ["[] False", "[]"]

@@ -766,21 +766,21 @@ def test_a_token_is_one_launch_and_one_wait_and_allocates_nothing(monkeypatch: A
     driver = use_fake(monkeypatch)
     Sampling(driver)
     model = load(path, device="cuda")
-    model.prefill([1, 2, 3], Options())
-    model.step()
+    model.session.prefill([1, 2, 3], Options())
+    model.session.step()
     driver.late = 3  # the GPU takes its time: who does not wait reads the token before
     before, counted = driver.calls.copy(), vars(model.device.counters).copy()
     tokens = []
     for _ in range(5):
-        model.step()
-        tokens.append(model.next_token)
+        model.session.step()
+        tokens.append(model.session.next_token)
     assert tokens == [13, 14, 15, 16, 17]
     calls = driver.calls - before
     assert calls.pop("cuEventQuery") == 5 * (3 + 1) and calls.pop("cuCtxSetCurrent") > 0
     assert calls == {"cuGraphLaunch": 5, "cuEventRecord": 5}
     after = vars(model.device.counters)
     changed = {name: after[name] - counted[name] for name in after if after[name] != counted[name]}
-    assert changed == {"submits": 5, "waits": 5, "dispatches": 5 * len(model.decode_list.records)}
+    assert changed == {"submits": 5, "waits": 5, "dispatches": 5 * len(model.session.decode_list.records)}
 
 
 def test_the_gpu_need_not_wait_for_the_host_between_two_tokens(monkeypatch: Any, path: str) -> None:
@@ -789,27 +789,27 @@ def test_the_gpu_need_not_wait_for_the_host_between_two_tokens(monkeypatch: Any,
     driver = use_fake(monkeypatch)
     sampling = Sampling(driver)
     model = load(path, device="cuda", context=12)
-    model.prefill([1, 2, 3], Options())
-    model.step()
+    model.session.prefill([1, 2, 3], Options())
+    model.session.step()
     counters, driver.late = model.device.counters, 3
     wanted = [(True, 2), (True, 1), (False, 0), (False, 1), (True, 2), (True, 1), (True, 0)]
     for number, (more, submits) in enumerate(wanted):
         before = vars(counters).copy()
-        model.step(more)
+        model.session.step(more)
         if number == 1:
             driver.late = 0
             model.device.synchronize()  # the step ahead has ended, too, and has chosen the next token
-        assert model.next_token == 13 + number
+        assert model.session.next_token == 13 + number
         assert (counters.submits - before["submits"], counters.waits - before["waits"]) == (submits, 1)
-    assert len(model.cache.tokens) == 11 and sampling.chosen == 19  # no room for another: nothing was begun
-    model.begin(None)
-    model.prefill([1, 2, 3, 4], Options())
-    model.step(more=True)
-    assert model.next_token == 21 and len(model.cache.tokens) == 5
-    model.begin(None)
-    model.cache.move(4)
-    model.step()
-    assert model.next_token == 23  # the step ahead made 22
+    assert len(model.session.cache.tokens) == 11 and sampling.chosen == 19  # no room for another: nothing was begun
+    model.session.begin(None)
+    model.session.prefill([1, 2, 3, 4], Options())
+    model.session.step(more=True)
+    assert model.session.next_token == 21 and len(model.session.cache.tokens) == 5
+    model.session.begin(None)
+    model.session.cache.move(4)
+    model.session.step()
+    assert model.session.next_token == 23  # the step ahead made 22
 
 
 def test_loading_tells_its_progress(monkeypatch: Any, path: str) -> None:
@@ -888,7 +888,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(monkeypatch: Any, 
     assert text.count("\n") == 1 and "40.0 MB are available; a context of " in text
     assert not driver.calls["cuMemAlloc"]
     fits = text.split("; a context of ")[1].split()[0]
-    load("demo", device="cuda", context=int(fits)).cache  # noqa: B018
+    load("demo", device="cuda", context=int(fits)).session.cache  # noqa: B018
 
 
 def test_a_fault_ends_the_command(monkeypatch: Any, capsys: Any, path: str) -> None:

@@ -376,17 +376,17 @@ def test_a_model_says_what_it_says_on_the_cpu(gpu, rng, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nitinol.generate.model.get_device", lambda: gpu)
             model = load(path, context=context)
-        model.chunk = 24
+        model.session.chunk = 24
         # Activations are rounded to bytes after sums in another order: a tie moves one by a step, and all after it.
         error = 0.1 * expected.std()
         np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=error)
-        model.begin(None)
-        model.cache.move(0)
-        model.prefill(ids[:30], Options())
+        model.session.begin(None)
+        model.session.cache.move(0)
+        model.session.prefill(ids[:30], Options())
         for position in range(30, len(ids)):
-            assert expected[position - 1].max() - expected[position - 1, model.next_token] <= 2 * error
-            model._state.token.buffer.write(np.array(ids[position : position + 1], np.int32))
-            model.step()
+            assert expected[position - 1].max() - expected[position - 1, model.session.next_token] <= 2 * error
+            model.session.state.token.buffer.write(np.array(ids[position : position + 1], np.int32))
+            model.session.step()
         del model
         gc.collect()
 
@@ -430,7 +430,7 @@ def test_the_other_steps_of_a_large_model_stay_inside(corners):
     x = quantized.embedding(weights(corners, "Q8_0", 128256, hidden), ids).evaluate()
     quantize_activations("cuda", norm.rms_norm(x, na.empty((hidden,), "float32", corners))).sums.evaluate()
     position = na.array(np.array([context - tokens], np.int32), device=corners)
-    keys, values = (na.empty((kv_heads, context, head_dim), "float16", corners) for _ in range(2))
+    keys, values = (na.empty((1, kv_heads, context, head_dim), "float16", corners) for _ in range(2))
     k = na.empty((tokens, kv_heads * head_dim), "float32", corners)
     frequencies = na.empty((head_dim // 2,), "float32", corners)
     q = rope.rope_and_cache(x, k, k, frequencies, position, keys, values, interleaved=True).evaluate()

@@ -106,7 +106,7 @@ def test_context_ends_generation(tmp_path: Path) -> None:
     generation = model.generate(list(range(5)))
     list(generation)
     assert generation.stop_reason == "context" and len(generation.tokens) == 12 - 5
-    assert len(model.cache.tokens) <= 12
+    assert len(model.session.cache.tokens) <= 12
     for prompt in (list(range(12)), list(range(13))):
         with pytest.raises(ValueError, match=r"the context has 12.*up to 256"):
             model.generate(prompt)
@@ -134,8 +134,8 @@ def test_chat_reads_only_what_is_new(model: Model) -> None:
     list(second)
     # At least the first prompt is there already; the answer's text may cut into other tokens than were generated.
     assert second.prefilled_tokens <= second.prompt_tokens - first.prompt_tokens
-    model.begin(None)
-    model.cache.move(0)
+    model.session.begin(None)
+    model.session.cache.move(0)
     fresh = model.chat(messages, max_tokens=6)
     list(fresh)
     assert fresh.prefilled_tokens == fresh.prompt_tokens and fresh.tokens == second.tokens

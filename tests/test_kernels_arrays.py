@@ -105,6 +105,25 @@ def test_linear_and_swiglu_of_a_few_tokens_in_the_blocks_of_the_device(rng, form
     np.testing.assert_allclose(found, gate * right, rtol=1e-4, atol=1e-3 * (1 + np.abs(right).max()), err_msg=told)
 
 
+@pytest.mark.parametrize(("format", "tokens"), [("F32", 2), ("Q5_0", 1), ("BF16", 9), ("Q8_0", 20), ("Q4_K", 130)])
+def test_geglu(rng, format, tokens, device_name):
+    """With gates from -30, where GELU is 0 and its exponential overflows, to 30."""
+    rows, columns = 24, 256
+    x = normal(rng, tokens, columns)
+    gate, _ = weights_of(2 * normal(rng, rows, columns) / np.sqrt(columns), format)
+    up, _ = weights_of(normal(rng, rows, columns) / np.sqrt(columns), format)
+    x[0] *= 8
+    y, right = (linear.linear(na.array(x), w).numpy().astype(np.float64) for w in (gate, up))  # tested above
+    expected = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))) * right
+    assert y.min() < -5 and y.max() > 5
+    found = linear.geglu(na.array(x), gate, up).numpy()
+    # Products may add in another order in the other kernel: 1e-6 of sums of size 10, times a factor of size 10.
+    tolerance = 1e-4 * (1 + np.abs(right).max())
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=tolerance)
+    with pytest.raises(ValueError, match="geglu: gate has shape"):
+        linear.geglu(na.array(x), gate, weights_of(normal(rng, rows + 1, columns), format)[0])
+
+
 def test_linear_refuses_shapes_that_do_not_fit(rng):
     weights, _ = weights_of(normal(rng, 8, 64), "Q8_0")
     with pytest.raises(ValueError, match=r"linear: x has shape \(2, 32\) and the weights \(8, 64\)"):
@@ -138,7 +157,7 @@ def test_a_norm_before_a_product_of_bytes_is_one_kernel_with_the_rounding(rng, c
 def test_the_last_step_of_attention_is_one_kernel_with_the_rounding(rng, head_dim):
     kv_heads, group, context, position = 2, 2, 192, 150
     width = kv_heads * group * head_dim
-    q, k, v = normal(rng, 1, width), normal(rng, kv_heads, context, head_dim), normal(rng, kv_heads, context, head_dim)
+    q, (k, v) = normal(rng, 1, width), normal(rng, 2, 1, kv_heads, context, head_dim)
     weights, values = weights_of(normal(rng, 8, width), "Q4_0")
     arrays = [na.array(a) for a in (q, k, v, np.array([position], np.int32))]
 
@@ -154,6 +173,72 @@ def test_the_last_step_of_attention_is_one_kernel_with_the_rounding(rng, head_di
     given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
     np.testing.assert_allclose(found.numpy(), given @ values.T.astype(np.float64), rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(found.numpy(), again.numpy())
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("window", [0, 40])
+def test_attention_of_several_sequences_and_a_product(rng, tokens, window):
+    """The layer's steps around the cache, each sequence at a position of its own, against float64."""
+    count, kv_heads, group, head_dim, context = 3, 2, 2, 64, 256
+    positions, heads = np.array([0, 197, 70]), kv_heads * group
+    q = normal(rng, count, tokens, heads, head_dim)
+    k, v = normal(rng, 2, count, tokens, kv_heads, head_dim)
+    keys, values = normal(rng, 2, count, kv_heads, context, head_dim)
+    caches = [na.array(x).evaluate() for x in (keys, values)]
+    frequencies = rope.rope_frequencies(head_dim)
+    weights, matrix = weights_of(normal(rng, 16, heads * head_dim), "F32")
+    position = na.array(positions.astype(np.int32))
+
+    def flat(x):
+        return na.array(x.reshape(count * tokens, -1))
+
+    turned = rope.rope_and_cache(flat(q), flat(k), flat(v), na.array(frequencies), position, *caches, interleaved=False)
+    found = linear.linear(attention.cached_attention(turned, *caches, position, window=window), weights).numpy()
+    for i in range(count):
+        places = positions[i] + np.arange(tokens)
+        q_turned, k_turned = (rope.rope_reference(x[i], places, frequencies, False).swapaxes(0, 1) for x in (q, k))
+        keys[i][:, places], values[i][:, places] = k_turned, v[i].swapaxes(0, 1)
+        out = attention.attention_reference(q_turned, keys[i], values[i], positions[i], head_dim**-0.5, window)
+        expected = out.swapaxes(0, 1).reshape(tokens, -1) @ matrix.T.astype(np.float64)
+        # sums of 256 products of values to 2e-5
+        np.testing.assert_allclose(found.reshape(count, tokens, -1)[i], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_several_tokens_through_one_rounding_of_attention(rng):
+    """The parts of two sequences' heads are combined and rounded in one kernel, as one sequence's are."""
+    kv_heads, head_dim, context = 2, 64, 192
+    q, caches = normal(rng, 2, 2 * kv_heads * head_dim), normal(rng, 2, 2, kv_heads, context, head_dim)
+    weights, values = weights_of(normal(rng, 8, q.shape[1]), "Q8_0")
+    arrays = [na.array(a) for a in (q, *caches, np.array([150, 20], np.int32))]
+
+    @na.compile
+    def step(*arrays):
+        return linear.linear(attention.cached_attention(*arrays), weights)
+
+    found = step(*arrays).numpy()
+    assert "combine_quantize_kernel" in [record.name for record in step.records]
+    parts = activations.quantize_activations_reference(attention.cached_attention(*arrays).numpy())
+    given = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
+    np.testing.assert_allclose(found, given @ values.T.astype(np.float64), rtol=1e-5, atol=1e-4)
+
+
+def test_caches_and_rows_that_do_not_fit_are_refused(rng):
+    cache, position = na.array(normal(rng, 2, 1, 8, 16)), na.array(np.zeros(2, np.int32))
+    frequencies = na.array(rope.rope_frequencies(16))
+    with pytest.raises(ValueError, match=r"3 rows of queries .* a cache of 2 sequences, expected a multiple of 2"):
+        attention.cached_attention(na.array(normal(rng, 3, 16)), cache, cache, position)
+    with pytest.raises(ValueError, match=r"positions of shape \(1,\)"):
+        attention.cached_attention(na.array(normal(rng, 2, 16)), cache, cache, position[:1])
+    with pytest.raises(ValueError, match=r"the cache \(1, 8, 16\), expected"):
+        attention.cached_attention(na.array(normal(rng, 2, 16)), cache[0], cache[0], position)
+    row = na.array(normal(rng, 3, 16))
+    with pytest.raises(ValueError, match="rope_and_cache: 3 rows"):
+        rope.rope_and_cache(row, row, row, frequencies, position, cache, cache, interleaved=True)
+    with pytest.raises(ValueError, match=r"rope_and_cache: the cache has shape \(1, 8, 16\)"):
+        rope.rope_and_cache(row, row, row, frequencies, position, cache[0], cache[0], interleaved=True)
+    state = sampling.SamplingState(position, position, na.array(np.zeros((2, 8), np.int32)), None, None)
+    with pytest.raises(ValueError, match=r"sample: logits have shape \(1, 9\), expected \(2, 9\)"):
+        sampling.sample(na.array(normal(rng, 1, 9)), state)
 
 
 def test_activations_are_quantised_once_for_several_products(rng):
@@ -184,7 +269,7 @@ def test_a_prompt_and_then_a_token(rng, kv_heads, cache):
     q = normal(rng, 6, heads * head_dim)
     k, v = normal(rng, 2, 6, kv_heads * head_dim)
     frequencies = rope.rope_frequencies(head_dim)
-    caches = [na.array(np.zeros((kv_heads, context, head_dim), cache)).evaluate() for _ in range(2)]
+    caches = [na.array(np.zeros((1, kv_heads, context, head_dim), cache)).evaluate() for _ in range(2)]
     results = []
     for start, stop in ((0, 5), (5, 6)):
         position = na.array(np.array([start], np.int32))
@@ -222,6 +307,30 @@ def test_sampling_steps_hand_on_token_and_position(rng):
         assert state.token.numpy()[0] == chosen[-1]
     assert state.position.numpy()[0] == 5
     np.testing.assert_array_equal(state.history.numpy(), [0, 0, 0, *chosen, 0, 0])
+
+
+def test_sampling_of_several_sequences(rng):
+    """Each with options and a position of its own; the one below 0 stays as it is."""
+    context, vocabulary = 8, 300
+    history = rng.integers(0, vocabulary, (4, context)).astype(np.int32)
+    options = np.array([[0, 1, 0, 1], [0, 1, 0, 50], [0.7, 1, 1, 1], [0, 1, 0, 1]], np.float32)
+    limits = np.array([[1, 0, 0], [1, 0, 3], [9, 0, 0], [1, 0, 0]], np.int64)
+    start = np.array([2, 4, 6, -1], np.int32)
+    state = sampling.SamplingState(
+        na.array(np.full(4, 7, np.int32)).evaluate(), na.array(start).evaluate(), na.array(history).evaluate(),
+        na.array(options), na.array(limits),
+    )  # fmt: skip
+    logits = normal(rng, 4, vocabulary)
+    recent = history[1, 2:5]  # of the second, the last 3 up to its position
+    logits[1, recent[0]] = 9  # would be chosen but for the penalty
+    expected = logits.copy()
+    expected[1, recent] = np.where(logits[1, recent] > 0, logits[1, recent] / 50, logits[1, recent] * 50)
+    sampling.sample(na.array(logits), state)
+    chosen = [*expected.argmax(axis=1)[:3], 7]  # min-p of 1 keeps the highest
+    np.testing.assert_array_equal(state.token.numpy(), chosen)
+    np.testing.assert_array_equal(state.position.numpy(), [3, 5, 7, -1])
+    history[[0, 1, 2], [3, 5, 7]] = chosen[:3]
+    np.testing.assert_array_equal(state.history.numpy(), history)
 
 
 def test_absurd_sizes_are_refused_in_a_sentence():

@@ -53,6 +53,35 @@ def test_rope_and_cache(rng, engine, head_dim, group, interleaved, norm, cache):
     assert np.isnan(k_cache[:, :start]).all() and np.isnan(v_cache[:, :start]).all()
 
 
+@pytest.mark.parametrize(("engine", "interleaved"), [("native", True), ("native", False), ("interpreter", False)])
+def test_several_sequences(rng, engine, interleaved):
+    """Of the third nothing is written: its position is below 0."""
+    positions, tokens, kv_heads, group, head_dim, context = (4, 0, -9), 3, 2, 3, 24, 8
+    count = len(positions)
+    q = rng.normal(size=(count, tokens, kv_heads * group, head_dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, count, tokens, kv_heads, head_dim)).astype(np.float32)
+    frequencies = rope.rope_frequencies(head_dim)
+    q_out = poisoned((count * tokens + 1, kv_heads * group, head_dim))
+    caches = poisoned((2, count, kv_heads, context, head_dim))
+    run(engine, rope.rope_kernel, (tokens, kv_heads, count), q=padded(q), k=padded(k), v=padded(v),
+        frequencies=padded(frequencies), position=np.array(positions, np.int32), q_norm=None, k_norm=None, q_out=q_out,
+        k_cache=caches[0], v_cache=caches[1], context=context, epsilon=1e-6,
+        **rope.head_arguments(group, head_dim, interleaved, False))  # fmt: skip
+    close = {"rtol": 2e-6, "atol": 3e-6}
+    assert np.isnan(q_out[-1]).all()
+    for i, position in enumerate(positions):
+        places = position + np.arange(tokens)
+        expected = rope.rope_reference(q[i], places, frequencies, interleaved)
+        np.testing.assert_allclose(q_out[i * tokens : (i + 1) * tokens], expected, **close)
+        keys, values = caches[:, i]
+        if position >= 0:
+            turned = rope.rope_reference(k[i], places, frequencies, interleaved)
+            np.testing.assert_allclose(keys[:, places].swapaxes(0, 1), turned, **close)
+            np.testing.assert_array_equal(values[:, places].swapaxes(0, 1), v[i])
+        others = np.setdiff1d(np.arange(context), places)
+        assert np.isnan(keys[:, others]).all() and np.isnan(values[:, others]).all()
+
+
 def test_large_positions(rng):
     head_dim, tokens, start = 64, 2, 131000
     frequencies = rope.rope_frequencies(head_dim, 500000.0, rope.llama3_factors(head_dim, 500000.0))

@@ -7,7 +7,6 @@ import pytest
 from kernel_runner import ENGINES, poisoned, run
 
 from nitinol.ops import sampling
-from nitinol.runtime import get_device
 
 CONTEXT = 32
 
@@ -113,11 +112,11 @@ def test_only_kept_tokens_are_drawn_where_the_running_sum_says(rng, engine, chun
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 5000}])
-def test_the_devices_own_blocks(rng, options):
+def test_the_devices_own_blocks(rng, options, device_name):
     """More tiles than one on every device; running sums to 1e-4, as fp32 sums of 40,000 weights are."""
     logits = rng.normal(size=40_001).astype(np.float32)
-    blocks = sampling.blocks(get_device().target, len(logits))
-    shape = {name.replace("_warps", "num_warps"): value for name, value in blocks.items()}
+    found = sampling.blocks(device_name, len(logits))
+    shape = {name.replace("_warps", "num_warps"): value for name, value in found.items()}
     token, _, _ = sample("native", logits, position=11, seed=3, **options, **shape)
     if options["temperature"] == 0:
         assert token == logits.argmax()

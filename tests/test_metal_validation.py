@@ -243,6 +243,27 @@ def test_dequantize_and_embedding(rng, format):
     check(quantized.embedding_kernel, (3,), {"out": values[[4, 0, 4]]}, 1e-6, tokens=tokens, vocabulary=rows, **common)
 
 
+def test_attention_of_two_sequences_with_a_window(rng):
+    """A prompt's queries and a token's, at positions of their own."""
+    kv_heads, group, head_dim, context, window = 2, 2, 32, 160, 40
+    heads, positions = kv_heads * group, np.array([5, 130], np.int32)
+    k, v = rng.normal(size=(2, 2, kv_heads, context, head_dim)).astype(np.float32)
+    for tokens in (9, 1):
+        q = rng.normal(size=(2, tokens, heads, head_dim)).astype(np.float32)
+        expected = np.stack([
+            attention.attention_reference(q[i].swapaxes(0, 1), k[i], v[i], positions[i], 0.2, window).swapaxes(0, 1)
+            for i in range(2)])  # fmt: skip
+        shared = {"q": q, "k": k, "v": v, "position": positions, "context": context, "scale": 0.2, "WINDOW": window}
+        if tokens > 1:
+            check(attention.prefill_attention_kernel, (1, heads, 2), {"out": expected}, CLOSE * 2, tokens=tokens,
+                  q_token=heads * head_dim, q_head=head_dim, **shared,
+                  **attention.prefill_constants(group, head_dim, tokens))  # fmt: skip
+        else:
+            constants = attention.decode_constants(group, head_dim, kv_heads) | {"SPLITS": 1}
+            check(attention.decode_attention_kernel, (kv_heads, 1, 2), {"out": expected}, CLOSE * 2, part=None,
+                  tops=None, totals=None, **shared, **constants)  # fmt: skip
+
+
 def test_sampling(rng):
     vocabulary, context, place = 333, 32, 11
     logits = normal(rng, vocabulary) * 3

@@ -1,4 +1,4 @@
-"""The three architectures against transformers, and quantised models against their dequantised weights."""
+"""Every architecture against transformers, and quantised models against their dequantised weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from nitinol.formats.gguf import FormatError, open_gguf
 from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.formats.quantization import dequantize
 from nitinol.generate.model import Model, load
-from nitinol.models import open_model
-from nitinol.models.config import PREFILL_CHUNK, check_memory, memory_needed, parameters
-from nitinol.runtime import using_device
+from nitinol.models import ARCHITECTURES, open_model
+from nitinol.models.base import PREFILL_CHUNK
+from nitinol.models.memory import check_memory, memory_needed, parameters
 
 SEED = np.random.SeedSequence().entropy  # fresh inputs at every run; a failure prints it
 CASES = [
@@ -38,6 +38,9 @@ CASES = [
     ("qwen2", {"num_key_value_heads": 1}),
     ("qwen3", {"tied": True}),
     ("qwen3", {"head_dim": 16, "num_key_value_heads": 4}),
+    ("mistral", {"sliding_window": 11}),
+    ("gemma3", {"tied": True}),
+    ("gemma3", {"tied": True, "rope": LINEAR_ROPE, "sliding_window": 64, "head_dim": 64, "num_key_value_heads": 1}),
 ]
 
 
@@ -56,7 +59,7 @@ def test_transformers_agrees(arch: str, sizes: dict[str, Any], tmp_path: Path) -
     theirs = transformers_model(arch, int(rng.integers(1 << 31)), **sizes)
     write_transformers_model(tmp_path / "model.gguf", theirs, arch)
     ours = load_f32(tmp_path / "model.gguf")
-    ids = rng.integers(0, theirs.config.vocab_size, 37).tolist()
+    ids = rng.integers(0, theirs.config.vocab_size, 90).tolist()  # longer than any window, and than a block of keys
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0].numpy()
         found = ours.logits(ids)
@@ -71,12 +74,12 @@ def greedy(model: Model, ids: list[int], count: int) -> list[int]:
     """The first tokens after a prompt, also past those that end a turn."""
     from nitinol.generate.options import Options
 
-    model.begin(None)
-    model.prefill(ids, Options())
-    tokens = [model.next_token]
+    model.session.begin(None)
+    model.session.prefill(ids, Options())
+    tokens = [model.session.next_token]
     while len(tokens) < count:
-        model.step()
-        tokens.append(model.next_token)
+        model.session.step()
+        tokens.append(model.session.next_token)
     return tokens
 
 
@@ -106,17 +109,17 @@ def test_quantised_model_against_its_dequantised_weights(kind: str | int, tmp_pa
 
 def step_logits(model: Model, ids: list[int], position: int) -> np.ndarray:
     """The logits of one token whose predecessors are in the cache."""
-    model.cache.move(position)
-    with using_device(model.device):
-        return model._logits(model._forward(model._tokens(ids[position:position + 1]))).numpy()[0]
+    model.session.cache.tokens[:] = ids[:position]
+    return model.session.read(ids[position:position + 1])[0]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tokens_one_by_one_or_together(arch: str, tmp_path: Path) -> None:
     """Both ways compute the same sums in another order: see above for the tolerance; fp16 keys and values are rounded
     alike on both ways, but where the value before rounding differs in its last bit the rounded one may by 1/2048."""
     rng = np.random.default_rng(SEED)
-    source = random_file(tmp_path / "m.gguf", "F32", arch, seed=int(rng.integers(1 << 31)))
+    window = {f"{arch}.attention.sliding_window": 30} if arch in ("llama", "gemma3") else {}
+    source = random_file(tmp_path / "m.gguf", "F32", arch, seed=int(rng.integers(1 << 31)), change=window)
     ids = rng.integers(0, 512, 70).tolist()
     for cache, tolerance in (("fp32", 1e-4), ("fp16", 1e-2)):
         model = load(source, threads=2, cache_dtype=cache)
@@ -142,7 +145,7 @@ def test_long_prompts_go_through_in_chunks(tmp_path: Path, monkeypatch: pytest.M
     model = load_f32(source)
     np.testing.assert_allclose(model.logits(ids), whole, atol=1e-4 * whole.std(), rtol=0)
     assert greedy(model, ids, 3)[0] == int(whole[-1].argmax())
-    assert model.cache.tokens[:50] == ids
+    assert model.session.cache.tokens[:50] == ids
 
 
 def test_weights_stay_in_the_file() -> None:
@@ -195,6 +198,7 @@ def test_tensors_that_do_not_fit(name: str, change: Any, words: str, tmp_path: P
     assert "m.gguf" in str(caught.value) and name in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing here knows", "ignore:.*is not known here")
 def test_damaged_files_are_refused_or_run(tmp_path: Path) -> None:
     """Bytes of the header changed at random: what is not refused in a sentence must compute without a crash."""
     rng = np.random.default_rng(SEED)
@@ -219,9 +223,11 @@ def test_damaged_files_are_refused_or_run(tmp_path: Path) -> None:
     assert ran and refused, f"seed {SEED}"
 
 
-def test_sliding_window_limits_the_context(tmp_path: Path) -> None:
-    source = random_file(tmp_path / "m.gguf", change={"llama.attention.sliding_window": 100})
-    assert load(source).context == 100
+@pytest.mark.parametrize("arch, context", [("llama", 256), ("gemma3", 256), ("qwen2", 100), ("qwen3", 100)])
+def test_a_sliding_window_limits_the_context_only_where_its_layers_are_not_known(
+        arch: str, context: int, tmp_path: Path) -> None:
+    source = random_file(tmp_path / "m.gguf", arch=arch, change={f"{arch}.attention.sliding_window": 100})
+    assert load(source).context == context
 
 
 def test_memory_is_refused_with_what_would_fit(tmp_path: Path) -> None:

@@ -47,13 +47,16 @@ PRESETS = {
     "llama-3.2-1b": Shape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, 5e5, 1e-5, True),
     "llama-3-8b": Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 5e5, 1e-5, False),
     "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 32768, 1e6, 1e-6, True),
+    "gemma3-270m": Shape("gemma3", 18, 640, 2048, 4, 1, 256, 262144, 32768, 1e6, 1e-6, True),
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, 40960, 1e6, 1e-6, True),
 }
 SPECIAL = {
     "llama": ("llama-bpe", ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]),
     "qwen2": ("qwen2", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
     "qwen3": ("qwen2", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+    "gemma3": ("qwen2", ["<bos>", "<eos>", "<end_of_turn>"]),
 }
+WINDOW = 512  # of Gemma 3's layers that have one
 # llama.cpp's numbers for "mostly this format" (general.file_type).
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
               "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32}  # fmt: skip
@@ -149,13 +152,16 @@ def tensors(shape: Shape, format: str, seed: int) -> list[TensorSource]:
             found.append(weights(f"{block}attn_{name}.weight", (rows, hidden), format))
             if shape.arch == "qwen2":
                 found.append(vectors(f"{block}attn_{name}.bias", rows, 0.0))
-            if shape.arch == "qwen3" and name != "v":
+            if shape.arch in ("qwen3", "gemma3") and name != "v":
                 found.append(vectors(f"{block}attn_{name}_norm.weight", shape.head_dim, 1.0))
         found.append(weights(block + "attn_output.weight", (hidden, q), format))
         found.append(vectors(block + "ffn_norm.weight", hidden, 1.0))
         found.append(weights(block + "ffn_gate.weight", (ffn, hidden), format))
         found.append(weights(block + "ffn_up.weight", (ffn, hidden), format))
         found.append(weights(block + "ffn_down.weight", (hidden, ffn), format))
+        if shape.arch == "gemma3":
+            found.append(vectors(block + "post_attention_norm.weight", hidden, 1.0))
+            found.append(vectors(block + "post_ffw_norm.weight", hidden, 1.0))
     return found
 
 
@@ -214,6 +220,7 @@ def metadata(shape: Shape, format: str, name: str) -> dict[str, Any]:
         f"{arch}.rope.freq_base": float(shape.rope_base),
         f"{arch}.rope.dimension_count": shape.head_dim,
         f"{arch}.vocab_size": shape.vocab,
+        **({f"{arch}.attention.sliding_window": WINDOW} if arch == "gemma3" else {}),
         **tokenizer(shape),
     }
 

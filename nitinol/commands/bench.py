@@ -11,7 +11,7 @@ from nitinol.commands.run import Settings, peak_rss_bytes
 from nitinol.generate.model import Model
 from nitinol.generate.options import Options
 from nitinol.models import open_model
-from nitinol.models.config import cache_bytes_per_token
+from nitinol.models.memory import cache_bytes_read
 from nitinol.runtime.bandwidth import measure_read_bandwidth
 
 
@@ -64,13 +64,14 @@ def measure(model: Model, prompt: int, gen: int, reps: int, progress: Progress) 
 
 def generate(model: Model, ids: list[int], gen: int) -> dict[str, Any]:
     """One repetition: prefill from nothing, then gen tokens, whatever they are (a random model may end at once)."""
-    model.begin(None)
-    model.cache.move(0)
+    session = model.session
+    session.begin(None)
+    session.cache.move(0)
     begun = time.perf_counter()
-    model.prefill(ids, Options())
+    session.prefill(ids, Options())
     read = time.perf_counter()
     for left in reversed(range(gen)):
-        model.step(more=left > 0)
+        session.step(more=left > 0)
     ended = time.perf_counter()
     return {"prefill_tok_s": len(ids) / (read - begun), "decode_tok_s": gen / (ended - read),
             "peak_rss_bytes": peak_rss_bytes()}
@@ -84,4 +85,4 @@ def decode_bytes(model: Model, position: float) -> int:
     if not model.config.tied:
         embedding = tensors["token_embd.weight"]
         weights -= embedding.nbytes - embedding.nbytes // embedding.shape[0]
-    return int(weights + position * cache_bytes_per_token(model.config, model.cache_dtype))
+    return int(weights + cache_bytes_read(model.config, position, model.session.cache_dtype))

@@ -8,10 +8,9 @@ from typing import Any
 from nitinol.commands.output import print_json, print_table
 from nitinol.formats.gguf import GGUF, FormatError
 from nitinol.generate.tokenizer import Tokenizer
-from nitinol.models import open_model
-from nitinol.models.config import Config, gigabytes, memory_needed
-
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen 2", "qwen3": "Qwen 3"}
+from nitinol.models import architecture, open_model
+from nitinol.models.base import Config
+from nitinol.models.memory import gigabytes, memory_needed
 
 
 def inspect_model(path: str, tensors: bool, context: int | None, as_json: bool) -> None:
@@ -24,17 +23,20 @@ def inspect_model(path: str, tensors: bool, context: int | None, as_json: bool) 
                   for t in file.tensors.values()]
         print_json(facts | ({"tensors": listed} if tensors else {}))
         return
-    rope = f"base {config.rope_base:g}" + (", Llama 3 scaling" if "rope_freqs.weight" in file.tensors else "") + (
-        f", linear scaling by {config.rope_divisor:g}" if config.rope_divisor != 1 else "")
+    rope = f"base {config.rope.base:g}" + (", Llama 3 scaling" if "rope_freqs.weight" in file.tensors else "") + (
+        f", linear scaling by {config.rope.divisor:g}" if config.rope.divisor != 1 else "")
+    windows = [window for layer in range(config.layers) if (window := config.window_of(layer))]
     sharing = config.heads // config.kv_heads
     attention = (f"{config.heads} heads of {config.head_dim}" if sharing == 1 else
                  f"{config.heads} heads of {config.head_dim}, {config.kv_heads} key-value heads ({sharing} share one)")
+    if windows:
+        attention += f"; {len(windows)} of {config.layers} layers see the last {max(windows):,} tokens"
     formats = ", ".join(f"{name} {part:.0%}" if part >= 0.01 else f"{name} <1%"
                         for name, part in facts["formats"].items())
     weights = facts["weights_bytes"]
     for title, value in (
         ("model", config.name),
-        ("family", f"{FAMILIES[config.arch]} ({config.arch})"),
+        ("family", f"{facts['family']} ({config.arch})"),
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", f"{gigabytes(weights)}, {8 * weights / facts['parameters']:.2f} bits each ({formats})"),
         ("layers", f"{config.layers}, width {config.hidden}, feed-forward {config.ffn}"),
@@ -72,12 +74,12 @@ def describe(file: GGUF, config: Config, context: int | None) -> dict[str, Any]:
         memory.append({"context": tokens, "total_bytes": need.total, "weights_bytes": need.weights,
                        "cache_bytes": need.cache, "activations_bytes": need.activations})
     return {
-        "path": str(file.path), "name": config.name, "architecture": config.arch, "family": FAMILIES[config.arch],
-        "parameters": parameters, "weights_bytes": weights,
+        "path": str(file.path), "name": config.name, "architecture": config.arch,
+        "family": architecture(config.arch).Network.family, "parameters": parameters, "weights_bytes": weights,
         "formats": {name: size / weights for name, size in sizes.most_common()},
         "layers": config.layers, "hidden": config.hidden, "feed_forward": config.ffn, "heads": config.heads,
         "kv_heads": config.kv_heads, "head_dim": config.head_dim, "context": config.context, "vocab": config.vocab,
-        "tied": config.tied, "rope_base": config.rope_base, "tokenizer": _describe_tokenizer(file), "memory": memory,
+        "tied": config.tied, "rope_base": config.rope.base, "tokenizer": _describe_tokenizer(file), "memory": memory,
     }
 
 

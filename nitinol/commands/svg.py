@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nitinol.commands.trace import Limits, Phase, Row, shorten
-from nitinol.models.config import gigabytes
+from nitinol.models.memory import gigabytes
 
 WIDTH, MARGIN, BAR, STEP = 960, 40, 24, 42
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), then greys.

@@ -12,7 +12,7 @@ from typing import Any
 from nitinol.commands.output import Progress, print_json, print_table
 from nitinol.commands.run import Settings
 from nitinol.generate.profile import Run, profile
-from nitinol.models.config import gigabytes
+from nitinol.models.memory import gigabytes
 from nitinol.runtime.bandwidth import measure_read_bandwidth
 from nitinol.runtime.peak import measure_peak_rates
 

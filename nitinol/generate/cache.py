@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from nitinol.models.config import Config
+from nitinol.models.base import Config
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
 class KVCache:
-    """layers: keys and values of each block, both [kv_heads, context, head_dim]. position: int32 [1] on the device,
-    where the next token goes; kernels advance it. tokens: what the cache holds, as the host knows it.
+    """Of one sequence. layers: keys and values of each block, both [1, kv_heads, context, head_dim]. position: int32
+    [1] on the device, where the next token goes; kernels advance it. tokens: what it holds, as the host knows it.
     """
 
     def __init__(self, config: Config, context: int, dtype: str, device: Any) -> None:
         from nitinol.graph.conversion import array, empty
 
-        shape = (config.kv_heads, context, config.head_dim)
+        shape = config.cache_shape(context)
         kind = DTYPES[dtype]
         self.layers = [(empty(shape, kind, device), empty(shape, kind, device)) for _ in range(config.layers)]
         self.position = array(np.zeros(1, np.int32), device=device)

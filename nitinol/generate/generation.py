@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nitinol.generate.options import Options
+from nitinol.generate.session import ReadProgress, Session
 from nitinol.generate.stream import TextStream
 
 if TYPE_CHECKING:
     from nitinol.generate.model import Model
-
-ReadProgress = Callable[[int, int], None]  # tokens of the prompt that are read, of how many
 
 
 class Generation:
@@ -28,23 +27,23 @@ class Generation:
     leaves no room in the context.
     """
 
-    def __init__(self, model: Model, prompt: Sequence[int], options: Options, progress: ReadProgress | None = None,
-                 started: float | None = None) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: Model, session: Session, prompt: Sequence[int], options: Options,
+                 progress: ReadProgress | None = None, started: float | None = None) -> None:
+        self.model, self.session, self.options = model, session, options
         self.prompt = list(prompt)
-        model.check_tokens(self.prompt)
-        if len(self.prompt) >= model.context:
+        session.check_tokens(self.prompt)
+        if len(self.prompt) >= session.context:
             longest = model.config.context
             raise ValueError(
-                f"the prompt has {len(self.prompt)} tokens, but the context has {model.context}, prompt and answer "
+                f"the prompt has {len(self.prompt)} tokens, but the context has {session.context}, prompt and answer "
                 "together; shorten the prompt" + (f" or ask for a context of up to {longest}"
-                                                  if model.context < longest else ""))
+                                                  if session.context < longest else ""))
         self.tokens: list[int] = []
         self.stop_reason: str | None = None
         self.prefilled_tokens = 0
         self.prefill_s = self.decode_s = self.ttft_s = 0.0
         self._prepared = 0.0 if started is None else time.perf_counter() - started
-        self._pieces = self._run(model, progress)
+        self._pieces = self._run(progress)
 
     @property
     def prompt_tokens(self) -> int:
@@ -56,15 +55,15 @@ class Generation:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self, model: Model, progress: ReadProgress | None) -> Iterator[str]:
-        options, tokenizer = self.options, model.tokenizer
+    def _run(self, progress: ReadProgress | None) -> Iterator[str]:
+        options, tokenizer, session = self.options, self.model.tokenizer, self.session
         stream = TextStream(options.stop)
-        room = model.context - len(self.prompt)
+        room = session.context - len(self.prompt)
         limit = room if options.max_tokens is None else min(room, options.max_tokens)
         begun = time.perf_counter()  # not in __init__: the first piece may be asked for long after the call
-        model.begin(self)
-        self.prefilled_tokens = model.prefill(self.prompt, options, progress)
-        token = model.next_token
+        session.begin(self)
+        self.prefilled_tokens = session.prefill(self.prompt, options, progress)
+        token = session.next_token
         self.prefill_s = time.perf_counter() - begun
         self.ttft_s = self._prepared + self.prefill_s
         while True:
@@ -81,9 +80,9 @@ class Generation:
                 self.stop_reason = "length" if limit == options.max_tokens else "context"
                 break
             begun = time.perf_counter()
-            model.check_owner(self)
-            model.step(more=len(self.tokens) + 1 < limit)
-            token = model.next_token
+            session.check_owner(self)
+            session.step(more=len(self.tokens) + 1 < limit)
+            token = session.next_token
             self.decode_s += time.perf_counter() - begun
         if piece := stream.flush():
             yield piece

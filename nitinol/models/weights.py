@@ -1,9 +1,9 @@
-"""A model's weights: which tensors an architecture has, and the file's bytes as arrays, in place."""
+"""A model's weights: a file's tensors checked against those of an architecture, and its bytes as arrays, in place."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,44 +11,19 @@ import numpy as np
 
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf import GGUF, FormatError
-from nitinol.models.config import Config
+from nitinol.models.base import Config, Tensor
 from nitinol.runtime.device import Progress
 
 FLOATS = ("F32", "F16", "BF16")
 
 
-def expected_tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape and whether it must be there, under llama.cpp's names."""
-    hidden, head = config.hidden, config.head_dim
-    widths = {"q": config.q_width, "k": config.kv_width, "v": config.kv_width}
-    yield "token_embd.weight", (config.vocab, hidden), True
-    yield "output_norm.weight", (hidden,), True
-    yield "output.weight", (config.vocab, hidden), False
-    if config.arch == "llama":
-        yield "rope_freqs.weight", (config.head_dim // 2,), False
-    for layer in range(config.layers):
-        block = f"blk.{layer}."
-        yield block + "attn_norm.weight", (hidden,), True
-        for name, width in widths.items():
-            yield f"{block}attn_{name}.weight", (width, hidden), True
-            if config.arch == "qwen2":
-                yield f"{block}attn_{name}.bias", (width,), True
-            if config.arch == "qwen3" and name != "v":
-                yield f"{block}attn_{name}_norm.weight", (head,), True
-        yield block + "attn_output.weight", (hidden, config.q_width), True
-        yield block + "ffn_norm.weight", (hidden,), True
-        yield block + "ffn_gate.weight", (config.ffn, hidden), True
-        yield block + "ffn_up.weight", (config.ffn, hidden), True
-        yield block + "ffn_down.weight", (hidden, config.ffn), True
-
-
-def check_tensors(file: GGUF, config: Config) -> None:
-    """FormatError, naming the tensor, unless the file has exactly the tensors of its metadata's model."""
+def check_tensors(file: GGUF, config: Config, expected: Iterable[Tensor]) -> None:
+    """FormatError, naming the tensor, unless the file has exactly the expected tensors, in formats that are known."""
     def fail(sentence: str) -> FormatError:
         return FormatError(f"{file.path}: {sentence}")
 
     known = set()
-    for name, shape, required in expected_tensors(config):
+    for name, shape, required in expected:
         known.add(name)
         tensor = file.tensors.get(name)
         if tensor is None:
@@ -73,14 +48,13 @@ def check_tensors(file: GGUF, config: Config) -> None:
                        "variant is not supported, or the file is damaged")
 
 
-def wrap_weights(file: GGUF, config: Config, device: Any, progress: Progress | None = None) -> SimpleNamespace:
+def wrap_weights(file: GGUF, layers: int, device: Any, progress: Progress | None = None) -> SimpleNamespace:
     """Arrays over the mapped file, in place if the device can: `token_embd`, `output_norm`, `output`, and `blocks`, a
-    namespace for each with `attn_q`, `attn_q_bias`, ... Also `rope`, the frequencies in radians a position, float32
-    [head_dim / 2]. progress: told of bytes that are copied to the device, of how many.
+    namespace for each of `layers` with `attn_q`, `attn_q_bias`, ... All are Arrays, in blocks as the file has them;
+    `rope_freqs`, if the file has it, is NumPy's. progress: told of bytes that are copied to the device, of how many.
+    FormatError where factors of frequencies are not above 0.
     """
-    from nitinol.graph.conversion import array as array_of  # late: `nitinol inspect` needs no arrays and no compiler
-    from nitinol.ops.quantized import stored_array
-    from nitinol.ops.rope import rope_frequencies
+    from nitinol.ops.quantized import stored_array  # late: `nitinol inspect` needs no arrays and no compiler
 
     parts, before, total = [], 0, sum(part.nbytes for part in file.parts)
 
@@ -92,16 +66,15 @@ def wrap_weights(file: GGUF, config: Config, device: Any, progress: Progress | N
         parts.append(device.wrap(part, told))
         before += part.nbytes
     top: dict[str, Any] = {}
-    blocks: list[dict[str, Any]] = [{} for _ in range(config.layers)]
+    blocks: list[dict[str, Any]] = [{} for _ in range(layers)]
     for name, tensor in file.tensors.items():
         array = stored_array(parts[tensor.part].view(tensor.offset, tensor.nbytes), tensor.format, tensor.shape)
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         place, short = (blocks[int(match[1])], match[2]) if match else (top, name)
         place[short.removesuffix(".weight").replace(".", "_")] = array
     top.setdefault("output", top["token_embd"])
-    factors = top["rope_freqs"].numpy() if "rope_freqs" in top else 1.0
-    if not np.all(np.isfinite(factors)) or np.any(np.less_equal(factors, 0)):
-        raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has values that are not above 0; it is damaged")
-    factors = np.broadcast_to(np.multiply(factors, config.rope_divisor), config.head_dim // 2)
-    rope = array_of(rope_frequencies(config.head_dim, config.rope_base, factors), device=device)
-    return SimpleNamespace(**top, blocks=[SimpleNamespace(**block) for block in blocks], rope=rope)
+    if "rope_freqs" in top:
+        factors = top["rope_freqs"] = top["rope_freqs"].numpy()
+        if not np.all(np.isfinite(factors)) or np.any(np.less_equal(factors, 0)):
+            raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has values that are not above 0; it is damaged")
+    return SimpleNamespace(**top, blocks=[SimpleNamespace(**block) for block in blocks])

@@ -64,8 +64,8 @@ def rms_norm_quantize_kernel(
 def combine_quantize_kernel(
     part, tops, totals, values, scales, sums, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Program (h, c): attention's parts of query head h as one, BLOCK_D of its values, then as above. HEAD_DIM and
-    BLOCK_D are multiples of 32."""
+    """Program (h, c): attention's parts of query head h (of all sequences') as one, BLOCK_D of its values, then as
+    above. HEAD_DIM and BLOCK_D are multiples of 32."""
     head = tl.program_id(0)
     lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)
@@ -130,7 +130,7 @@ def quantize_activations(target: str, x: Array) -> Activations:
         if found := _recorded(combine_quantize_kernel, part, tops, totals):
             return found
         constants = {name: operation.argument(name) for name in ("SPLITS", "HEAD_DIM", "BLOCK_D")}
-        grid = (columns // constants["HEAD_DIM"], tl.cdiv(constants["HEAD_DIM"], constants["BLOCK_D"]))
+        grid = (tokens * columns // constants["HEAD_DIM"], tl.cdiv(constants["HEAD_DIM"], constants["BLOCK_D"]))
         return Activations(*launch(
             combine_quantize_kernel, grid, part=Array(*part), tops=Array(*tops),
             totals=Array(*totals), **constants, **outputs,

@@ -1,9 +1,10 @@
 """Causal attention with an online softmax (Dao et al., "FlashAttention", 2022): scores never reach memory.
 
-Keys and values are [kv_heads, context, head_dim], float32 or float16; GROUP neighbouring query heads share one of them
-(grouped-query attention, Ainslie et al., 2023). Query t stands at position `position` + t and sees the positions up to
-its own. Two kernels: many queries at once (a prompt), and one query (a token) whose work is split over the sequence
-into a fixed number of parts, so that the result does not depend on how many threads share them.
+Keys and values are [sequences, kv_heads, context, head_dim], float32 or float16; GROUP neighbouring query heads share
+one of them (grouped-query attention, Ainslie et al., 2023). All sequences have as many queries; query t of one stands
+at position[sequence] + t and sees the positions up to its own, with a window (Beltagy et al., "Longformer", 2020) only
+the last WINDOW of them. Two kernels: many queries at once (a prompt), and one query (a token) whose work is split over
+the sequence into a fixed number of parts, so that the result does not depend on how many threads share them.
 
 Scores are kept in units of log2(e), which spares exp2 a product per value.
 """
@@ -24,39 +25,54 @@ from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-1e38)  # below any score
+SMALLEST = tl.constexpr(1e-30)  # below any sum of weights, of which one is 1
 
 
 @jit(do_not_specialize=["tokens"])
 def prefill_attention_kernel(
     q, k, v, position, out, tokens, context, q_token, q_head, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr = tl.float32,
+    WINDOW: tl.constexpr = 0, DOT: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """Program (m, h): tokens BLOCK_M * m ... of query head h. Query t of head h starts at t * q_token + h * q_head in
-    q and out; `position` is int32 [1], or None for 0. DOT: what queries, keys, values and weights are multiplied in."""
+    """Program (m, h, s): tokens BLOCK_M * m ... of the `tokens` of sequence s, query head h. Query t of all sequences'
+    starts at t * q_token + h * q_head in q and out; `position` is int32 [sequences], or None for 0. WINDOW: 0 for none.
+    DOT: what queries, keys, values and weights are multiplied in."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: threads finish together
     head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2)
     row = first + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_D)
-    offset = 0 if position is None else tl.load(position)
-    rows = row[:, None].to(tl.int64) * q_token + head * q_head + lane[None, :]
+    offset = 0 if position is None else tl.load(position + sequence)
+    rows = (sequence * tokens + row)[:, None].to(tl.int64) * q_token + head * q_head + lane[None, :]
     inside = (row < tokens)[:, None] & (lane < HEAD_DIM)[None, :]
     query = (tl.load(q + rows, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)).to(DOT)
-    keys = k + (head // GROUP) * context * HEAD_DIM
-    values = v + (head // GROUP) * context * HEAD_DIM
+    base = (sequence * (tl.num_programs(1) // GROUP) + head // GROUP) * context * HEAD_DIM
+    keys = k + base
+    values = v + base
     place = offset + row
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     length = tl.minimum(tl.minimum(first + BLOCK_M, tokens) + offset, context)
     whole = tl.minimum(first + offset + 1, length) // BLOCK_N * BLOCK_N  # keys that every query of the block sees
-    for start in range(0, whole, BLOCK_N):
+    begin = 0
+    if WINDOW:  # and those before `begin` none does, those before `seen` not all
+        begin = tl.maximum(first + offset - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+        seen = tl.cdiv(tl.maximum(first + offset + BLOCK_M - WINDOW, 0), BLOCK_N) * BLOCK_N
+        seen = tl.maximum(tl.minimum(seen, whole), begin)
+        for start in range(begin, seen, BLOCK_N):
+            top, total, acc = attend(
+                query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True, WINDOW
+            )
+        begin = seen
+    for start in range(begin, whole, BLOCK_N):
         top, total, acc = attend(
             query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, False
         )
-    for start in range(whole, length, BLOCK_N):
+    for start in range(tl.maximum(begin, whole) if WINDOW else whole, length, BLOCK_N):
         top, total, acc = attend(
-            query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
+            query, keys, values, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True, WINDOW
         )
     tl.store(out + rows, acc / total[:, None], mask=inside)
 
@@ -65,18 +81,25 @@ def prefill_attention_kernel(
 def attend(
     query, keys, values, start, place, length, top, total, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
 ):  # fmt: skip
     """One block of keys and values: the new maximum, sum of weights and weighted values. Keys and values are multiplied
     in the query's type.
 
-    MASKED: only keys below `length` are read, and only those up to its `place` count for a query.
+    MASKED: only keys below `length` are read, and only those up to its `place` (with WINDOW: the last WINDOW of these)
+    count for a query.
     """
     at = start + tl.arange(0, BLOCK_N)
     key = load_block(keys, at, length, HEAD_DIM, BLOCK_D, MASKED).to(query.dtype)
     scores = tl.dot(query, tl.trans(key))
     if MASKED:
-        scores = tl.where(at[None, :] <= place[:, None], scores, float("-inf"))
+        visible = at[None, :] <= place[:, None]
+        if WINDOW:
+            visible = visible & (at[None, :] > place[:, None] - WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, axis=1))
+    if WINDOW:  # a query may see no key of its first blocks: -inf - -inf would be NaN
+        highest = tl.maximum(highest, LEAST)
     weights = tl.exp2(scores - highest[:, None])
     shrink = tl.exp2(top - highest)
     total = total * shrink + tl.sum(weights, axis=1)
@@ -100,17 +123,19 @@ def load_block(base, at, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 def decode_attention_kernel(
     q, k, v, position, out, part, tops, totals, context, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, DOT: tl.constexpr = tl.float32,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr = 0, DOT: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """Program (h, s): the GROUP query heads of key and value head h, on part s of the positions 0 .. position.
+    """Program (h, p, s): the GROUP query heads of key and value head h of sequence s, on part p of the positions that
+    its token sees.
 
-    ROWS is GROUP rounded up to a power of two, or more; DOT as above. With one part the result goes to `out`; with
-    more, each leaves its weighted values (part [heads, SPLITS, head_dim]), maximum and sum of weights (tops, totals
-    [heads, SPLITS]) to `combine_kernel`. A part without positions leaves maximum -inf.
+    ROWS is GROUP rounded up to a power of two, or more; WINDOW and DOT as above. With one part the result goes to
+    `out`; with more, each leaves its weighted values (part [sequences, heads, SPLITS, head_dim]), maximum and sum of
+    weights (tops, totals [sequences, heads, SPLITS]) to `combine_kernel`. A part without positions leaves maximum -inf.
     """
-    head = tl.program_id(0)
+    sequence = tl.program_id(2)
+    head = sequence * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(1)
-    length = tl.minimum(tl.load(position) + 1, context)  # first: all else waits for it
+    length = tl.minimum(tl.load(position + sequence) + 1, context)  # first: all else waits for it
     member = tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK_D)
     row = head * GROUP + member
@@ -118,8 +143,9 @@ def decode_attention_kernel(
     query = tl.load(q + row[:, None] * HEAD_DIM + lane[None, :], mask=inside, other=0.0) * (scale * LOG2_E)
     query = query.to(DOT)
     base = head.to(tl.int64) * context * HEAD_DIM
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
-    begin = split * share
+    begin = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), BLOCK_N) * BLOCK_N
+    begin += split * share
     end = tl.minimum(begin + share, length)
     place = tl.zeros((ROWS,), tl.int32) + (length - 1)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -137,7 +163,8 @@ def decode_attention_kernel(
             query, k + base, v + base, start, place, length, top, total, acc, HEAD_DIM, BLOCK_D, BLOCK_N, True
         )
     if SPLITS == 1:
-        tl.store(out + row[:, None] * HEAD_DIM + lane[None, :], acc / total[:, None], mask=inside)
+        acc /= tl.maximum(total, SMALLEST)[:, None]
+        tl.store(out + row[:, None] * HEAD_DIM + lane[None, :], acc, mask=inside)
     else:
         slot = row * SPLITS + split
         tl.store(part + slot[:, None] * HEAD_DIM + lane[None, :], acc, mask=inside)
@@ -147,7 +174,8 @@ def decode_attention_kernel(
 
 @jit
 def combine_kernel(part, tops, totals, out, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Program (h, c): the parts of query head h, brought to a common maximum and added; BLOCK_D of its values."""
+    """Program (h, c): the parts of query head h (of all sequences'), brought to a common maximum and added; BLOCK_D of
+    its values."""
     head = tl.program_id(0)
     lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = combined(part, tops, totals, head, lane, SPLITS, HEAD_DIM)
@@ -165,53 +193,76 @@ def combined(part, tops, totals, head, lane, SPLITS: tl.constexpr, HEAD_DIM: tl.
         acc = tl.load(part + at)
     else:
         acc = tl.load(part + at, mask=(lane < HEAD_DIM)[None, :], other=0.0)
-    weight = tl.exp2(top - tl.max(top))
-    return tl.sum(acc * weight[:, None], axis=0) * (1.0 / tl.sum(total * weight))
+    weight = tl.exp2(top - tl.maximum(tl.max(top), LEAST))
+    return tl.sum(acc * weight[:, None], axis=0) * (1.0 / tl.maximum(tl.sum(total * weight), SMALLEST))
 
 
-def _cached_lower(target: str, q: Array, k_cache: Array, v_cache: Array, position: Array, scale: float) -> Array:
-    kv_heads, context, head_dim = k_cache.shape
-    tokens, width = q.shape
-    heads = width // head_dim
-    arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": scale}
+def _cached_lower(
+    target: str, q: Array, k_cache: Array, v_cache: Array, position: Array, scale: float, window: int
+) -> Array:
+    sequences, kv_heads, context, head_dim = k_cache.shape
+    rows, width = q.shape
+    tokens, heads = rows // sequences, width // head_dim
+    window = 0 if window >= context else window
+    constants = blocks(target, heads // kv_heads, head_dim, tokens, sequences * kv_heads, k_cache)
+    arguments = {"q": q, "k": k_cache, "v": v_cache, "position": position, "context": context, "scale": scale,
+                 "WINDOW": window}  # fmt: skip
+    out = Output(q.shape, q.dtype)
     if tokens > 1:
-        constants, warps = prefill_blocks(target, heads // kv_heads, head_dim, tokens, k_cache)
         return launch(
-            prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), out=Output(q.shape, q.dtype),
-            tokens=tokens, q_token=width, q_head=head_dim, _warps=warps, **arguments, **constants,
+            prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads, sequences), out=out,
+            tokens=tokens, q_token=width, q_head=head_dim, **arguments, **constants,
         )  # fmt: skip
-    constants, warps = decode_blocks(target, heads // kv_heads, head_dim, kv_heads, k_cache)
-    splits = min(constants["SPLITS"], tl.next_power_of_2(tl.cdiv(context, constants["BLOCK_N"])))  # others were empty
-    constants["SPLITS"] = splits
+    most = tl.next_power_of_2(tl.cdiv(window or context, constants["BLOCK_N"]))
+    splits = constants["SPLITS"] = min(constants["SPLITS"], most)  # others were empty
     if splits == 1:
         return launch(
-            decode_attention_kernel, (kv_heads, 1), out=Output(q.shape, q.dtype), part=None, tops=None, totals=None,
-            _warps=warps, **arguments, **constants,
+            decode_attention_kernel, (kv_heads, 1, sequences), out=out, part=None, tops=None, totals=None, **arguments,
+            **constants,
         )  # fmt: skip
     part, tops, totals = launch(
-        decode_attention_kernel, (kv_heads, splits), out=None, part=Output((heads, splits, head_dim), "float32"),
-        tops=Output((heads, splits), "float32"), totals=Output((heads, splits), "float32"), _warps=warps, **arguments,
-        **constants,
+        decode_attention_kernel, (kv_heads, splits, sequences), out=None,
+        part=Output((sequences, heads, splits, head_dim), "float32"),
+        tops=Output((sequences, heads, splits), "float32"), totals=Output((sequences, heads, splits), "float32"),
+        **arguments, **constants,
     )  # fmt: skip
     columns = constants["BLOCK_D"] if target == "cpu" else 32  # on GPUs many programs with short sums
     return launch(
-        combine_kernel, (heads, tl.cdiv(head_dim, columns)), part=part, tops=tops, totals=totals,
-        out=Output(q.shape, q.dtype), SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=columns,
+        combine_kernel, (sequences * heads, tl.cdiv(head_dim, columns)), part=part, tops=tops, totals=totals, out=out,
+        SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=columns,
     )  # fmt: skip
 
 
-def _causal_lower(target: str, q: Array, k: Array, v: Array, scale: float) -> Array:
+def _causal_lower(target: str, q: Array, k: Array, v: Array, scale: float, window: int) -> Array:
     heads, tokens, head_dim = q.shape
-    constants, warps = prefill_blocks(target, heads // k.shape[0], head_dim, tokens, k)
+    prefill = max(tokens, 2)  # the kernel of many tokens, also for one
+    constants = blocks(target, heads // k.shape[0], head_dim, prefill, k.shape[0], k)
     return launch(
         prefill_attention_kernel, (tl.cdiv(tokens, constants["BLOCK_M"]), heads), q=q, k=k, v=v, position=None,
         out=Output(q.shape, q.dtype), tokens=tokens, context=tokens, q_token=head_dim, q_head=tokens * head_dim,
-        scale=scale, _warps=warps, **constants,
+        scale=scale, WINDOW=0 if window >= tokens else window, **constants,
     )  # fmt: skip
 
 
+def blocks(target: str, group: int, head_dim: int, tokens: int, kv_heads: int, keys: Any) -> dict[str, Any]:
+    """Constexpr arguments and warps of either kernel, by whether there is more than one token a sequence; kv_heads:
+    those of all sequences. CUDA's matrix instructions take halves as they are. For one token most of their 16 rows are
+    empty, but a fifth of the instructions that single products need is left, and keys and values come at the same
+    time."""
+    halves = target == "cuda" and keys.dtype.nbytes == 2
+    if tokens > 1:
+        constants: dict[str, Any] = prefill_constants(group, head_dim, tokens)
+        if halves:
+            constants |= {"DOT": keys.dtype, "_warps": 4 if tokens <= 16 else 8, "BLOCK_M": 16 if tokens <= 16 else 128}
+        return constants
+    constants = decode_constants(group, head_dim, kv_heads, target)
+    if halves:
+        constants |= {"DOT": keys.dtype, "_warps": 4, "ROWS": max(16, constants["ROWS"])}
+    return constants
+
+
 def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
-    """Constexpr arguments: queries, keys and values of a block, in fp32, fit a 32 to 64 KB cache together."""
+    """Of every target: queries, keys and values of a block, in fp32, fit a 32 to 64 KB cache together."""
     check_head(head_dim)
     return {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": tl.next_power_of_2(head_dim),
@@ -219,32 +270,15 @@ def prefill_constants(group: int, head_dim: int, tokens: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def prefill_blocks(target: str, group: int, head_dim: int, tokens: int, keys: Any) -> tuple[dict[str, Any], int]:
-    """The constants and the warps for a target: CUDA's matrix instructions take halves as they are."""
-    constants: dict[str, Any] = prefill_constants(group, head_dim, tokens)
-    if target != "cuda" or keys.dtype.nbytes != 2:
-        return constants, 0
-    return constants | {"BLOCK_M": 16 if tokens <= 16 else 128, "DOT": keys.dtype}, 4 if tokens <= 16 else 8
-
-
 def decode_constants(group: int, head_dim: int, kv_heads: int, target: str = "cpu") -> dict[str, int]:
-    """Constexpr arguments: about 16 programs on a CPU, whatever the number of threads; more on a GPU."""
+    """About 16 programs on a CPU, whatever the number of threads; more on a GPU."""
     check_head(head_dim)
-    programs = {"cpu": 16, "metal": 32}.get(target, 256)
+    programs = {"cpu": 16, "metal": 32, "cuda": 256}[target]
     return {
         "GROUP": group, "ROWS": tl.next_power_of_2(group), "HEAD_DIM": head_dim,
         "BLOCK_D": tl.next_power_of_2(head_dim), "BLOCK_N": 64,
         "SPLITS": tl.next_power_of_2(max(1, programs // kv_heads)),
     }  # fmt: skip
-
-
-def decode_blocks(target: str, group: int, head_dim: int, kv_heads: int, keys: Any) -> tuple[dict[str, Any], int]:
-    """The constants and the warps for a target. CUDA's matrix instructions take 16 rows, most of them empty
-    here: a fifth of the instructions that single products need, and keys and values come at the same time."""
-    constants: dict[str, Any] = decode_constants(group, head_dim, kv_heads, target)
-    if target != "cuda" or keys.dtype.nbytes != 2:
-        return constants, 0
-    return constants | {"ROWS": max(16, constants["ROWS"]), "DOT": keys.dtype}, 4
 
 
 def check_head(head_dim: int) -> None:
@@ -253,14 +287,17 @@ def check_head(head_dim: int) -> None:
         raise ValueError(f"attention with a head_dim of {head_dim}: expected 1 to 1024")
 
 
-def attention_reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float) -> np.ndarray:
+def attention_reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float, window: int = 0
+) -> np.ndarray:
     """q [heads, T, head_dim] at positions position + t over k, v [kv_heads, context, head_dim], in float64."""
     heads, tokens, _ = q.shape
     group = heads // k.shape[0]
     length = position + tokens
     key, value = (np.repeat(x[:, :length].astype(np.float64), group, axis=0) for x in (k, v))
     scores = np.einsum("htd,hnd->htn", q.astype(np.float64), key) * scale
-    seen = np.arange(length)[None, :] <= position + np.arange(tokens)[:, None]
+    distance = position + np.arange(tokens)[:, None] - np.arange(length)[None, :]
+    seen = (distance >= 0) & (distance < (window or length))
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("htn,hnd->htd", weights / weights.sum(axis=-1, keepdims=True), value)
@@ -269,18 +306,19 @@ def attention_reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: i
 # -------------------------------------------------------------------------------------------------- the operations
 
 
-def _cached_rule(q: Array, k_cache: Array, v_cache: Array, position: Array, scale: float) -> Any:
-    kv_heads, _, head_dim = k_cache.shape
-    if q.ndim != 2 or q.shape[1] % (kv_heads * head_dim):
+def _cached_rule(q: Array, k_cache: Array, v_cache: Array, position: Array, scale: float, window: int) -> Any:
+    sequences, kv_heads, _, head_dim = k_cache.shape
+    if q.shape[1] % (kv_heads * head_dim):
         raise ValueError(
-            f"cached_attention: q has shape {q.shape}, expected rows of a multiple of the cache's {kv_heads} heads of "
-            f"{head_dim}"
+            f"cached_attention: q has rows of {q.shape[1]} values, expected a multiple of the cache's {kv_heads} heads "
+            f"of {head_dim}"
         )
+    tokens_of_each("cached_attention", q.shape[0], sequences, position)
     check_head(head_dim)
     return q.shape, q.dtype
 
 
-def _causal_rule(q: Array, k: Array, v: Array, scale: float) -> Any:
+def _causal_rule(q: Array, k: Array, v: Array, scale: float, window: int) -> Any:
     heads, tokens, head_dim = q.shape
     if heads % k.shape[0] or k.shape[1:] != (tokens, head_dim) or v.shape != k.shape:
         raise ValueError(
@@ -295,21 +333,43 @@ CACHED_ATTENTION = Operation(
     "cached_attention", rule=_cached_rule, lower=_cached_lower,
     vjp="it reads a cache, which is for inference; train with nitinol.attention",
 )  # fmt: skip
-CAUSAL_ATTENTION = Operation("causal_attention", rule=_causal_rule, lower=_causal_lower)
+CAUSAL_ATTENTION = Operation(
+    "causal_attention", rule=_causal_rule, lower=_causal_lower,
+    vjp="it is the kernel of inference; train with nitinol.attention",
+)  # fmt: skip
 
 
-def cached_attention(q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None) -> Any:
-    """Attention of the tokens at position, position + 1, ... over a cache that already holds their keys and values.
+def cached_attention(
+    q: Any, k_cache: Any, v_cache: Any, position: Any, scale: float | None = None, window: int = 0
+) -> Array:
+    """Attention of each sequence's tokens, at its position, position + 1, ..., over a cache that already holds their
+    keys and values.
 
-    q float32 [T, heads * head_dim], caches [kv_heads, context, head_dim], position int32 [1]; float32 of q's shape.
-    `scale` is 1 / sqrt(head_dim) unless given.
+    q float32 [sequences * T, heads * head_dim], one sequence's rows after the other's; caches [sequences, kv_heads,
+    context, head_dim], position int32 [sequences]; of q's shape and type. `scale` is 1 / sqrt(head_dim) unless given;
+    window: how many positions, its own among them, a token sees (0: all). With T = 1 a sequence that has nothing to say
+    in this step is at position -1 and its row zeros.
     """
-    return CACHED_ATTENTION(
-        q, k_cache, v_cache, position, scale=float(k_cache.shape[2] ** -0.5 if scale is None else scale)
-    )
+    if len(k_cache.shape) != 4 or len(q.shape) != 2:
+        raise ValueError(
+            f"cached_attention: q has shape {tuple(q.shape)} and the cache {tuple(k_cache.shape)}, expected "
+            "[sequences * T, heads * head_dim] and [sequences, kv_heads, context, head_dim]"
+        )
+    scale = float(k_cache.shape[3] ** -0.5 if scale is None else scale)
+    return CACHED_ATTENTION(q, k_cache, v_cache, position, scale=scale, window=window)
 
 
-def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
-    """softmax(q k^T * scale, causal) v for q float32 [heads, T, head_dim] and k, v [kv_heads, T, head_dim];
-    float32 [heads, T, head_dim]."""
-    return CAUSAL_ATTENTION(q, k, v, scale=float(q.shape[2] ** -0.5 if scale is None else scale))
+def tokens_of_each(name: str, rows: int, sequences: int, position: Any) -> int:
+    """How many of `rows` belong to each sequence; ValueError where they do not divide, or positions do not fit."""
+    if tuple(position.shape) != (sequences,) or rows % sequences:
+        raise ValueError(
+            f"{name}: {rows} rows of queries and positions of shape {tuple(position.shape)} for a cache of {sequences} "
+            f"sequences, expected a multiple of {sequences} rows and shape ({sequences},)"
+        )
+    return rows // sequences
+
+
+def causal_attention(q: Any, k: Any, v: Any, scale: float | None = None, window: int = 0) -> Array:
+    """softmax(q k^T * scale, causal) v for q float32 [heads, T, head_dim] and k, v [kv_heads, T, head_dim]; of q's
+    shape and type. window: how many positions, its own among them, a token sees (0: all)."""
+    return CAUSAL_ATTENTION(q, k, v, scale=float(q.shape[2] ** -0.5 if scale is None else scale), window=window)

@@ -28,30 +28,31 @@ DECODE_COST = 12  # decoding and packing a block of weights takes as long as its
 
 
 def _linear_lower(
-    target: str, x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None
+    target: str, x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None, gelu: bool
 ) -> Array:
     if tl.float64 in (x.dtype, weights.dtype):
-        return _epilogue(x @ weights.T, bias, residual, gate)
+        return _epilogue(x @ weights.T, bias, residual, gate, gelu)
     tokens, columns = x.shape
     rows = weights.shape[0]
     epilogue: dict[str, Any] = {"bias": bias, "residual": residual, "out": Output((tokens, rows), x.dtype)}
     if tokens <= FEW_TOKENS and gate is None:
         return _matvec(target, x, weights, None, epilogue)
+    epilogue |= {"gate": gate, "GELU": gelu}
     if weights.format in FLOAT_FORMATS:
         if target == "cuda":  # whose matrix instructions take halves, or float32 at a reduced precision
             x = x.astype(weights.dtype)
-        return _product(target, x, weights, {**epilogue, "gate": gate})
+        return _product(target, x, weights, epilogue)
     if target == "cuda" and tokens >= MANY_TOKENS:
         # 2048 tokens by 14336 rows of 4096 on an H200: 4.8 ms by int8 mma.sync, blocks decoded by each program; 0.5 ms
         # by wgmma in bf16, and decoding moves 190 MB once, 0.05 ms.
-        return _product(target, x.astype("bfloat16"), dequantize(weights, "bfloat16"), {**epilogue, "gate": gate})
+        return _product(target, x.astype("bfloat16"), dequantize(weights, "bfloat16"), epilogue)
     parts = quantize_activations(target, x)
     block_t = min((16, 64), key=lambda block: tl.cdiv(tokens, block) * (block + DECODE_COST))
     block_n = max(16, math.gcd(rows, 64))
     return launch(
         quantized_matmul_kernel, (tl.cdiv(rows, block_n), tl.cdiv(tokens, block_t)), x=parts.values,
         x_scales=parts.scales, x_sums=parts.sums, weights=weights, tokens=tokens, rows=rows, columns=columns,
-        row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n, gate=gate,
+        row_bytes=FORMATS[weights.format].nbytes(columns), BLOCK_T=block_t, BLOCK_N=block_n,
         EVEN_N=rows % block_n == 0, _operations=2 * tokens * rows * columns,
         **epilogue, **run_arguments(weights.format, columns, 64),
     )  # fmt: skip
@@ -61,11 +62,11 @@ def _product(target: str, x: Array, weights: Array, epilogue: dict[str, Any]) ->
     return product(target, x, 0, weights.T, 0, 1, epilogue)
 
 
-def _swiglu_lower(target: str, x: Array, gate: Array, up: Array) -> Array:
+def _gated_lower(target: str, x: Array, gate: Array, up: Array, gelu: bool) -> Array:
     if x.shape[0] <= FEW_TOKENS and gate.format == up.format and gate.format in FORMATS and x.dtype != tl.float64:
-        epilogue = {"bias": None, "residual": None, "out": Output((x.shape[0], gate.shape[0]), x.dtype)}
+        epilogue = {"bias": None, "residual": None, "out": Output((x.shape[0], gate.shape[0]), x.dtype), "GELU": gelu}
         return _matvec(target, x, gate, up, epilogue)
-    return linear(x, up, gate=linear(x, gate))
+    return linear(x, up, gate=linear(x, gate), gelu=gelu)
 
 
 def _matvec(target: str, x: Array, weights: Array, up: Array | None, epilogue: dict[str, Any]) -> Array:
@@ -122,7 +123,7 @@ def _check_weights(name: str, x: Array, weights: Array) -> None:
 
 
 def _linear_rule(
-    x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None
+    x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None, gelu: bool
 ) -> tuple[tuple[int, ...], DType]:
     _check_weights("linear", x, weights)
     shape = (x.shape[0], weights.shape[0])
@@ -132,82 +133,103 @@ def _linear_rule(
     return shape, x.dtype
 
 
-def _epilogue(y: Array, bias: Array | None, residual: Array | None, gate: Array | None) -> Array:
-    """silu(gate) * y + bias + residual."""
-    y = y if gate is None else e.silu(gate) * y
+def _activation(x: Array, gelu: bool) -> Array:
+    return e.gelu(x, approximate="tanh") if gelu else e.silu(x)
+
+
+def _slope(x: Array, gelu: bool) -> Array:
+    """The derivative of the activation."""
+    if not gelu:
+        s = e.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    factor = math.sqrt(2 / math.pi)
+    bent = e.tanh((x * x * x * 0.044715 + x) * factor)
+    return (bent + 1.0) * 0.5 + x * 0.5 * (1.0 - bent * bent) * (x * x * (3 * 0.044715) + 1.0) * factor
+
+
+def _epilogue(y: Array, bias: Array | None, residual: Array | None, gate: Array | None, gelu: bool) -> Array:
+    """activation(gate) * y + bias + residual."""
+    y = y if gate is None else _activation(gate, gelu) * y
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
 
 
 def _linear_vjp(
-    g: Array, out: Array, x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None
-) -> tuple[Any, ...]:
+    g: Array, out: Array, x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None,
+    gelu: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
     """Of weights in blocks there is none: they stay as they are, and x's comes from their values."""
     plain = dequantize(weights, x.dtype) if weights.is_quantized else weights
-    inner, d_gate = g, None
-    if gate is not None:
-        s = e.sigmoid(gate)
-        inner = g * gate * s
-        d_gate = g * (x @ plain.T) * s * (1.0 + gate * (1.0 - s))
+    inner = g if gate is None else g * _activation(gate, gelu)
     return (
         (inner @ plain).astype(x.dtype),
         None if weights.is_quantized else (inner.T @ x).astype(weights.dtype),
         None if bias is None else g.sum(0).astype(bias.dtype),
         None if residual is None else g.astype(residual.dtype),
-        d_gate,
+        None if gate is None else g * (x @ plain.T) * _slope(gate, gelu),
     )
 
 
-def _swiglu_rule(x: Array, gate: Array, up: Array) -> tuple[tuple[int, ...], DType]:
-    _check_weights("swiglu", x, gate)
+def _gated_rule(x: Array, gate: Array, up: Array, gelu: bool) -> tuple[tuple[int, ...], DType]:
+    name = "geglu" if gelu else "swiglu"
+    _check_weights(name, x, gate)
     if gate.shape != up.shape:
-        raise ValueError(f"swiglu: gate has shape {gate.shape} and up {up.shape}, expected the same")
+        raise ValueError(f"{name}: gate has shape {gate.shape} and up {up.shape}, expected the same")
     return (x.shape[0], gate.shape[0]), x.dtype
 
 
-def _swiglu_vjp(g: Array, out: Array, x: Array, gate: Array, up: Array) -> tuple[Any, ...]:
+def _gated_vjp(g: Array, out: Array, x: Array, gate: Array, up: Array, gelu: bool) -> tuple[Any, ...]:
     left, right = linear(x, gate), linear(x, up)
-    s = e.sigmoid(left)
-    d_left, d_right = g * right * s * (1.0 + left * (1.0 - s)), g * left * s
-    x_left, d_gate, *_ = _linear_vjp(d_left, left, x, gate, None, None, None)
-    x_right, d_up, *_ = _linear_vjp(d_right, right, x, up, None, None, None)
+    x_left, d_gate, *_ = _linear_vjp(g * right * _slope(left, gelu), left, x, gate, None, None, None)
+    x_right, d_up, *_ = _linear_vjp(g * _activation(left, gelu), right, x, up, None, None, None)
     return x_left + x_right, d_gate, d_up
 
 
 def linear_reference(
-    x: np.ndarray, weights: np.ndarray, bias: Any = None, residual: Any = None, gate: Any = None
+    x: np.ndarray, weights: np.ndarray, bias: Any = None, residual: Any = None, gate: Any = None, gelu: bool = False
 ) -> np.ndarray:
     """The same in float64, of weights that are decoded."""
     y = x.astype(np.float64) @ weights.astype(np.float64).T
-    y = y if gate is None else y * gate / (1 + np.exp(-gate.astype(np.float64)))
+    y = y if gate is None else y * _np_activation(gate.astype(np.float64), gelu)
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
 
 
-def swiglu_reference(x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def _np_activation(x: np.ndarray, gelu: bool) -> np.ndarray:
+    if gelu:
+        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-x))
+
+
+def gated_reference(x: np.ndarray, gate: np.ndarray, up: np.ndarray, gelu: bool = False) -> np.ndarray:
     """The same in float64, of weights that are decoded."""
-    return linear_reference(x, up, gate=linear_reference(x, gate))
+    return linear_reference(x, up, gate=linear_reference(x, gate), gelu=gelu)
 
 
-LINEAR = Operation(
-    "linear", rule=_linear_rule, lower=_linear_lower, reference=linear_reference, vjp=_linear_vjp
-)
-SWIGLU = Operation(
-    "swiglu", rule=_swiglu_rule, lower=_swiglu_lower, reference=swiglu_reference, vjp=_swiglu_vjp
-)
+LINEAR = Operation("linear", rule=_linear_rule, lower=_linear_lower, reference=linear_reference, vjp=_linear_vjp)
+SWIGLU = Operation("swiglu", rule=_gated_rule, lower=_gated_lower, reference=gated_reference, vjp=_gated_vjp)
+GEGLU = Operation("geglu", rule=_gated_rule, lower=_gated_lower, reference=gated_reference, vjp=_gated_vjp)
 
 
-def linear(x: Any, weights: Any, bias: Any = None, residual: Any = None, gate: Any = None) -> Array:
+def linear(
+    x: Any, weights: Any, bias: Any = None, residual: Any = None, gate: Any = None, gelu: bool = False
+) -> Array:
     """silu(gate) * (x @ weights^T) + bias + residual, of x's type [T, rows]; what is None is left out.
 
     x [T, columns], weights of shape [rows, columns] in any storage, bias [rows], residual and gate [T, rows].
+    gelu: gelu(gate), by its tanh approximation, instead of silu(gate).
     With weights of a block format x is rounded to int8, with a scale per 32 values; on CUDA, for many tokens, x and the
     weights are rounded to bfloat16 instead.
     """
-    return LINEAR(x, weights, bias, residual, gate)
+    return LINEAR(x, weights, bias, residual, gate, gelu=gelu)
 
 
 def swiglu(x: Any, gate: Any, up: Any) -> Array:
     """silu(x @ gate^T) * (x @ up^T), the gate of a feed-forward layer (Shazeer, "GLU variants improve transformer",
     2020): of x's type [T, rows]. gate and up are weights of one shape [rows, columns]."""
-    return SWIGLU(x, gate, up)
+    return SWIGLU(x, gate, up, gelu=False)
+
+
+def geglu(x: Any, gate: Any, up: Any) -> Array:
+    """gelu(x @ gate^T) * (x @ up^T) with GELU's tanh approximation, otherwise as `swiglu`."""
+    return GEGLU(x, gate, up, gelu=True)

@@ -22,7 +22,7 @@ from nitinol.ops.tiles import part
 def quantized_matmul_kernel(
     x, x_scales, x_sums, weights, bias, residual, gate, out, tokens, rows, columns, row_bytes,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    EVEN_N: tl.constexpr, GELU: tl.constexpr = False,
 ):  # fmt: skip
     """Program (n, t): BLOCK_N rows of the weights for BLOCK_T tokens. out [tokens, rows] = x @ weights^T, finished as
     epilogue.finish says. EVEN_N: rows is a multiple of BLOCK_N. Of tokens nothing is known, so that prompts of all
@@ -52,7 +52,7 @@ def quantized_matmul_kernel(
                 if minimum is not None:
                     low = tl.reshape(part(tl.reshape(minimum, (BLOCK_N, VALUES // length, 1)), index), (1, BLOCK_N))
                     acc += (total.to(tl.float32) * x_scale)[:, None] * low
-    finish(acc, out, token, row, tokens, rows, bias, residual, gate, False)
+    finish(acc, out, token, row, tokens, rows, bias, residual, gate, False, GELU)
 
 
 @jit
@@ -77,7 +77,7 @@ def byte_products(value, weight, total):
 def matmul_kernel(
     a, b, bias, residual, gate, out, m, n, k, a_batch, a_m, a_k, b_batch, b_k, b_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
-    M_FIRST: tl.constexpr = False,
+    M_FIRST: tl.constexpr = False, GELU: tl.constexpr = False,
 ):  # fmt: skip
     """Program (n, m, batch): a block of out [batch, m, n] = a @ b, finished as epilogue.finish says. M_FIRST: program
     (m, n, batch), so that programs that run at a time share blocks of b.
@@ -111,7 +111,7 @@ def matmul_kernel(
         x = tl.load(left + whole * a_k, mask=valid[None, :], other=0.0)
         y = tl.load(right + whole * b_k, mask=valid[:, None] & inside, other=0.0)
         acc = multiply(x, y, acc)
-    finish(acc, out + batch * m * n, row, column, m, n, bias, residual, gate, EVEN)
+    finish(acc, out + batch * m * n, row, column, m, n, bias, residual, gate, EVEN, GELU)
 
 
 @jit

@@ -18,7 +18,7 @@ from nitinol.formats.quantization import dequantize
 from nitinol.language.jit import jit
 from nitinol.ops.activations import Activations
 from nitinol.ops.decode import centre_of, decode, has_minimum, lanes_of
-from nitinol.ops.epilogue import finish, silu
+from nitinol.ops.epilogue import activate, finish
 
 
 @jit
@@ -26,10 +26,12 @@ def matvec_kernel(
     x, x_scales, x_sums, weights, up, bias, residual, out, tokens, rows, columns, row_bytes,
     FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     EVEN: tl.constexpr, LANES: tl.constexpr = 0, EARLY: tl.constexpr = False, COUNT: tl.constexpr = 0,
+    GELU: tl.constexpr = False,
 ):  # fmt: skip
     """Rows ROWS * i ... of out [tokens, rows] = x @ weights^T (+ bias) (+ residual); bias and residual may be None.
 
-    With `up`, a second matrix of the same shape and format: silu(weights x) * (up x), the gate of a SwiGLU layer.
+    With `up`, a second matrix of the same shape and format: silu(weights x) * (up x), the gate of a SwiGLU layer
+    (GELU: gelu in its place).
     x is int8 with scales and sums for block formats, float32 (scales and sums None) for F32, F16, BF16. EVEN: rows is
     a multiple of ROWS and tokens is TOKENS. LANES: into how many sums the products of a group of 32 go before they meet
     the scale; 0: one for every four bytes of a slice, as a CPU's vectors have them. EARLY: the first run of each row is
@@ -55,7 +57,7 @@ def matvec_kernel(
         right = product(
             x, x_scales, x_sums, up, source, reader, columns, row_bytes, None, FORMAT, BLOCKS, VALUES, LANES, COUNT
         )
-        y = silu(y) * right
+        y = activate(y, GELU) * right
     if residual is not None:
         y += added
     finish(y, out, token, row, tokens, rows, bias, None, None, EVEN)

@@ -2,7 +2,7 @@
 norms of query and key heads before it (QK-norm) and the write of keys and values into the cache after it.
 
 Pair i of a head turns by the angle position * frequencies[i]. Which two values are a pair: (2 i, 2 i + 1) in the
-interleaved layout of GGUF's `llama`, (i, i + head_dim / 2) in the half-split layout of `qwen2` and `qwen3`.
+interleaved layout of GGUF's `llama`, (i, i + head_dim / 2) in the half-split layout of the other architectures.
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
@@ -19,6 +19,7 @@ from nitinol.graph.array import Array
 from nitinol.graph.launch import InPlace, Output, launch
 from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
+from nitinol.ops.attention import tokens_of_each
 
 
 @jit
@@ -26,14 +27,16 @@ def rope_kernel(
     q, k, v, frequencies, position, q_norm, k_norm, q_out, k_cache, v_cache, context, epsilon,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, h): token t's key and value head h, and the GROUP query heads that share them.
+    """Program (t, h, s): key and value head h of token t of sequence s, and the GROUP query heads that share them.
 
-    `position` (int32 [1]) is that of token 0. Tokens whose position is outside the cache are not written there.
+    `position` (int32 [sequences]) is that of each sequence's token 0. Tokens whose position is outside the cache are
+    not written there.
     """
-    token = tl.program_id(0)
+    sequence = tl.program_id(2)
+    token = sequence * tl.num_programs(0) + tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    place = tl.load(position) + token
+    place = tl.load(position + sequence) + tl.program_id(0)
     pair = tl.arange(0, BLOCK)
     frequency = tl.load(frequencies + pair, mask=pair < HEAD_DIM // 2, other=0.0)
     # All loads come before the first use of one: a program that does little else waits for memory once.
@@ -54,7 +57,7 @@ def rope_kernel(
     cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     rotate(q_out, row, member < GROUP, query, query_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
     if (place >= 0) & (place < context):
-        slot = head.to(tl.int64) * context + place
+        slot = (sequence * heads + head).to(tl.int64) * context + place
         rotate(k_cache, slot + alone, alone < 1, key, key_pair, cosine, sine, HEAD_DIM, BLOCK, INTERLEAVED)
         tl.store(v_cache + slot * HEAD_DIM + lane, value, mask=lane < HEAD_DIM)
 
@@ -102,13 +105,14 @@ def _rope_rule(
     q: Array, k: Array, v: Array, frequencies: Array, position: Array, k_cache: Array, v_cache: Array,
     q_norm: Array | None, k_norm: Array | None, interleaved: bool, epsilon: float,
 ) -> Any:  # fmt: skip
-    kv_heads, _, head_dim = k_cache.shape
-    tokens, width = q.shape
-    if k.shape != (tokens, kv_heads * head_dim) or v.shape != k.shape or width % k.shape[1]:
+    sequences, kv_heads, _, head_dim = k_cache.shape
+    rows, width = q.shape
+    if k.shape != (rows, kv_heads * head_dim) or v.shape != k.shape or width % k.shape[1]:
         raise ValueError(
             f"rope_and_cache: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected "
-            f"{(tokens, kv_heads * head_dim)} for k and v, and a multiple of that width for q"
+            f"{(rows, kv_heads * head_dim)} for k and v, and a multiple of that width for q"
         )
+    tokens_of_each("rope_and_cache", rows, sequences, position)
     return q.shape, q.dtype
 
 
@@ -116,16 +120,13 @@ def _rope_lower(
     target: str, q: Array, k: Array, v: Array, frequencies: Array, position: Array, k_cache: Array, v_cache: Array,
     q_norm: Array | None, k_norm: Array | None, interleaved: bool, epsilon: float,
 ) -> Array:  # fmt: skip
-    kv_heads, context, head_dim = k_cache.shape
-    tokens, width = q.shape
+    sequences, kv_heads, context, head_dim = k_cache.shape
+    rows, width = q.shape
     constants = head_arguments(width // k.shape[1], head_dim, interleaved, q_norm is not None)
-    # On a GPU one angle for each thread where there are few programs: each waits for memory, a sine and a cosine once.
-    angles = constants["BLOCK"] if interleaved else constants["BLOCK"] * tl.next_power_of_2(constants["GROUP"])
-    warps = min(8, max(1, angles // 32)) if tokens <= 16 else 0
     return launch(
-        rope_kernel, (tokens, kv_heads), q=q, k=k, v=v, frequencies=frequencies, position=position, q_norm=q_norm,
-        k_norm=k_norm, q_out=Output(q.shape, q.dtype), k_cache=InPlace(k_cache), v_cache=InPlace(v_cache),
-        context=context, epsilon=epsilon, _warps=warps, **constants,
+        rope_kernel, (rows // sequences, kv_heads, sequences), q=q, k=k, v=v, frequencies=frequencies,
+        position=position, q_norm=q_norm, k_norm=k_norm, q_out=Output(q.shape, q.dtype), k_cache=InPlace(k_cache),
+        v_cache=InPlace(v_cache), context=context, epsilon=epsilon, _warps=warps_of(rows, **constants), **constants,
     )  # fmt: skip
 
 
@@ -138,17 +139,30 @@ ROPE_AND_CACHE = Operation(
 def rope_and_cache(
     q: Any, k: Any, v: Any, frequencies: Any, position: Any, k_cache: Any, v_cache: Any, *,
     interleaved: bool, q_norm: Any = None, k_norm: Any = None, epsilon: float = 1e-6,
-) -> Any:  # fmt: skip
-    """Turns queries and keys, writes keys and values to the cache; returns the queries, float32 [T, heads * head_dim].
+) -> Array:  # fmt: skip
+    """Turns queries and keys, writes keys and values to the cache; returns the queries, of q's shape and type.
 
-    q float32 [T, heads * head_dim], k and v [T, kv_heads * head_dim], frequencies float32 [head_dim / 2], position
-    int32 [1] (of the first token), caches [kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm
-    (both [head_dim]) every query and key head goes through RMSNorm first. Positions from `context` on are dropped.
+    q float32 [sequences * T, heads * head_dim], one sequence's rows after the other's, k and v [sequences * T,
+    kv_heads * head_dim], frequencies float32 [head_dim / 2], position int32 [sequences] (of each one's first token),
+    caches [sequences, kv_heads, context, head_dim] of float32 or float16. With q_norm and k_norm (both [head_dim])
+    every query and key head goes through RMSNorm first. Positions below 0 and from `context` on are dropped.
     """
+    if len(k_cache.shape) != 4:
+        raise ValueError(
+            f"rope_and_cache: the cache has shape {tuple(k_cache.shape)}, expected [sequences, kv_heads, context, "
+            "head_dim]"
+        )
     return ROPE_AND_CACHE(
         q, k, v, frequencies, position, k_cache, v_cache, q_norm, k_norm, interleaved=interleaved,
         epsilon=float(epsilon),
     )  # fmt: skip
+
+
+def warps_of(rows: int, GROUP: int, BLOCK: int, INTERLEAVED: bool, **_: Any) -> int:
+    """For GPUs, one angle for each thread where there are few programs: each waits for memory, a sine and a cosine
+    once. 0: the compiler chooses."""
+    angles = BLOCK if INTERLEAVED else BLOCK * tl.next_power_of_2(GROUP)
+    return min(8, max(1, angles // 32)) if rows <= 16 else 0
 
 
 def head_arguments(group: int, head_dim: int, interleaved: bool, norm: bool) -> dict[str, Any]:

@@ -40,11 +40,11 @@ LARGEST_INT = tl.constexpr(2**31 - 1)
 
 
 class SamplingState(NamedTuple):
-    """What steps hand on, all on the device.
+    """What steps hand on, all on the device, of S sequences (of one, arrays of two axes may lack the first).
 
-    token int32 [1]: the latest token. position int32 [1]: where the next token to be processed stands. history int32
-    [context]: every token at its position. options float32 [4]: temperature, top_p (1: off), min_p (0: off),
-    repetition penalty (1: off). limits int64 [3]: seed, top_k (0: off), window (0: off).
+    token int32 [S]: the latest token. position int32 [S]: where the next token to be processed stands. history int32
+    [S, context]: every token at its position. options float32 [S, 4]: temperature, top_p (1: off), min_p (0: off),
+    repetition penalty (1: off). limits int64 [S, 3]: seed, top_k (0: off), window (0: off).
     """
 
     token: Any
@@ -59,8 +59,17 @@ def sample_kernel(
     logits, weights, token, position, history, options, limits, vocabulary, tokens, context, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr = 1,
 ):  # fmt: skip
-    """One program. logits float32 [vocabulary] are those of the last of the `tokens` that this step processed;
-    weights is scratch of the same size. A pass loads CHUNK blocks at once and waits for them together."""
+    """One program a sequence. logits float32 [sequences, vocabulary] are those of the last of the `tokens` of each that
+    this step processed; weights is scratch of the same size. A pass loads CHUNK blocks at once and waits for them
+    together. A sequence at a position below 0 stays as it is."""
+    sequence = tl.program_id(0)
+    logits += sequence.to(tl.int64) * vocabulary
+    weights += sequence.to(tl.int64) * vocabulary
+    history += sequence.to(tl.int64) * context
+    token += sequence
+    position += sequence
+    options += sequence * 4
+    limits += sequence * 3
     temperature = tl.load(options)
     place = tl.load(position) + tokens
     penalty = tl.load(options + 3)
@@ -84,10 +93,11 @@ def sample_kernel(
             lowest = tl.maximum(lowest, lowest_kept(weights, top_k, top_p, vocabulary, CHUNK, BLOCK))
             total = kept(weights, lowest, vocabulary, True, CHUNK, BLOCK)
         choice = draw(weights, tl.rand(seed, place) * total, lowest, vocabulary, CHUNK, BLOCK)
-    tl.store(token, choice)
-    if place < context:
-        tl.store(history + place, choice)
-    tl.store(position, place)
+    if place >= tokens:
+        tl.store(token, choice)
+        if place < context:
+            tl.store(history + place, choice)
+        tl.store(position, place)
 
 
 @jit
@@ -205,32 +215,42 @@ def draw(weights, target, lowest, count, CHUNK: tl.constexpr, BLOCK: tl.constexp
     return block + tl.minimum(first, last)
 
 
+def _sample_rule(logits: Array, token: Array, *others: Array, tokens: int) -> list[Any]:
+    vocabulary, sequences = logits.shape[-1], token.shape[0]
+    if logits.size != sequences * vocabulary:
+        raise ValueError(
+            f"sample: logits have shape {logits.shape}, expected {(sequences, vocabulary)}: the state is of "
+            f"{sequences} sequences"
+        )
+    return []
+
+
 def _sample_lower(
     target: str, logits: Array, token: Array, position: Array, history: Array, options: Array, limits: Array,
     tokens: int,
 ) -> None:  # fmt: skip
-    vocabulary = logits.shape[-1]
+    vocabulary, sequences = logits.shape[-1], token.shape[0]
     launch(
-        sample_kernel, (1,), logits=logits, weights=Output((vocabulary,), "float32"), token=InPlace(token),
-        position=InPlace(position), history=InPlace(history), options=options, limits=limits,
-        vocabulary=vocabulary, tokens=tokens, context=history.shape[0], **blocks(target, vocabulary),
+        sample_kernel, (sequences,), logits=logits, weights=Output((sequences, vocabulary), "float32"),
+        token=InPlace(token), position=InPlace(position), history=InPlace(history), options=options, limits=limits,
+        vocabulary=vocabulary, tokens=tokens, context=history.shape[-1], **blocks(target, vocabulary),
     )  # fmt: skip
 
 
 SAMPLE = Operation(
-    "sample", rule=lambda *operands, tokens: [], lower=_sample_lower, updates=(1, 2, 3),
-    vjp="a choice has no small changes",
-)  # fmt: skip
+    "sample", rule=_sample_rule, lower=_sample_lower, updates=(1, 2, 3), vjp="a choice has no small changes"
+)
 
 
 def sample(logits: Any, state: SamplingState, tokens: int = 1) -> None:
-    """Chooses the token after the `tokens` tokens that a step has processed, from the last one's logits (float32
-    [vocabulary] or [1, vocabulary]): state.token, state.position (by `tokens`) and state.history change in place."""
+    """Chooses each sequence's token after the `tokens` tokens that a step has processed, from the last one's logits
+    (float32 [sequences, vocabulary], of one also [vocabulary]): state.token, state.position (by `tokens`) and
+    state.history change in place. ValueError for logits of another number of sequences."""
     SAMPLE(logits, state.token, state.position, state.history, state.options, state.limits, tokens=tokens)
 
 
 def blocks(target: str, vocabulary: int) -> dict[str, int]:
-    """Logits at a time, and warps, on a target: one program must be quick on all of them."""
+    """Logits at a time, and warps: one program must be quick on all of them."""
     if target == "cuda":  # 128,256 logits: 4 iterations a pass, each with 16 loads of 16 bytes a thread at once
         return {"BLOCK": 4096, "CHUNK": 8, "_warps": 16}
     if target == "cpu":
