@@ -30,15 +30,15 @@ if TYPE_CHECKING:
         uint32,
         uint64,
     )
-    from nitinol.language.jit import jit
     from nitinol.runtime import get_device, open_device, set_device, using_device
     from nitinol.runtime.cpu import CpuDevice
+    from nitinol.runtime.kernel import jit
     from nitinol.runtime.launch import interpret
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "jit": "nitinol.language.jit",
+    "jit": "nitinol.runtime.kernel",
     "interpret": "nitinol.runtime.launch",
     "CpuDevice": "nitinol.runtime.cpu",
     **dict.fromkeys(("get_device", "open_device", "set_device", "using_device"), "nitinol.runtime"),

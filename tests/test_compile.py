@@ -14,7 +14,7 @@ import nitinol.array as nn
 import nitinol.language as tl
 from nitinol.array import InPlace, Output, QuantizedArray, Strided, launch
 from nitinol.array.evaluation import get_device
-from nitinol.language.jit import jit
+from nitinol.runtime.kernel import jit
 
 random = np.random.default_rng()
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # a few roundings of float32

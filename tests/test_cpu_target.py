@@ -13,7 +13,7 @@ import nitinol.language as tl
 from nitinol.array import Output, launch
 from nitinol.compiler import interpreter
 from nitinol.compiler.cpu import streaming
-from nitinol.language.jit import jit
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 pytestmark = pytest.mark.cpu

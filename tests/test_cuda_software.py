@@ -25,9 +25,9 @@ from nitinol.generate.model import load
 from nitinol.generate.options import Options
 from nitinol.kernels import attention, linear, norm, quantized, rope
 from nitinol.kernels.activations import quantize_activations
-from nitinol.language.jit import jit
 from nitinol.language.types import float16
 from nitinol.runtime import using_device
+from nitinol.runtime.kernel import jit
 
 DTYPES = (*INTEGERS, *FLOATS)
 WARPS = (1, 2, 4, 8)

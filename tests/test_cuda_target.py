@@ -20,7 +20,7 @@ from nitinol.formats.quantization import quantize
 from nitinol.kernels import attention, matvec
 from nitinol.kernels.activations import quantize_activations_reference
 from nitinol.kernels.quantized import run_arguments
-from nitinol.language.jit import jit
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 DTYPES = (*INTEGERS, *FLOATS)

@@ -16,7 +16,8 @@ from nitinol.kernels.decode import BLOCK_FORMATS
 from nitinol.kernels.matvec import matvec_kernel
 from nitinol.kernels.quantized import run_arguments
 from nitinol.kernels.tiles import beside
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
+from nitinol.runtime.kernel import jit
 
 
 def compiled(kernel, dialect, simdgroups=1, **arguments):

@@ -23,8 +23,9 @@ from nitinol.formats.quantization import quantize
 from nitinol.kernels import attention, matvec
 from nitinol.kernels.activations import quantize_activations_reference
 from nitinol.kernels.quantized import run_arguments
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
 from nitinol.language.types import PointerType, bfloat16, float32, float64
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 DTYPES = (*INTEGERS, *(t for t in FLOATS if t != float64))

@@ -21,8 +21,9 @@ from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
 from nitinol.kernels import attention, linear, matvec
 from nitinol.kernels.activations import quantize_activations_reference
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
 from nitinol.language.types import bfloat16
+from nitinol.runtime.kernel import jit
 
 
 @pytest.fixture(autouse=True)

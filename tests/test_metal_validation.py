@@ -17,8 +17,8 @@ import softmetal
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
 from nitinol.kernels import activations, attention, matmul, matvec, norm, quantized, rope, sampling, softmax
-from nitinol.language.jit import jit
 from nitinol.runtime.device import DeviceError
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 6)
@@ -53,7 +53,7 @@ def check(kernel, grid, expected, tolerance=CLOSE, **arguments):
         softmetal.set_seed(seed)
         outputs = {name: arguments[name].copy() if name in arguments else poisoned(value.shape, dtype_of(value))
                    for name, value in expected.items()}  # fmt: skip
-        kernel[grid](**{**arguments, **outputs})
+        jit(kernel)[grid](**{**arguments, **outputs})
         if first is None:
             first = outputs
             for name, value in expected.items():
