@@ -33,8 +33,9 @@ from nitinol.runtime.memory import Block, Pool, available_memory
 # Units of work an entry is cut into, for each worker: the last, smallest piece is 1/32 of a worker's share.
 UNITS_PER_WORKER = 32
 NEVER = 2**63 - 1
-# A list with an entry of more programs than this, or with a kernel that may not end, is left to the pool's threads: the
-# thread that waits would hear of Ctrl-C only when its piece of the kernel is finished.
+# A list with an entry of more programs than this is left to the pool's threads, and so is a single launch of a kernel
+# that may not end: the thread that waits would hear of Ctrl-C only when its piece of the kernel is finished. Longer
+# lists are not, whatever their kernels: sampling has a while loop, and a token should not wait for a thread to wake up.
 MOST_ALONG = 1 << 20
 UNSET = (0,) * 8  # the second half of a list's header and of an entry: what a run writes
 MOST_FAILED = 4096  # failures that are kept for a wait
@@ -323,7 +324,7 @@ class CpuDevice:
         head = (address + 8 * cpu_executor.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile,
                 scratch, stride, 2 * self.threads)
         words[:] = array("q", [*head, *UNSET, *rows, *values])
-        long = largest > MOST_ALONG or any(getattr(kernel, "may_not_end", False) for kernel in kernels)
+        long = largest > MOST_ALONG or (count == 1 and any(getattr(kernel, "may_not_end", False) for kernel in kernels))
         return _Encoded(self, words, address, places, long, (tuple(commands.entries), tuple(commands.kept)))
 
     def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], list[int]]:
