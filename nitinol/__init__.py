@@ -15,12 +15,12 @@ if _typing.TYPE_CHECKING:
     from nitinol.graph.array import Array as Array
     from nitinol.graph.conversion import array as array
     from nitinol.graph.conversion import asarray as asarray
-    from nitinol.language.jit import jit as jit
     from nitinol.runtime import get_device as get_device
     from nitinol.runtime import open_device as open_device
     from nitinol.runtime import set_device as set_device
     from nitinol.runtime import using_device as using_device
     from nitinol.runtime.cpu import CpuDevice as CpuDevice
+    from nitinol.runtime.kernel import jit as jit
     from nitinol.runtime.launch import interpret as interpret
 
 __version__ = "0.1.0"
@@ -30,7 +30,8 @@ _PLACES = {
         "cdiv next_power_of_2 autotune Config heuristics int1 int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
         "float16 bfloat16 float32 float64"  # so that a Triton kernel runs with `import nitinol as triton`
     ),
-    "nitinol.language.jit": "jit JITFunction",
+    "nitinol.language.jit": "JITFunction",
+    "nitinol.runtime.kernel": "jit",
     "nitinol.runtime": "get_device open_device set_device using_device",
     "nitinol.runtime.launch": "interpret",
     "nitinol.runtime.cpu": "CpuDevice",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nitinol.language.types import bfloat16
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 ENGINES = ("native", "interpreter")
@@ -25,7 +26,7 @@ class BFloat16:
 def run(engine: str, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Every program instance of the kernel; results are written to the arrays among the arguments."""
     with interpret() if engine == "interpreter" else nullcontext():
-        kernel[grid](**arguments)
+        jit(kernel)[grid](**arguments)
 
 
 def poisoned(shape: Any, dtype: Any = np.float32) -> np.ndarray:

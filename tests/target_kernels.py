@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import nitinol.language as tl
-from nitinol.language.jit import jit
 from nitinol.language.types import bfloat16
+from nitinol.runtime.kernel import jit
 
 
 class BFloat16:

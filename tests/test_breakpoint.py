@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.language.jit import jit
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 

@@ -152,6 +152,87 @@ def test_a_folder_of_somebody_else_is_not_used(place, monkeypatch, capsys):
     assert len(entries(place)) == 1
 
 
+posix = pytest.mark.skipif(os.name != "posix", reason="modes and links are POSIX")
+
+
+def refused(capsys, because: str) -> None:
+    """The cache does not give what is there, and says why, once."""
+    assert cache.get("key") is None
+    assert cache.get("key") is None
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and because in lines[0] and "NITINOL_CACHE_DIR" in lines[0]
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o720, 0o702])
+def test_a_folder_that_others_may_write_to_is_not_used(place, capsys, mode):
+    cache.put("key", b"data")
+    place.chmod(mode)
+    refused(capsys, f"mode {mode:04o}")
+    cache.put("other", b"data")
+    assert len(entries(place)) == 1
+    place.chmod(0o755)
+    assert cache.get("key") == b"data"
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
+def test_an_entry_that_others_may_write_to_is_not_used(place, capsys, mode):
+    cache.put("key", b"data")
+    (path,) = entries(place)
+    path.chmod(mode)
+    refused(capsys, f"mode {mode:04o}")
+    cache.put("key", b"newer")  # takes its place
+    assert cache.get("key") == b"newer"
+
+
+@posix
+def test_links_are_not_followed(place, tmp_path, monkeypatch, capsys):
+    cache.put("key", b"data")
+    (path,) = entries(place)
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    refused(capsys, "symbolic link")
+    monkeypatch.setattr(cache, "_warned", False)
+    path.unlink()
+    elsewhere.rename(path)
+    assert cache.get("key") == b"data"
+    link = tmp_path / "link"
+    link.symlink_to(place)
+    monkeypatch.setenv("NITINOL_CACHE_DIR", str(link))
+    refused(capsys, "symbolic link")
+    cache.put("other", b"data")
+    assert len(entries(place)) == 1
+
+
+@posix
+def test_only_regular_files_are_read(place, capsys):
+    cache.put("key", b"data")
+    (path,) = entries(place)
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    refused(capsys, "not a regular file")  # and nobody waits for a writer
+    path.unlink()
+    path.mkdir()
+    assert cache.get("key") is None
+
+
+@posix
+def test_an_entry_of_somebody_else_is_not_used(place, monkeypatch, capsys):
+    cache.put("key", b"data")
+    (path,) = entries(place)
+    check = cache._check
+
+    def other(which, status, *rest):
+        if which == path:
+            status = os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
+        check(which, status, *rest)
+
+    monkeypatch.setattr(cache, "_check", other)
+    refused(capsys, "belongs to another user")
+
+
 def test_the_oldest_go_first(place):
     now = time.time()
     for i in range(10):

@@ -13,9 +13,9 @@ import nitinol
 import nitinol as nn
 import nitinol.language as tl
 from nitinol.graph.launch import InPlace, Output, Strided, launch
-from nitinol.language.jit import jit
 from nitinol.ops.quantized import stored_array
 from nitinol.runtime import get_device
+from nitinol.runtime.kernel import jit
 
 random = np.random.default_rng()
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # a few roundings of float32

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import native
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import nitinol.language as tl
 from nitinol import Output, launch
 from nitinol.compiler import interpreter
 from nitinol.compiler.cpu import streaming
-from nitinol.language.jit import jit
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 pytestmark = pytest.mark.cpu
@@ -170,6 +174,54 @@ def test_interpreted_and_compiled_launches_give_the_same():
     with interpret():
         reverse_in_place[(1,)](two, 100, BLOCK=128)
     np.testing.assert_array_equal(one, two)
+
+
+ENDLESS = """
+import os, signal, sys, threading, time
+import numpy as np
+import nitinol.language as tl
+from nitinol.runtime.cpu import CpuDevice
+from nitinol.runtime import set_device
+from nitinol.runtime.kernel import jit
+
+@jit
+def endless(x):
+    while tl.load(x) == 0.0:
+        tl.atomic_add(x + 1, 1.0)
+
+@jit
+def many(x):
+    tl.store(x + tl.program_id(0) % 2, tl.program_id(1).to(tl.float32))
+
+set_device(CpuDevice(int(sys.argv[1])))
+x = np.ones(2, np.float32)
+endless[(1,)](x)  # compiled
+many[(1, 1)](x)
+x[:] = 0
+def interrupt():
+    time.sleep(0.3)
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    endless[(1,)](x) if sys.argv[2] == "while" else many[(2**16, 2**14 - 1, 2)](x)
+except KeyboardInterrupt:
+    print(time.monotonic() - sent, flush=True)
+    os._exit(0)
+print("ended")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("what", ["while", "grid"])
+def test_ctrl_c_ends_the_wait_for_what_takes_forever(tmp_path, what, threads):
+    path = tmp_path / "endless.py"
+    path.write_text(ENDLESS)
+    done = subprocess.run([sys.executable, str(path), str(threads), what], capture_output=True, text=True, timeout=60)
+    # 50 ms for the slice of the wait, and as much again until this process gets a processor: cores are shared.
+    assert done.stderr == "" and float(done.stdout) < 0.2, done.stderr
 
 
 @jit

@@ -23,12 +23,12 @@ from nitinol.compiler import interpreter
 from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import load
 from nitinol.generate.options import Options
-from nitinol.language.jit import jit
 from nitinol.language.types import float16
 from nitinol.ops import attention, linear, norm, quantized, rope
 from nitinol.ops.activations import quantize_activations
 from nitinol.ops.quantized import stored_array
 from nitinol.runtime import using_device
+from nitinol.runtime.kernel import jit
 
 DTYPES = (*INTEGERS, *FLOATS)
 WARPS = (1, 2, 4, 8)

@@ -17,10 +17,10 @@ from nitinol.compiler import interpreter
 from nitinol.compiler.gpu import cuda
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
-from nitinol.language.jit import jit
 from nitinol.ops import attention, matvec
 from nitinol.ops.activations import quantize_activations_reference
 from nitinol.ops.quantized import run_arguments
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 DTYPES = (*INTEGERS, *FLOATS)

@@ -11,7 +11,7 @@ from test_frontend import build
 
 import nitinol.language as tl
 from nitinol.compiler.errors import CompilationError
-from nitinol.language import jit
+from nitinol.runtime.kernel import jit
 
 X = np.zeros(64, np.float32)
 PLAIN = 3

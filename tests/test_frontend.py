@@ -9,8 +9,9 @@ import pytest
 import nitinol.language as tl
 from nitinol.compiler import interpreter, ir
 from nitinol.compiler.frontend import build_ir
-from nitinol.language import jit, specialise
+from nitinol.language import specialise
 from nitinol.runtime import get_device
+from nitinol.runtime.kernel import jit
 
 
 def build(kernel, *arguments, **keywords):
@@ -29,7 +30,7 @@ def runner(engine):
     def run(kernel, grid, *arguments, **keywords):
         function, values = build(kernel, *arguments, **keywords)
         if engine == "native" and get_device().name != "cpu":
-            kernel[grid](*arguments, **keywords)
+            jit(kernel)[grid](*arguments, **keywords)
         else:
             ENGINES[engine](function, (*grid, 1, 1)[:3], values)
         return function

@@ -12,11 +12,12 @@ import nitinol.language as tl
 from nitinol.compiler.driver import tile_ir
 from nitinol.compiler.gpu import compile_function, cuda, metal
 from nitinol.formats.blocks import FORMATS
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
 from nitinol.ops.decode import BLOCK_FORMATS
 from nitinol.ops.matvec import matvec_kernel
 from nitinol.ops.quantized import run_arguments
 from nitinol.ops.tiles import beside
+from nitinol.runtime.kernel import jit
 
 
 def compiled(kernel, dialect, simdgroups=1, **arguments):

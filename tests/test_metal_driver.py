@@ -24,10 +24,11 @@ import nitinol.language as tl
 import softmetal
 from nitinol.compiler.driver import tile_ir
 from nitinol.compiler.gpu import Executable, compile_function
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
 from nitinol.language.types import int64
 from nitinol.runtime import metal
 from nitinol.runtime.device import DeviceError, slot
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.metal import MetalDevice
 
 PAGE = mmap.PAGESIZE

@@ -20,11 +20,12 @@ from nitinol.compiler.errors import CompilationError
 from nitinol.compiler.gpu import compile_function
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
 from nitinol.language.types import PointerType, bfloat16, float32, float64
 from nitinol.ops import attention, matvec
 from nitinol.ops.activations import quantize_activations_reference
 from nitinol.ops.quantized import run_arguments
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.launch import interpret
 
 DTYPES = (*INTEGERS, *(t for t in FLOATS if t != float64))

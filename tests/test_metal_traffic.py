@@ -19,10 +19,11 @@ from nitinol.compiler.driver import tile_ir
 from nitinol.compiler.gpu import compile_function
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import quantize
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
 from nitinol.language.types import bfloat16
 from nitinol.ops import attention, linear, matvec
 from nitinol.ops.activations import quantize_activations_reference
+from nitinol.runtime.kernel import jit
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ import nitinol.language as tl
 import softmetal
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.language.jit import jit
 from nitinol.ops import activations, attention, matmul_kernels, matvec, norm, quantized, rope, sampling, softmax
 from nitinol.runtime.device import DeviceError
+from nitinol.runtime.kernel import jit
 from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 6)
@@ -53,7 +53,7 @@ def check(kernel, grid, expected, tolerance=CLOSE, **arguments):
         softmetal.set_seed(seed)
         outputs = {name: arguments[name].copy() if name in arguments else poisoned(value.shape, dtype_of(value))
                    for name, value in expected.items()}  # fmt: skip
-        kernel[grid](**{**arguments, **outputs})
+        jit(kernel)[grid](**{**arguments, **outputs})
         if first is None:
             first = outputs
             for name, value in expected.items():

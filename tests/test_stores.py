@@ -14,7 +14,8 @@ from nitinol.compiler.driver import compile_kernel, tile_ir
 from nitinol.compiler.gpu import compile_function
 from nitinol.compiler.interpreter import run
 from nitinol.compiler.stores import stores
-from nitinol.language.jit import jit, specialise
+from nitinol.language.jit import specialise
+from nitinol.runtime.kernel import jit
 
 pytestmark = pytest.mark.cpu
 

@@ -10,7 +10,7 @@ import pytest
 from test_frontend import ENGINES, runner
 
 import nitinol.language as tl
-from nitinol.language import jit
+from nitinol.runtime.kernel import jit
 
 
 @pytest.fixture(params=ENGINES)

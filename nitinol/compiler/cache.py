@@ -5,19 +5,23 @@ Any number of processes may use it at once. Whatever goes wrong, the answer is "
 or altered is removed, and a disk that is full or not writable costs one line on stderr, once per process.
 
 File: 8 bytes magic, the data's length (8 bytes, little endian), SHA-256 of key and data (32 bytes), the data. The
-digest finds accidents; the folder belongs to the user alone (mode 0700), and one that others own is not used.
+digest finds accidents. What is in an entry will run, so that only what nobody else can have written is read: folder and
+entry belong to the user, nobody else may write to them, neither is a symbolic link, and an entry is a regular file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
 import random
+import stat
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nitinol import __version__
@@ -27,8 +31,14 @@ _MAGIC = b"NITINOL1"
 _HEADER_BYTES = 8 + 8 + 32
 _STALE_SECONDS = 3600  # a temporary file of that age belongs to no running process
 
+_CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+
 _warned = False
 _swept = False
+
+
+class Untrusted(Exception):
+    """Somebody else may have written the folder or the entry."""
 
 
 def folder() -> Path | None:
@@ -51,7 +61,9 @@ def get(key: str) -> bytes | None:
         path = _path(key)
         if path is None:
             return None
-        with open(path, "rb") as file:
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | _CAREFULLY | getattr(os, "O_BINARY", 0)), "rb") as file:
+            _check(path, os.fstat(file.fileno()), stat.S_ISREG, "a regular file")
             size = os.fstat(file.fileno()).st_size
             entry = file.read() if size <= LIMIT_BYTES else b""
         data = entry[_HEADER_BYTES:]
@@ -61,7 +73,14 @@ def get(key: str) -> bytes | None:
         with contextlib.suppress(OSError):
             os.utime(path)  # the oldest by use are removed first
         return data
-    except (OSError, ValueError):  # ValueError: a null character in the folder's name
+    except Untrusted as error:
+        _warn(error)
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            _warn(Untrusted(f"{error.filename} is a symbolic link"))
+        return None
+    except ValueError:  # a null character in the folder's name
         return None
 
 
@@ -73,6 +92,7 @@ def put(key: str, data: bytes) -> None:
         if path is None or len(data) > LIMIT_BYTES // 8:
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _path(key)  # the folder may have come from somebody else just now
         handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
         with open(handle, "wb") as file:
             file.write(_header(key, data))
@@ -80,7 +100,7 @@ def put(key: str, data: bytes) -> None:
         os.replace(temporary, path)  # others see the whole entry or none
         temporary = ""
         _sweep_sometimes(path.parent)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Untrusted) as error:
         _warn(error)
     finally:
         if temporary:
@@ -98,15 +118,26 @@ def compiler_version() -> str:
 
 
 def _path(key: str) -> Path | None:
-    """The key's file, unless the folder is somebody else's: it holds code that will run."""
+    """The key's file. Raises Untrusted if others may write to the folder."""
     place = folder()
     if place is None:
         return None
-    if hasattr(os, "getuid"):
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(place).st_uid != os.getuid():
-                raise PermissionError(f"{place} belongs to another user")
+    with contextlib.suppress(FileNotFoundError):
+        _check(place, os.lstat(place), stat.S_ISDIR, "a folder")
     return place / hashlib.sha256(key.encode()).hexdigest()
+
+
+def _check(path: Path, status: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> None:
+    """Raise Untrusted unless this is of that kind, and only the user can have written it."""
+    if stat.S_ISLNK(status.st_mode):
+        raise Untrusted(f"{path} is a symbolic link")
+    if not is_kind(status.st_mode):
+        raise Untrusted(f"{path} is not {kind}")
+    if hasattr(os, "getuid"):  # elsewhere a user's folders are the user's
+        if status.st_uid != os.getuid():
+            raise Untrusted(f"{path} belongs to another user")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise Untrusted(f"other users may write to {path}, mode {stat.S_IMODE(status.st_mode):04o}")
 
 
 def _header(key: str, data: bytes) -> bytes:
@@ -152,7 +183,7 @@ def _warn(error: Exception) -> None:
         if isinstance(error, OSError) and error.strerror is not None:  # without Python's "[Errno 17]"
             why = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         print(
-            f"nitinol: compiled kernels are not kept on disk ({why}); set NITINOL_CACHE_DIR to a folder of yours "
-            "that can be written to, or to nothing to stop asking",
+            f"nitinol: compiled kernels are not kept on disk ({why}); set NITINOL_CACHE_DIR to a folder that you, and "
+            "only you, can write to (mode 0700), or to nothing to stop asking",
             file=sys.stderr,
         )

@@ -37,13 +37,14 @@ def compile_kernel(
 
     `aliases`: one number per run-time parameter; pointers with equal numbers may point into the same memory.
     """
-    key = (kernel, signature, aliases, target)
+    identity = kernel.cache_key  # not the kernel: one that is defined again, in a loop, is compiled once
+    key = (identity, kernel.__name__, signature, aliases, target)
     found = _compiled.get(key)
     if found is None:
-        identity = f"{kernel.cache_key}/{signature}"
         source = functools.cache(lambda: _without_breakpoints(tile_ir(kernel, signature)))
         aliases = aliases or tuple(range(len(signature.parameters)))
-        found = _compile(target, kernel.__name__, source, aliases, identity, signature.warps, signature.stages)
+        found = _compile(target, kernel.__name__, source, aliases, f"{identity}/{signature}", signature.warps,
+                         signature.stages)
         _compiled[key] = found
     return found
 

@@ -1,5 +1,7 @@
 """`@jit`: a Python function as a kernel, and the specialisation of a kernel on the arguments of a call.
 
+A kernel here is source and parameters; `nitinol.jit` (runtime/kernel.py) makes one that can also be launched.
+
 As in Triton a kernel is compiled once for every combination of argument types, constexpr values, integers equal to 1
 (they become constants) and integers and addresses divisible by 16.
 """
@@ -76,7 +78,7 @@ class Signature:
 
 
 class JITFunction(Source):
-    """A kernel: `kernel[grid](*arguments)` compiles and runs it, calls from other kernels are inlined."""
+    """A kernel: calls from other kernels are inlined."""
 
     def __init__(
         self,
@@ -87,36 +89,6 @@ class JITFunction(Source):
         super().__init__(function)
         self._unspecialised = frozenset(do_not_specialize)
         self._unaligned = frozenset(do_not_specialize_on_alignment)
-
-    # ---------------------------------------------------------------------------------------------- running
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        """The launcher for a grid: a tuple of one to three extents, or a function of the arguments giving one."""
-
-        def launcher(*arguments: Any, **keywords: Any) -> Any:
-            from nitinol.runtime.launch import launch
-
-            return launch(self, grid, arguments, keywords)
-
-        return launcher
-
-    def run(self, *arguments: Any, grid: Any, warmup: bool = False, **keywords: Any) -> Any:
-        """`kernel[grid](...)` spelt as a method."""
-        return self.warmup(*arguments, grid=grid, **keywords) if warmup else self[grid](*arguments, **keywords)
-
-    def warmup(self, *arguments: Any, grid: Any = (1,), **keywords: Any) -> Any:
-        """Compiles for these arguments without running; a dtype stands for an aligned array of it.
-
-        Returns the compiled kernel: `.asm["ir"]`, `.asm["llvm"]`, `.asm["asm"]` are what was made.
-        """
-        from nitinol.runtime.launch import warmup
-
-        given = self.bind(arguments, keywords)
-        for parameter in self.parameters:
-            value = core.unwrap(given.get(parameter.name))
-            if isinstance(value, DType) and not parameter.is_constexpr:
-                given[parameter.name] = _Placeholder(value)
-        return warmup(self, given, keywords)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if core._state.builder is None:
@@ -179,20 +151,15 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     indices of parameters); Triton's `version`, `debug`, `noinline`, `repr`, `launch_metadata` are ignored."""
     if function is None:
         return lambda f: jit(f, **options)
-    if isinstance(function, JITFunction):
-        return function
-    kept = {k: v for k, v in options.items() if k.startswith("do_not_specialize") and v is not None}
-    return JITFunction(function, **kept)
+    return function if isinstance(function, JITFunction) else JITFunction(function, **known_options(options))
+
+
+def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `jit`'s options that are not ignored."""
+    return {k: v for k, v in options.items() if k.startswith("do_not_specialize") and v is not None}
 
 
 # -------------------------------------------------------------------------------------------------- specialisation
-
-
-class _Placeholder:
-    """Stands for an aligned array of a dtype in `warmup`."""
-
-    def __init__(self, dtype: DType) -> None:
-        self.__nitinol_pointer__ = (0, dtype)
 
 
 def specialise(
@@ -208,8 +175,7 @@ def specialise(
         arguments = [arguments[p.name] for p in parameters]
     elif len(arguments) != len(parameters):
         raise TypeError(f"{kernel.__name__} takes {len(parameters)} arguments, found {len(arguments)}")
-    if kernel.used_globals:
-        kernel.check_globals()
+    kernel.check_globals()
     tags: list[str] = []
     constants: dict[str, Any] = {}
     values: list[Any] = []

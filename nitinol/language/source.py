@@ -1,4 +1,8 @@
-"""The source of a kernel: text, syntax tree, places, free variables, and a hash of all that it depends on."""
+"""The source of a kernel: text, syntax tree, places, free variables, and a hash of all that it depends on.
+
+The text is the file's when the decorator runs, which is what Python has executed: a file that is edited later changes
+nothing in this process.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import linecache
 import textwrap
 from collections.abc import Callable
 from functools import cached_property
@@ -29,17 +34,20 @@ class Source:
         self.__module__ = function.__module__
         self.__doc__ = function.__doc__
         self.file = function.__code__.co_filename
-        self.used_globals: list[tuple[Source, ast.AST, Any]] = []  # filled by `cache_key`
+        linecache.checkcache(self.file)
+        self._file_lines = linecache.getlines(self.file, function.__globals__)
+        self._key = ""
+        self._used: list[tuple[Source, ast.AST, Any]] = []  # what `_key` covers: a name or attribute, and its value
 
     def __repr__(self) -> str:
         return f"<jit function {self.__module__}.{self.__qualname__}>"
 
     @cached_property
     def _source_lines(self) -> tuple[list[str], int]:
-        try:
-            return inspect.getsourcelines(self.fn)
-        except (OSError, TypeError) as error:
-            raise ValueError(f"the source of {self.__name__} cannot be read: define kernels in a file") from error
+        first = self.fn.__code__.co_firstlineno
+        if first > len(self._file_lines):
+            raise ValueError(f"the source of {self.__name__} cannot be read: define kernels in a file")
+        return inspect.getblock(self._file_lines[first - 1:]), first
 
     @cached_property
     def source(self) -> str:
@@ -86,25 +94,36 @@ class Source:
             return self.lookup(node.id, absent)
         if isinstance(node, ast.Attribute):
             owner = self.resolve(node.value, ABSENT)
-            return getattr(owner, node.attr, absent) if isinstance(owner, ModuleType) else absent
+            return getattr(owner, node.attr, absent) if isinstance(owner, (ModuleType, type)) else absent
         return absent
 
-    @cached_property
+    @property
     def cache_key(self) -> str:
-        """A hash of the source and of all that it refers to: other functions, constexpr globals, the tile language."""
-        digest = hashlib.sha256(_language_version())
-        _add_source(self, digest, set(), self.used_globals)
-        return digest.hexdigest()
+        """A hash of the source and of all that it refers to: other functions, constants, the tile language.
+
+        It is another one as soon as a function or a constant that it covers is another one. RuntimeError if a
+        constexpr global has another value than when the kernel was first compiled.
+        """
+        self.check_globals()
+        if not self._key:
+            digest = hashlib.sha256(_language_version())
+            self._used = []
+            _add_source(self, digest, set(), self._used)
+            self._key = digest.hexdigest()
+        return self._key
 
     def check_globals(self) -> None:
-        """RuntimeError if a constexpr global that is part of `cache_key` has another value since."""
-        for function, node, value in self.used_globals:
+        """Forgets a key that no longer covers what the kernel refers to; RuntimeError as `cache_key` raises it."""
+        for function, node, value in self._used:
             now = function.resolve(node)
-            if now is not value and known_text(now) != known_text(value):
+            if now is value or (known_text(value) is not None and known_text(now) == known_text(value)):
+                continue
+            if isinstance(value, constexpr):
                 raise RuntimeError(
                     f"the global {ast.unparse(node)} was {unwrap(value)!r} when {self.__name__} was compiled and is "
                     f"now {unwrap(now)!r}: pass what changes as a constexpr argument"
                 )
+            self._key = ""
 
 
 @functools.cache
@@ -127,15 +146,25 @@ def _add_source(function: Source, digest: Any, seen: set[Any], used: list[Any]) 
         if not isinstance(node, (ast.Name, ast.Attribute)):
             continue
         value = function.resolve(node)
-        value = getattr(value, "jit_function", value)
-        if isinstance(value, Source):
-            _add_source(value, digest, seen, used)
-        elif inspect.isfunction(value) and not value.__module__.startswith("nitinol.language"):
-            digest.update(_function_text(value).encode())
-        elif isinstance(value, (constexpr, DType)):
+        called = getattr(value, "jit_function", value)
+        if isinstance(called, Source):
+            _add_source(called, digest, seen, used)
+        elif inspect.isfunction(called):
+            if called.__module__.startswith("nitinol.language"):  # its text is in the version
+                digest.update(f"{called.__module__}.{called.__qualname__}".encode())
+                if isinstance(node, ast.Attribute):  # tl.load stays what it is
+                    continue
+            else:
+                digest.update(_function_text(called).encode())
+        elif isinstance(value, (constexpr, DType)) or (isinstance(node, ast.Attribute) and _is_plain(value)):
             digest.update(f"{ast.unparse(node)}={known_text(value)}".encode())
-            if isinstance(value, constexpr):
-                used.append((function, node, value))
+        else:
+            continue
+        used.append((function, node, value))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple)) or value is None
 
 
 def _function_text(function: Any) -> str:

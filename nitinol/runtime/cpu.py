@@ -33,6 +33,10 @@ from nitinol.runtime.memory import Block, Pool, available_memory
 # Units of work an entry is cut into, for each worker: the last, smallest piece is 1/32 of a worker's share.
 UNITS_PER_WORKER = 32
 NEVER = 2**63 - 1
+# A list with an entry of more programs than this is left to the pool's threads, and so is a single launch of a kernel
+# that may not end: the thread that waits would hear of Ctrl-C only when its piece of the kernel is finished. Longer
+# lists are not, whatever their kernels: sampling has a while loop, and a token should not wait for a thread to wake up.
+MOST_ALONG = 1 << 20
 UNSET = (0,) * 8  # the second half of a list's header and of an entry: what a run writes
 MOST_FAILED = 4096  # failures that are kept for a wait
 
@@ -152,7 +156,7 @@ class CpuDevice:
         return self._done.value >= sequence
 
     def wait_slice(self, sequence: int, nanoseconds: int, work: bool = True) -> None:
-        self._executor.wait(self._state, sequence, nanoseconds, work)
+        self._executor.wait(self._state, sequence, nanoseconds, work and not self._long_work())
         if self.closed and not self.poll(sequence):
             raise DeviceError(f"device {self.name!r} was closed with work in flight; the results are incomplete")
 
@@ -229,11 +233,13 @@ class CpuDevice:
         flight = _Flight(commands, encoded)
         commands.sequence = encoded.words[cpu_executor.LIST_SEQUENCE] = NEVER
         self._in_flight.append(flight)
+        along = nanoseconds and not self._long_work()
         while True:
-            if nanoseconds:
+            if along:
                 sequence = self._executor.run(self._state, encoded.address, nanoseconds)
             else:
                 sequence = self._executor.submit(self._state, encoded.address)
+                sequence = -sequence if nanoseconds else sequence
             if sequence:
                 break
             self._retire()  # a report was in the way, or the ring is full: then wait for its oldest
@@ -246,6 +252,10 @@ class CpuDevice:
         self.counters.submits += 1
         self.counters.dispatches += encoded.count
         return sequence
+
+    def _long_work(self) -> bool:
+        """Whether something is in flight that a waiting thread should not work on."""
+        return any(flight.encoded.long for flight in list(self._in_flight))
 
     def _retire(self) -> None:
         """Take the reports of failures, and let go of what has run."""
@@ -293,9 +303,10 @@ class CpuDevice:
         status, places = address + 8 * cpu_executor.LIST_STATUS, []
         rows: list[int] = []
         values: list[int] = []
-        total = required = parallel = 0
+        total = required = parallel = largest = 0
         for meeting, (function, (x, y, z), slots) in zip(meetings(e.after for e in commands.entries), lowered):
             programs = x * y * z
+            largest = max(largest, programs)
             unit = max(1, -(-programs // (UNITS_PER_WORKER * self.threads)))
             units = -(-programs // unit)
             required = total if meeting else required
@@ -313,7 +324,8 @@ class CpuDevice:
         head = (address + 8 * cpu_executor.LIST_WORDS, count, total, parallel and self.threads > 1, commands.profile,
                 scratch, stride, 2 * self.threads)
         words[:] = array("q", [*head, *UNSET, *rows, *values])
-        return _Encoded(self, words, address, places, (tuple(commands.entries), tuple(commands.kept)))
+        long = largest > MOST_ALONG or (count == 1 and any(getattr(kernel, "may_not_end", False) for kernel in kernels))
+        return _Encoded(self, words, address, places, long, (tuple(commands.entries), tuple(commands.kept)))
 
     def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], list[int]]:
         """Function address, grid and argument slots; copies and fills are launches of the executor's own kernels."""
@@ -351,12 +363,14 @@ class _Flight:
 class _Encoded:
     """A command list as the executor reads it: header, entries, argument slots, in one piece of memory."""
 
-    def __init__(self, device: CpuDevice, words: memoryview, address: int, places: list[int], kept: tuple[Any, ...]):
+    def __init__(self, device: CpuDevice, words: memoryview, address: int, places: list[int], long: bool,
+                 kept: tuple[Any, ...]):
         self.device = device
         self.words = words
         self.address = address
         self.places = places  # where each entry's slots begin
         self.count = len(places)
+        self.long = long  # see MOST_ALONG
         self.kept = kept  # the executables and buffers that it names
 
     def row(self, entry: int) -> memoryview:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from nitinol.compiler import cache, ir
 from nitinol.compiler.stores import stores
@@ -28,6 +29,7 @@ class Executable:
     aliases: tuple[int, ...]
     source: Callable[[], ir.Function] = field(repr=False)
     stores: frozenset[int] = frozenset()  # the positions of the parameters whose memory it writes
+    may_not_end: bool = False  # whether it has a while loop
 
     @cached_property
     def asm(self) -> dict[str, str]:
@@ -51,26 +53,27 @@ def compile_function(
     from nitinol.compiler.cpu.effects import assertion_number
     from nitinol.compiler.cpu.target import assemble, host_target, load_object, optimise
 
-    stored = None
+    stored, facts = None, dict[str, Any]()
     if key:
-        facts = [key, aliases, host_target().key, cache.compiler_version()]
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        identity = [key, aliases, host_target().key, cache.compiler_version()]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         stored = cache.get(key)
     if stored is None:
         function = source()
-        written = sorted(stores(function))
-        text, scratch_bytes, asserts = generate(function, aliases)
+        facts["stores"] = sorted(stores(function))
+        facts["may_not_end"] = any(op.kind == "while" for op in ir.walk(function.body))
+        text, facts["scratch_bytes"], facts["asserts"] = generate(function, aliases)
         code = assemble(optimise(text))
         if key:
-            head = json.dumps({"scratch_bytes": scratch_bytes, "asserts": asserts, "stores": written}).encode()
+            head = json.dumps(facts).encode()
             cache.put(key, len(head).to_bytes(4, "little") + head + code)
     else:
         size = int.from_bytes(stored[:4], "little")
         facts = json.loads(stored[4 : 4 + size])
-        scratch_bytes, asserts, written = facts["scratch_bytes"], facts["asserts"], facts["stores"]
         code = stored[4 + size :]
-    assertions.update({assertion_number(message): message for message in asserts})
-    return Executable(name, load_object(code, "kernel"), scratch_bytes, aliases, source, frozenset(written))
+    assertions.update({assertion_number(message): message for message in facts["asserts"]})
+    return Executable(name, load_object(code, "kernel"), facts["scratch_bytes"], aliases, source,
+                      frozenset(facts["stores"]), facts["may_not_end"])
 
 
 def generate(function: ir.Function, aliases: tuple[int, ...]) -> tuple[str, int, list[str]]:
