@@ -20,24 +20,25 @@ def attention_gradients_reference(
     causal: bool = False, window: int | None = None, softcap: float | None = None,
     cu_seqlens_q: np.ndarray | None = None, cu_seqlens_k: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """(dq, dk, dv), as `attention_backward`; by the chain rule from the weights, without the shortcuts of the kernels."""
+    """(dq, dk, dv), as `attention_backward`: by the chain rule from the weights, without the kernels' shortcuts."""
     found = _gradients(q, k, v, d_out, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k)
     return found[2], found[3], found[4]
 
 
 def _gradients(q, k, v, d_out, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k):  # type: ignore[no-untyped-def]
     """(out, lse, dq, dk, dv); without d_out the gradients of zeros."""
-    wide = [x.astype(np.float64) for x in (q, k, v, np.zeros(q.shape) if d_out is None else d_out)]
+    q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, np.zeros(q.shape) if d_out is None else d_out))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens_q is None:
-        return _dense(*wide, scale, causal, window, softcap)
+        return _dense(q, k, v, d_out, scale, causal, window, softcap)
     starts = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     out, dq, dk, dv = (np.zeros(x.shape) for x in (q, q, k, v))
     lse = np.full((q.shape[1], q.shape[0]), -np.inf)
     for number in range(len(starts[0]) - 1):
         queries, keys = (slice(s[number], s[number + 1]) for s in starts)
-        parts = [x[rows].swapaxes(0, 1)[None] for x, rows in zip(wide, (queries, keys, keys, queries))]
-        found = _dense(*parts, scale, causal, window, softcap)
+        of_q, of_d_out = (x[queries].swapaxes(0, 1)[None] for x in (q, d_out))
+        of_k, of_v = (x[keys].swapaxes(0, 1)[None] for x in (k, v))
+        found = _dense(of_q, of_k, of_v, of_d_out, scale, causal, window, softcap)
         lse[:, queries] = found[1][0]
         for whole, rows, part in zip((out, dq, dk, dv), (queries, queries, keys, keys), (found[0], *found[2:])):
             whole[rows] = part[0].swapaxes(0, 1)

@@ -52,33 +52,98 @@ def rows_at(base, batch, head, row, batch_stride, head_stride, row_stride):
                    + tl.cast(row, tl.int64) * row_stride)  # fmt: skip
 
 
+def widths(head_dim: int) -> tuple[int, ...]:
+    """The tiles that rows of head_dim values are held in: one, or two where that spares lanes without values (64 and 16
+    for 80, where one tile has 128). 16 is what matrix instructions take at least."""
+    first = 1 << (head_dim.bit_length() - 1)
+    if first == head_dim:
+        return (first,)
+    rest = max(16, tl.next_power_of_2(head_dim - first))
+    return (first, rest) if rest < first else (2 * first,)
+
+
 @jit
-def load_rows(base, at, length, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
-    """Rows `at` as a tile [rows, BLOCK_D], zeros beyond HEAD_DIM and, if RAGGED, in rows not below `length`."""
-    lane = tl.arange(0, BLOCK_D)
+def load_lanes(
+    base, at, length, stride, START: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """Values START to START + WIDTH of rows, zeros beyond END."""
+    lane = START + tl.arange(0, WIDTH)
     pointers = base + at[:, None].to(tl.int64) * stride + lane[None, :]
     if RAGGED:
-        return tl.load(pointers, mask=(at < length)[:, None] & (lane < HEAD_DIM)[None, :], other=0.0)
-    if HEAD_DIM != BLOCK_D:
-        return tl.load(pointers, mask=(lane < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(pointers, mask=(at < length)[:, None] & (lane < END)[None, :], other=0.0)
+    if START + WIDTH > END:
+        return tl.load(pointers, mask=(lane < END)[None, :], other=0.0)
     return tl.load(pointers)
 
 
 @jit
-def store_rows(base, at, length, stride, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes a tile [rows, BLOCK_D] to the rows `at` that are below `length`."""
-    lane = tl.arange(0, BLOCK_D)
-    pointers = base + at[:, None].to(tl.int64) * stride + lane[None, :]
-    tl.store(pointers, value, mask=(at < length)[:, None] & (lane < HEAD_DIM)[None, :])
+def load_rows(base, at, length, stride, HEAD_DIM: tl.constexpr, WIDTHS: tl.constexpr, RAGGED: tl.constexpr):
+    """Rows `at` as a tuple of tiles [rows, width], zeros in lanes beyond HEAD_DIM and, if RAGGED, in rows not below
+    `length`."""
+    first = load_lanes(base, at, length, stride, 0, HEAD_DIM, WIDTHS[0], RAGGED)
+    if len(WIDTHS) == 1:
+        return (first,)
+    return first, load_lanes(base, at, length, stride, WIDTHS[0], HEAD_DIM, WIDTHS[1], RAGGED)
 
 
 @jit
-def operand(tile, factor, DOT: tl.constexpr):
+def store_rows(base, at, length, stride, tiles, factors, HEAD_DIM: tl.constexpr):
+    """Writes tiles [rows, width], times `factors`, to the rows `at` that are below `length`."""
+    for number in tl.static_range(len(tiles)):
+        lane = (tiles[0].shape[1] if number else 0) + tl.arange(0, tiles[number].shape[1])
+        pointers = base + at[:, None].to(tl.int64) * stride + lane[None, :]
+        tl.store(pointers, tiles[number] * factors, mask=(at < length)[:, None] & (lane < HEAD_DIM)[None, :])
+
+
+@jit
+def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    first = tl.zeros((ROWS, WIDTHS[0]), tl.float32)
+    if len(WIDTHS) == 1:
+        return (first,)
+    return first, tl.zeros((ROWS, WIDTHS[1]), tl.float32)
+
+
+@jit
+def converted(tiles, DOT: tl.constexpr):
+    """Tiles in the type that they are multiplied in."""
+    if len(tiles) == 1:
+        return (tiles[0].to(DOT),)
+    return tiles[0].to(DOT), tiles[1].to(DOT)
+
+
+@jit
+def scaled(tiles, factors):
+    """Tiles times a number, or one for each row [rows, 1]."""
+    if len(tiles) == 1:
+        return (tiles[0] * factors,)
+    return tiles[0] * factors, tiles[1] * factors
+
+
+@jit
+def products(x, y):
+    """x y^T of rows of both: [rows, rows], float32."""
+    result = tl.dot(x[0], tl.trans(y[0]))
+    if len(x) == 2:
+        result = tl.dot(x[1], tl.trans(y[1]), result)
+    return result
+
+
+@jit
+def weighted(weights, rows, sums):
+    """sums + weights rows."""
+    first = tl.dot(weights, rows[0], sums[0])
+    if len(rows) == 1:
+        return (first,)
+    return first, tl.dot(weights, rows[1], sums[1])
+
+
+@jit
+def operand(tiles, factor, DOT: tl.constexpr):
     """A factor of scores in the type that they are multiplied in; fp32 takes the scores' scale in, halves would lose
     bits by it."""
     if tl.float32 == DOT:
-        return tile.to(tl.float32) * factor
-    return tile.to(DOT)
+        return scaled(converted(tiles, tl.float32), factor)
+    return converted(tiles, DOT)
 
 
 @jit

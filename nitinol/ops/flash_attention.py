@@ -16,9 +16,13 @@ import nitinol.language as tl
 from nitinol.array import Array, Output, Strided, launch
 from nitinol.language.types import bfloat16, float16, float32
 from nitinol.ops.attention_gradients import (
-    add_parts_kernel, key_gradients_kernel, query_gradients_kernel, row_products_kernel,
-)  # fmt: skip
+    add_parts_kernel,
+    key_gradients_kernel,
+    query_gradients_kernel,
+    row_products_kernel,
+)
 from nitinol.ops.attention_kernel import attention_kernel
+from nitinol.ops.attention_tiles import widths
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 16  # that a backward pass which adds up dq in parts has at least, whatever the number of threads
@@ -150,8 +154,8 @@ def attention_backward(
 
 
 def blocks(target: str, head_dim: int, dtype: Any) -> dict[str, Any]:
-    """For each kernel (BLOCK_M queries, BLOCK_N keys, warps; 0: the compiler chooses), the rows of the row sums, whether
-    dq is added up in parts by the programs of keys, and DOT, what is multiplied in."""
+    """For each kernel (BLOCK_M queries, BLOCK_N keys, warps; 0: the compiler chooses), the rows of the row sums,
+    whether dq is added up in parts by the programs of keys, and DOT, what is multiplied in."""
     if target == "cuda":
         half = dtype.nbytes == 2
         return {
@@ -163,7 +167,7 @@ def blocks(target: str, head_dim: int, dtype: Any) -> dict[str, Any]:
         return {"forward": (32, 32, 4), "keys": (size, size, 4), "queries": (size, size, 4), "rows": 32,
                 "dq in parts": False, "DOT": dtype}  # fmt: skip
     # Halves: AVX-512 multiplies pairs of bfloat16 at twice the rate of fp32, and nothing of float16.
-    return {"forward": (128, 64, 0), "keys": (64, 64, 0), "queries": (64, 64, 0), "rows": 16, "dq in parts": True,
+    return {"forward": (128, 128, 0), "keys": (64, 128, 0), "queries": (64, 64, 0), "rows": 16, "dq in parts": True,
             "DOT": float32 if dtype == float16 else dtype}  # fmt: skip
 
 
@@ -178,30 +182,30 @@ def checked(
         shape = "q [batch, heads, T, head_dim] and k, v [batch, kv_heads, S, head_dim]"
     if q.ndim != (3 if packed else 4) or k.ndim != q.ndim or tuple(k.shape) != tuple(v.shape):
         raise ValueError(f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected {shape}")
-    views = [as_heads(x, packed) for x in (q, k, v)]
-    (batch, heads, _, head_dim), (k_batch, kv_heads, _, k_head_dim) = views[0].shape, views[1].shape
+    heads_first = as_heads(q, packed), as_heads(k, packed), as_heads(v, packed)
+    (batch, heads, _, head_dim), (k_batch, kv_heads, _, k_head_dim) = (x.shape for x in heads_first[:2])
     if (batch, head_dim) != (k_batch, k_head_dim) or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected {shape}, with heads "
-                         "a multiple of kv_heads")  # fmt: skip
+        raise ValueError(f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected {shape}, "
+                         "heads a multiple of kv_heads")  # fmt: skip
     if not 0 < head_dim <= 256:
         raise ValueError(f"attention with a head_dim of {head_dim}: expected 1 to 256")
     if q.dtype not in (float32, float16, bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one of float32, float16 and "
-                         "bfloat16 for all three")  # fmt: skip
+        raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one of float32, "
+                         "float16 and bfloat16 for all three")  # fmt: skip
     for name, value, least in (("window", window, 1), ("softcap", softcap, 0)):
         if value is not None and (value < least or value == 0):
             raise ValueError(f"attention: {name} is {value}, expected a positive number, or None for no {name}")
     if starts_k is None:
         starts_k = starts_q
     if starts_q is None and starts_k is not None:
-        raise ValueError("attention: cu_seqlens_k without cu_seqlens_q; give both, or the latter alone if they are equal")
+        raise ValueError("attention: cu_seqlens_k without cu_seqlens_q; give both, or the latter if they are equal")
     for name, starts in (("cu_seqlens_q", starts_q), ("cu_seqlens_k", starts_k)):
         wanted = None if starts is None else (max(2, starts_q.shape[0]),)  # type: ignore[union-attr]
         if starts is not None and (tuple(starts.shape) != wanted or starts.dtype != tl.int32):
-            raise ValueError(f"attention: {name} is {starts.dtype} of shape {starts.shape}; expected int32 [n + 1], the "
-                             "first rows of n sequences and the end of the last, the same n for both")  # fmt: skip
+            raise ValueError(f"attention: {name} is {starts.dtype} of shape {starts.shape}; expected int32 [n + 1], "
+                             "the first rows of n sequences and the end of the last, the same n for both")  # fmt: skip
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return Problem(*views, packed, starts_q, starts_k, window, causal, scale, softcap,
+    return Problem(*heads_first, packed, starts_q, starts_k, window, causal, scale, softcap,
                    blocks(target, head_dim, q.dtype))  # fmt: skip
 
 
@@ -236,8 +240,8 @@ def _named(name: str, steps: tuple[int, ...]) -> dict[str, int]:
     return {f"{name}_{axis}": step for axis, step in zip(("batch", "head", "row"), steps)}
 
 
-def head_constants(x: Array) -> dict[str, int]:
-    return {"HEAD_DIM": x.shape[-1], "BLOCK_D": tl.next_power_of_2(x.shape[-1])}
+def head_constants(x: Array) -> dict[str, Any]:
+    return {"HEAD_DIM": x.shape[-1], "WIDTHS": widths(x.shape[-1])}
 
 
 def operations(problem: Problem, products: int) -> int:
