@@ -253,12 +253,12 @@ def dispatch_forward(target: str, chosen: Array, experts: int) -> Dispatch:
             count_kernel, (chunks,), chosen=chosen, counts=Output((chunks, experts), "int32"), pairs=pairs,
             experts=experts, **constants,
         )  # fmt: skip
-    results = launch(
+    offsets, source, place, table = launch(
         place_kernel, (chunks,), chosen=chosen, counts=counts, offsets=Output((experts + 1,), "int32"),
         source=Output((pairs,), "int32"), place=Output((pairs,), "int32"), table=Output((3, tiles), "int32"),
         pairs=pairs, chunks=chunks, experts=experts, tiles=tiles, block=block, **constants,
     )  # fmt: skip
-    return Dispatch(*results, block, chosen.shape[1])
+    return Dispatch(offsets, source, place, table, block, chosen.shape[1])
 
 
 def _routing_extents(logits: Array, chosen: int, scores: str) -> tuple[int, int]:

@@ -3,6 +3,8 @@ all their gradients, against float64; a whole layer against PyTorch."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
@@ -97,7 +99,7 @@ def check_table(dispatch, offsets, count):
         if expert >= 0:
             assert stop == offsets[expert + 1] and first < stop
             found[expert].extend(range(first, min(first + block, stop)))
-    assert found == [list(range(a, b)) for a, b in zip(offsets, offsets[1:])]
+    assert found == [list(range(a, b)) for a, b in itertools.pairwise(offsets)]
 
 
 @pytest.mark.parametrize(("tokens", "count", "chosen"),
@@ -125,8 +127,8 @@ def test_the_sort_stays_in_its_memory(rng, engine):
     np.testing.assert_array_equal(counts[:chunks], expected)
     outputs = {"offsets": poisoned(count + 2, np.int32), "source": poisoned(pairs + 1, np.int32),
                "place": poisoned(pairs + 1, np.int32), "table": poisoned(3 * tiles + 1, np.int32)}  # fmt: skip
-    run(engine, routing.place_kernel, (chunks,), counts=padded(counts[:chunks]), chunks=chunks, tiles=tiles, block=block,
-        **outputs, **constants)  # fmt: skip
+    run(engine, routing.place_kernel, (chunks,), counts=padded(counts[:chunks]), chunks=chunks, tiles=tiles,
+        block=block, **outputs, **constants)  # fmt: skip
     for (name, array), wanted in zip(outputs.items(), routing.dispatch_reference(given, count)):
         np.testing.assert_array_equal(array[:-1], wanted, err_msg=name)
     for array in (*outputs.values(), counts[chunks:]):
@@ -218,7 +220,7 @@ def test_a_layer_against_pytorch(rng, device_name):
     out = torch.einsum("tj,tjm->tm", weights, torch.einsum("tjk,tjmk->tjm", hidden, second[places]))
     out.backward(torch.tensor(d_out))
 
-    ax, agate, afirst, asecond = (na.array(leaf.detach().numpy()) for leaf in leaves)
+    ax, _, afirst, asecond = (na.array(leaf.detach().numpy()) for leaf in leaves)
     logits = na.array(x.detach().numpy() @ gate.detach().numpy().T)
     routed = routing.route_forward(device_name, logits, chosen)
     dispatch = routing.dispatch_forward(device_name, routed.experts, count)
