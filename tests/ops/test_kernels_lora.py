@@ -10,7 +10,8 @@ from kernel_runner import ENGINES, padded, poisoned, run
 from nitinol import array as na
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.ops import lora
+from nitinol.kernels.activations import quantize_activations_reference
+from nitinol.ops import lora, lora_gradients
 
 
 @pytest.fixture
@@ -46,12 +47,12 @@ def check(target, x, weights, values, down, up, scale, gain, adapter, dy, tolera
     assert found.y.dtype == x_array.dtype
     close(found.y.numpy(), lora.lora_reference(x, values, down, up, scale, gain, 1e-5), tolerance)
     with_weights = gain is None and weights.format in ("F32", "F16", "BF16")
-    gradients = lora.lora_backward(
+    gradients = lora_gradients.lora_backward(
         target, dy_array, x_array, weights, down_array, up_array, scale, found, gain_array, with_weights
     )
-    expected = lora.lora_gradients_reference(dy, x, values, down, up, scale, gain, 1e-5)
+    expected = lora_gradients.lora_gradients_reference(dy, x, values, down, up, scale, gain, 1e-5)
     assert (gradients.gain is None) == (gain is None) and (gradients.weights is None) == (not with_weights)
-    for name, gradient, wanted in zip(lora.LoraGradients._fields, gradients, expected):
+    for name, gradient, wanted in zip(lora_gradients.LoraGradients._fields, gradients, expected):
         if gradient is not None:
             assert gradient.shape == wanted.shape, name
             close(gradient.numpy(), wanted, tolerance)
@@ -111,21 +112,44 @@ def test_kernels_stay_in_their_memory(rng, engine, dot):
     x, down, up, gain = (normal(rng, *s) for s in ((tokens, columns), (rank, columns), (rows, rank), (columns,)))
     values = normal(rng, rows, columns)
     hidden, inverse, out = poisoned((tokens + 1, rank)), poisoned(tokens + 1), poisoned((tokens + 1, rows))
+    n = poisoned((tokens + 1, columns))
     common = {"tokens": tokens, "columns": columns, "rank": rank, "scale": 0.5, "epsilon": 1e-5, "VALUES": 16,
-              "EVEN": False, "TOKENS": 4, "DOT": dot, "x": padded(x), "gain": padded(gain), "down": padded(down)}
-    run(engine, lora.hidden_kernel, (2, 1), hidden=hidden, inverse=inverse, RANK=4, FORMAT="F32", **common)
+              "EVEN": False, "TOKENS": 4, "DOT": dot}  # fmt: skip
+    given = {"x": padded(x), "gain": padded(gain), "down": padded(down)}
+    run(engine, lora.hidden_kernel, (2, 1), hidden=hidden, inverse=inverse, normal=n, RANK=4, FORMAT="F32", **given,
+        **common)  # fmt: skip
     product = {"weights": padded(values), "up": padded(up), "rows": rows, "row_bytes": 0, "FORMAT": "F32", "BLOCKS": 1,
                "DOWN": "F32", "ROWS": 4, "RANK": 8, **common}  # fmt: skip
     expected = lora.lora_reference(x, values, down, up, 0.5, gain, 1e-5)
-    run(engine, lora.lora_kernel, (2, 1), hidden=padded(hidden[:tokens]), inverse=padded(inverse[:tokens]), out=out,
-        BESIDE=False, **product)  # fmt: skip
+    run(engine, lora.lora_kernel, (2, 1), x=padded(n[:tokens]), gain=None, down=None, hidden=padded(hidden[:tokens]),
+        inverse=None, out=out, BESIDE=False, **product)  # fmt: skip
     close(out[:tokens], expected)
-    assert np.isnan(out[tokens]).all() and np.isnan(hidden[tokens]).all() and np.isnan(inverse[tokens])
+    close(n[:tokens], lora.normal_reference(x, gain, 1e-5)[0])
     again, root, other = poisoned(hidden.shape), poisoned(inverse.shape), poisoned(out.shape)
-    run(engine, lora.lora_kernel, (2, 1), hidden=again, inverse=root, out=other, BESIDE=True, **product)
+    run(engine, lora.lora_kernel, (2, 1), hidden=again, inverse=root, out=other, BESIDE=True, **given, **product)
     close(other[:tokens], expected)
     close(again[:tokens], hidden[:tokens])
-    assert np.isnan(other[tokens]).all() and np.isnan(again[tokens]).all() and np.isnan(root[tokens])
+    for array in (n, hidden, inverse, out, again, root, other):
+        assert np.isnan(array[tokens]).all()
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if FORMATS[name].values > 1])
+def test_a_few_tokens_as_integers(rng, device_name, format):
+    """The base product is that of x, or of its norm, in int8; the adapter's is not rounded."""
+    rows, columns, rank = 21, int(rng.choice([256, 2048])), 4
+    weights, values = weights_of(normal(rng, rows, columns), format)
+    down, up, gain = normal(rng, rank, columns), normal(rng, rows, rank), normal(rng, columns)
+    for tokens, given in ((1, None), (3, gain)):
+        x = normal(rng, tokens, columns)
+        found = lora.lora_forward(device_name, na.array(x), weights, na.array(down), na.array(up), 0.5,
+                                  None if given is None else na.array(given), integers=True)  # fmt: skip
+        n = lora.normal_reference(x, given, 1e-6)[0]
+        parts = quantize_activations_reference(n.astype(np.float32))
+        rounded = parts.values * np.repeat(parts.scales.astype(np.float64), 32, axis=1)
+        expected = rounded @ values.T.astype(np.float64) + 0.5 * (n @ down.T) @ up.T
+        # The norm is rounded otherwise in float64: a value halfway between two integers may go to the other, a step of
+        # 1/127 of a few of `columns` products.
+        close(found.y.numpy(), expected, 5e-6 if given is None else 1e-3)
 
 
 def test_reference_is_the_derivative(rng):
@@ -138,7 +162,7 @@ def test_reference_is_the_derivative(rng):
             return np.sum(dy * lora.lora_reference(x, weights, down, up, 0.7, gain, 1e-5))
 
         everything = [*operands, given]
-        gradients = lora.lora_gradients_reference(dy, *operands, 0.7, given, 1e-5)
+        gradients = lora_gradients.lora_gradients_reference(dy, *operands, 0.7, given, 1e-5)
         for place, expected in ((0, gradients.x), (1, gradients.weights), (2, gradients.down), (3, gradients.up),
                                 (4, gradients.gain)):  # fmt: skip
             if everything[place] is None:
@@ -166,7 +190,7 @@ def test_against_pytorch(rng, device_name):
     x_array, down_array, up_array, gain_array = (na.array(leaf.detach().numpy()) for leaf in leaves)
     forward = lora.lora_forward(device_name, x_array, na.array(values), down_array, up_array, 0.25, gain_array)
     close(forward.y.numpy(), y.detach().numpy())
-    found = lora.lora_backward(
+    found = lora_gradients.lora_backward(
         device_name, na.array(dy), x_array, na.array(values), down_array, up_array, 0.25, forward, gain_array
     )
     for gradient, leaf in zip(found, leaves):
@@ -180,7 +204,7 @@ def test_runs_give_the_same_bits(rng, device_name):
     def once():
         x, dy, down, up, gain, weights = arrays
         forward = lora.lora_forward(device_name, x, weights, down, up, 0.5, gain)
-        gradients = lora.lora_backward(device_name, dy, x, weights, down, up, 0.5, forward, gain)
+        gradients = lora_gradients.lora_backward(device_name, dy, x, weights, down, up, 0.5, forward, gain)
         return [a.numpy() for a in (forward.y, *gradients[:4])]
 
     for first, second in zip(once(), once()):
@@ -199,8 +223,8 @@ def test_refusals(rng):
         lora.lora_forward("cpu", x, weights, down, up, 1.0, adapter="last")
     forward = lora.Lora(None, na.empty((2, 3)), None)
     with pytest.raises(ValueError, match="dy has shape"):
-        lora.lora_backward("cpu", x, x, weights, down, up, 1.0, forward)
+        lora_gradients.lora_backward("cpu", x, x, weights, down, up, 1.0, forward)
     with pytest.raises(ValueError, match="float weights without a norm"):
-        lora.lora_backward("cpu", na.empty((2, 4)), x, weights, down, up, 1.0, forward, na.empty((8,)), True)
+        lora_gradients.lora_backward("cpu", na.empty((2, 4)), x, weights, down, up, 1.0, forward, na.empty((8,)), True)
     with pytest.raises(TypeError, match="expected float32, float16, bfloat16 or a block format"):
         lora.lora_forward("cpu", x, na.empty((4, 8), "int32"), down, up, 1.0)
