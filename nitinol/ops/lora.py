@@ -169,7 +169,8 @@ def blocks(target: str, tokens: int, columns: int, rank: int, format: str) -> di
         block_rows = 64 if plain or target == "cpu" else 32
     return {
         "product": {"TOKENS": block_tokens, "ROWS": block_rows, "DOT": not few},
-        "beside_rows": 64,
+        # Sums in registers of as many rows of A and W as fit; matrix products of more, also for a few tokens.
+        "beside": {"ROWS": 16, "DOT": False} if few and block_tokens * rank <= 64 else {"ROWS": 64, "DOT": True},
         "values": min(values, tl.next_power_of_2(columns)),
         "bytes": {"cpu": (1, 512), "metal": (16, 2048), "cuda": (2, 2048)}[target],  # rows and values of a step
         "hidden_ranks": min(4 if few else 32, tl.next_power_of_2(rank)),
@@ -208,7 +209,7 @@ def lora_forward(
         "RANK": tl.next_power_of_2(rank), "_operations": 2 * tokens * rows * (columns + rank), **common,
     }  # fmt: skip
     if adapter == "beside":
-        product = {**product, "ROWS": max(product["ROWS"], sizes["beside_rows"])}
+        product = {**product, **sizes["beside"]}
         made = launch(
             lora_kernel, (tl.cdiv(rows, product["ROWS"]), tl.cdiv(tokens, product["TOKENS"])), x=x, gain=gain,
             down=down, DOWN=format_of(down), BESIDE=True, **outputs, **last, **scales, **product,
