@@ -106,7 +106,9 @@ def test_steps_against_float64(rng, device_name, eight_bit, limit):
                 back = dynamic_bytes.dequantize_reference(codes.reshape(-1, 256), scales.numpy(), signed)
                 nearest = dynamic_bytes.dequantize_reference(*dynamic_bytes.quantize_reference(wanted, signed), signed)
                 error, least = np.abs(back - wanted), np.abs(nearest - wanted)
-                assert (error <= least * (1 + 1e-4) + 1e-6 * np.abs(wanted).max(axis=1, keepdims=True)).all()
+                # A mean is a sum of two terms of up to 0.4, rounded by 6e-8, that may all but cancel.
+                rounding = 1e-6 * np.abs(wanted).max(axis=1, keepdims=True) + (3e-8 if signed else 0)
+                assert (error <= least * (1 + 1e-4) + rounding).all()
                 found[place] = back.reshape(-1)
             mean, variance = found
         else:
@@ -188,17 +190,15 @@ def test_half_parameters(rng, device_name, dtype, with_master):
     master = na.array(parameters.numpy().astype(np.float32)).evaluate() if with_master else None
     state, rate = adamw.adamw_state(flat.size, master=master), na.array(np.array([1e-4], np.float32)).evaluate()
     decay = adamw.decay_table(SHAPES, [0.0] * len(SHAPES))
-    steps = 20
+    steps = 20 if with_master else 1
     for _ in range(steps):
         adamw.adamw_step(device_name, parameters, gradients, state, rate, decay)
     same = gradients.numpy().astype(np.float64)  # at every step, so that corrected moments are g and g ** 2
     expected = start - steps * 1e-4 * same / (np.abs(same) + 1e-8)
+    if with_master:  # each step rounds a value of up to 4 by 2.4e-7
+        np.testing.assert_allclose(master.numpy(), expected, rtol=0, atol=steps * 2.4e-7)
     half_unit = 2.0**-11 if dtype == "float16" else 2.0**-8
-    if with_master:
-        np.testing.assert_allclose(master.numpy(), expected, rtol=0, atol=4e-6)
-        np.testing.assert_allclose(parameters.numpy(), expected, rtol=half_unit, atol=4e-6)
-    else:
-        assert (np.abs(parameters.numpy() - start) <= steps * (1e-4 + half_unit * np.abs(start)) + 1e-6).all()
+    np.testing.assert_allclose(parameters.numpy(), expected, rtol=half_unit, atol=steps * 2.4e-7)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

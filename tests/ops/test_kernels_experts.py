@@ -178,7 +178,7 @@ def test_half_types(rng, device_name, dtype):
     x, weights, dy = (
         na.array(normal(rng, *s)).astype(dtype) for s in ((tokens, columns), (count, rows, columns), (2 * tokens, rows))
     )
-    rounding = 2.0**-11 if dtype == "float16" else 2.0**-8  # results are rounded once
+    rounding = 1.01 * (2.0**-11 if dtype == "float16" else 2.0**-8)  # results are rounded once, sums nearly exact
     found = experts.expert_linear_forward(device_name, x, weights, dispatch, True)
     assert found.dtype == x.dtype
     wide = [a.numpy() for a in (x, weights, dy)]

@@ -83,7 +83,7 @@ def test_weights_of_every_format(rng, device_name, format):
 @pytest.mark.parametrize("format", ["same", "Q4_0"])
 def test_half_types(rng, device_name, dtype, format):
     """A half has 8 or 11 bits. A result is rounded once, by half a unit in the last place; a normalised x and decoded
-    weights are rounded before they are multiplied, errors that add up less than their products do."""
+    weights are rounded before they are multiplied, errors that add up to no more than another half."""
     rows, columns, rank, tokens = 33, 96, 8, 18
     format = {"float16": "F16", "bfloat16": "BF16"}[dtype] if format == "same" else format
     weights, values = weights_of(normal(rng, rows, columns), format)
@@ -91,7 +91,7 @@ def test_half_types(rng, device_name, dtype, format):
         na.array(normal(rng, *shape)).astype(dtype)
         for shape in ((tokens, columns), (rank, columns), (rows, rank), (columns,), (tokens, rows))
     )
-    tolerance = 2.0**-11 if dtype == "float16" else 2.0**-8
+    tolerance = 2.0**-10 if dtype == "float16" else 2.0**-7
     for given in (None, gain):
         check(device_name, x, weights, values, down, up, 1.5, given, None, dy, tolerance)
 
@@ -101,7 +101,7 @@ def test_adapters_in_float32_beside_halves(rng, device_name):
     weights, values = weights_of(normal(rng, rows, columns), "BF16")
     x, dy = (na.array(normal(rng, tokens, n)).astype("bfloat16") for n in (columns, rows))
     check(device_name, x, weights, values, normal(rng, rank, columns), normal(rng, rows, rank), 2.0,
-          normal(rng, columns), None, dy, 2.0**-8)  # fmt: skip
+          normal(rng, columns), None, dy, 2.0**-7)  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", ENGINES)
