@@ -36,11 +36,20 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import InPlace, Output, launch
+from nitinol.array import InPlace, Output
 from nitinol.language.jit import jit
+from nitinol.ops.arguments import launch_on
 from nitinol.ops.delta_rule_tiles import (
-    EPSILON, chunk_span, decays_between, decays_from_start, decays_to_end, load_rows, load_unit_rows, sequence_span,
-    store_rows, unit_triangular_inverse,
+    EPSILON,
+    chunk_span,
+    decays_between,
+    decays_from_start,
+    decays_to_end,
+    load_rows,
+    load_unit_rows,
+    sequence_span,
+    store_rows,
+    unit_triangular_inverse,
 )  # fmt: skip
 
 LARGEST_KEY = 256  # a program keeps the keys of a chunk whole
@@ -202,11 +211,10 @@ def delta_rule_recurrent(
     """The results o [batch, T, v_heads, D_v] of T tokens, one after the other, in v's dtype; `state`, float32
     [batch, v_heads, D_k, D_v], is updated in place. The other arguments as in `delta_rule_forward`."""
     problem = describe("delta_rule_recurrent", target, q, k, v, g, beta, state, scale, normalise, None)
-    problem["BLOCK_V"] = problem["DECODE_V"]
-    return launch(
-        recurrent_kernel, (tl.cdiv(v.shape[3], problem["BLOCK_V"]), v.shape[2], problem["sequences"]),
-        state=InPlace(state), out=Output(v.shape, v.dtype), **arguments_of(recurrent_kernel, problem),
-    )  # fmt: skip
+    problem |= {"BLOCK_V": problem["DECODE_V"], "state": InPlace(state)}
+    grid = (tl.cdiv(v.shape[3], problem["BLOCK_V"]), v.shape[2], problem["sequences"])
+    (out,) = launch_on(problem, recurrent_kernel, grid, {"out": Output(v.shape, v.dtype)})
+    return out
 
 
 def delta_rule_forward(
@@ -225,32 +233,25 @@ def delta_rule_forward(
     """
     problem = describe("delta_rule_forward", target, q, k, v, g, beta, initial, scale, normalise, starts)
     _, scores, states, corrections, final = chunk_states(problem)
-    out = launch(
-        output_kernel, (problem["slots"], v.shape[2], tl.cdiv(v.shape[3], problem["BLOCK_V"])), scores=scores,
-        states=states, corrections=corrections, out=Output(v.shape, v.dtype), **arguments_of(output_kernel, problem),
+    (out,) = launch_on(
+        problem, output_kernel, (problem["slots"], v.shape[2], tl.cdiv(v.shape[3], problem["BLOCK_V"])),
+        {"out": Output(v.shape, v.dtype)}, scores=scores, states=states, corrections=corrections,
     )  # fmt: skip
     return out, final
 
 
-def chunk_states(problem: dict[str, Any]) -> tuple[Any, ...]:
+def chunk_states(problem: dict[str, Any]) -> list[Any]:
     """T, M, the states before the chunks, U and the last states, as the kernels describe them."""
     slots, sequences, chunk = (problem[name] for name in ("slots", "sequences", "CHUNK"))
-    v_heads, dim_v, dim_k = *problem["v"].shape[2:], problem["DIM_K"]
+    (v_heads, dim_v), dim_k = problem["v"].shape[2:], problem["DIM_K"]
     square = Output((slots, v_heads, chunk, chunk), "float32")
-    inverse, scores = launch(
-        solve_kernel, (slots, v_heads), inverse=square, scores=square, **arguments_of(solve_kernel, problem)
-    )
-    states, corrections, final = launch(
-        state_kernel, (tl.cdiv(dim_v, problem["BLOCK_V"]), v_heads, sequences), inverse=inverse,
-        states=Output((slots, v_heads, dim_k, dim_v), "float32"), corrections=Output(problem["v"].shape, "float32"),
-        final=Output((sequences, v_heads, dim_k, dim_v), "float32"), **arguments_of(state_kernel, problem),
-    )  # fmt: skip
-    return inverse, scores, states, corrections, final
-
-
-def arguments_of(kernel: Any, problem: dict[str, Any]) -> dict[str, Any]:
-    """Those of a problem's named values that the kernel has parameters for."""
-    return {parameter.name: problem[parameter.name] for parameter in kernel.parameters if parameter.name in problem}
+    inverse, scores = launch_on(problem, solve_kernel, (slots, v_heads), {"inverse": square, "scores": square})
+    return [inverse, scores, *launch_on(
+        problem, state_kernel, (tl.cdiv(dim_v, problem["BLOCK_V"]), v_heads, sequences),
+        {"states": Output((slots, v_heads, dim_k, dim_v), "float32"),
+         "corrections": Output(problem["v"].shape, "float32"),
+         "final": Output((sequences, v_heads, dim_k, dim_v), "float32")}, inverse=inverse,
+    )]  # fmt: skip
 
 
 def describe(

@@ -18,11 +18,19 @@ from __future__ import annotations
 from typing import Any
 
 import nitinol.language as tl
-from nitinol.array import Output, launch
+from nitinol.array import Output
 from nitinol.language.jit import jit
-from nitinol.ops.delta_rule import arguments_of, chunk_states, describe
+from nitinol.ops.arguments import launch_on
+from nitinol.ops.delta_rule import chunk_states, describe
 from nitinol.ops.delta_rule_tiles import (
-    EPSILON, chunk_span, decays_between, decays_from_start, decays_to_end, load_rows, load_unit_rows, sequence_span,
+    EPSILON,
+    chunk_span,
+    decays_between,
+    decays_from_start,
+    decays_to_end,
+    load_rows,
+    load_unit_rows,
+    sequence_span,
     store_rows,
 )  # fmt: skip
 
@@ -184,17 +192,17 @@ def delta_rule_backward(
         if found is not None and tuple(found.shape) != expected:
             raise ValueError(f"delta_rule_backward: {what} has shape {tuple(found.shape)}, expected {expected}")
     inverse, scores, states, corrections, _ = chunk_states(problem)
-    # A kernel without one of its outputs returns the others.
-    d_states, d_wanted, d_v, *d_initial = launch(
-        state_gradient_kernel, (tl.cdiv(dim_v, problem["BLOCK_V"]), v_heads, sequences), inverse=inverse, scores=scores,
-        d_out=d_out, d_final=d_final, d_states=Output((slots, v_heads, dim_k, dim_v), "float32"),
-        d_wanted=Output(v.shape, "float32"), d_v=Output(v.shape, v.dtype),
-        d_initial=None if initial is None else Output(last, "float32"), **arguments_of(state_gradient_kernel, problem),
+    problem |= {"d_out": d_out, "d_final": d_final}
+    matrices = Output((slots, v_heads, dim_k, dim_v), "float32")
+    d_states, d_wanted, d_v, d_initial = launch_on(
+        problem, state_gradient_kernel, (tl.cdiv(dim_v, problem["BLOCK_V"]), v_heads, sequences),
+        {"d_states": matrices, "d_wanted": Output(v.shape, "float32"), "d_v": Output(v.shape, v.dtype),
+         "d_initial": None if initial is None else Output(last, "float32")}, inverse=inverse, scores=scores,
     )  # fmt: skip
-    d_q, d_k, d_g, d_beta = launch(
-        input_gradient_kernel, (slots, q.shape[2]), states=states, corrections=corrections, d_out=d_out,
-        d_states=d_states, d_wanted=d_wanted, d_q=Output(q.shape, q.dtype), d_k=Output(k.shape, k.dtype),
-        d_g=Output(g.shape, g.dtype), d_beta=Output(beta.shape, beta.dtype),
-        **arguments_of(input_gradient_kernel, problem),
+    d_q, d_k, d_g, d_beta = launch_on(
+        problem, input_gradient_kernel, (slots, q.shape[2]),
+        {"d_q": Output(q.shape, q.dtype), "d_k": Output(k.shape, k.dtype), "d_g": Output(g.shape, g.dtype),
+         "d_beta": Output(beta.shape, beta.dtype)},
+        states=states, corrections=corrections, d_states=d_states, d_wanted=d_wanted,
     )  # fmt: skip
-    return d_q, d_k, d_v, d_g, d_beta, d_initial[0] if d_initial else None
+    return d_q, d_k, d_v, d_g, d_beta, d_initial
