@@ -1,8 +1,8 @@
 """Gradients of the causal short convolution; `short_convolution.py` has the notation and the forward pass.
 
-First the gradient by z, in float32, from z computed again, and with it the sums over tokens for weight and bias: each
-of a fixed number of parts of the tokens leaves its own, and a second kernel adds them in order, so that the result is
-the same every time. Then the gradients by x and by the state, which are the convolution turned round.
+First, in float32, the gradient by z, which is computed again. Then sums over tokens for weight and bias: each of a
+fixed number of parts of the tokens leaves its own, and a second kernel adds them in order, so that the result is the
+same every time. The gradients by x and by the state are the convolution turned round.
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
@@ -20,12 +20,30 @@ from nitinol.ops.short_convolution import convolve, describe, load_past, token_s
 
 
 @jit(do_not_specialize=["total", "tokens", "sequences"])
-def pre_activation_gradient_kernel(
-    x, weight, bias, state, starts, d_out, d_z, sums, total, tokens, sequences, channels,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+def activation_gradient_kernel(
+    x, weight, bias, state, starts, d_out, d_z, total, tokens, sequences, channels,
+    WIDTH: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, p): the gradient by z of BLOCK_C channels in part p of the tokens, where SILU (else it is d_out); and
-    the part's share of those by weight and bias, in sums [parts, 5, channels]: rows 0 .. WIDTH - 1 and 4."""
+    """Program (c, b): the gradient by z of BLOCK_C channels of BLOCK_T tokens."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = at < total
+    sequence, begin, _ = token_sequences(at, inside, starts, tokens, sequences, SEQUENCES)
+    z = convolve(x, weight, bias, state, at, inside, sequence, begin, column, channels, WIDTH)
+    place = at[:, None].to(tl.int64) * channels + column[None, :]
+    here = inside[:, None] & (column < channels)[None, :]
+    gate = tl.sigmoid(z)
+    gradient = tl.load(d_out + place, mask=here, other=0.0).to(tl.float32) * (gate * (1.0 + z * (1.0 - gate)))
+    tl.store(d_z + place, gradient, mask=here)
+
+
+@jit(do_not_specialize=["total", "tokens", "sequences"])
+def part_gradient_kernel(
+    x, state, starts, d_z, sums, total, tokens, sequences, channels,
+    WIDTH: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (c, p): the share that part p of the tokens has in the gradients by weight and bias, for BLOCK_C
+    channels, in sums [parts, 5, channels]: rows 0 .. WIDTH - 1 and 4."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
     share = tl.cdiv(tl.cdiv(total, BLOCK_T), tl.num_programs(1)) * BLOCK_T
@@ -38,22 +56,15 @@ def pre_activation_gradient_kernel(
         sequence, begin, _ = token_sequences(at, inside, starts, tokens, sequences, SEQUENCES)
         place = at[:, None].to(tl.int64) * channels + column[None, :]
         here = inside[:, None] & (column < channels)[None, :]
-        gradient = tl.load(d_out + place, mask=here, other=0.0).to(tl.float32)
-        if SILU:
-            z = convolve(x, weight, bias, state, at, inside, sequence, begin, column, channels, WIDTH)
-            gate = tl.sigmoid(z)
-            gradient *= gate * (1.0 + z * (1.0 - gate))
-            tl.store(d_z + place, gradient, mask=here)
+        gradient = tl.load(d_z + place, mask=here, other=0.0).to(tl.float32)
         for tap in tl.static_range(WIDTH):
             past = at - (WIDTH - 1 - tap)
             value = load_past(x, state, past, inside, sequence, begin, column, channels, WIDTH)
             d_weight += tl.where(taps[:, None] == tap, tl.sum(gradient * value, axis=0)[None, :], 0.0)
         d_bias += tl.sum(gradient, axis=0)
     at_sums = sums + part.to(tl.int64) * (5 * channels) + column
-    tl.store(
-        at_sums[None, :] + taps[:, None] * channels, d_weight,
-        mask=(taps < WIDTH)[:, None] & (column < channels)[None, :],
-    )  # fmt: skip
+    inside = (taps < WIDTH)[:, None] & (column < channels)[None, :]
+    tl.store(at_sums[None, :] + taps[:, None] * channels, d_weight, mask=inside)
     tl.store(at_sums + 4 * channels, d_bias, mask=column < channels)
 
 
@@ -147,16 +158,17 @@ def short_convolution_backward(
         if found is not None and tuple(found.shape) != expected:
             raise ValueError(f"short_convolution_backward: {what} has shape {tuple(found.shape)}, expected {expected}")
     columns, rows, parts = problem["columns"], problem["rows"], min(problem["parts"], problem["rows"])
-    d_z, sums = launch_on(
-        problem, pre_activation_gradient_kernel, (columns, parts),
-        {"d_z": Output(x.shape, "float32") if activation else None,
-         "sums": Output((parts, 5, problem["channels"]), "float32")}, d_out=d_out,
-    )  # fmt: skip
-    problem |= {"d_z": d_z if activation else d_out, "d_final": d_final, "parts": parts}
+    problem |= {"d_out": d_out, "d_z": d_out, "d_final": d_final, "parts": parts}
+    if activation:
+        (problem["d_z"],) = launch_on(
+            problem, activation_gradient_kernel, (columns, rows), {"d_z": Output(x.shape, "float32")}
+        )
+    sums = {"sums": Output((parts, 5, problem["channels"]), "float32")}
+    (problem["sums"],) = launch_on(problem, part_gradient_kernel, (columns, parts), sums)
     d_weight, d_bias = launch_on(
         problem, weight_gradient_kernel, (columns,),
         {"d_weight": Output(weight.shape, weight.dtype),
-         "d_bias": None if bias is None else Output(bias.shape, bias.dtype)}, sums=sums,
+         "d_bias": None if bias is None else Output(bias.shape, bias.dtype)},
     )  # fmt: skip
     (d_x,) = launch_on(problem, input_gradient_kernel, (columns, rows), {"d_x": Output(x.shape, x.dtype)})
     if state is None:

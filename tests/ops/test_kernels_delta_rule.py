@@ -171,6 +171,17 @@ def test_sequences_of_different_lengths(rng, device_name, lengths):
         begin += length
 
 
+def test_an_empty_sequence_hands_its_state_on(rng, device_name):
+    each, arrays, initial, starts = packed(rng, [5, 0, 20], 1, 1, 8, 8)
+    found, final = delta_rule_forward(device_name, *arrays, initial, starts=starts)
+    expected = [delta_rule_reference(*x) for x in each]
+    assert_close(found.numpy(), np.concatenate([out for out, _ in expected], axis=1), CLOSE)
+    assert_close(final.numpy(), np.concatenate([last for _, last in expected]), CLOSE)
+    d_final = rng.normal(size=final.shape).astype(np.float32)
+    *_, d_initial = delta_rule_backward(device_name, found, na.array(d_final), *arrays, initial, starts=starts)
+    np.testing.assert_array_equal(d_initial.numpy()[1], d_final[1])
+
+
 def torch_gradients(values, d_out, d_final, normalise, scale):
     """Of the recurrence written in PyTorch, in float64."""
     torch = pytest.importorskip("torch")

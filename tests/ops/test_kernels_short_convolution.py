@@ -12,6 +12,7 @@ from poisoned_memory import poison, typed  # noqa: F401
 
 import nitinol
 from nitinol import array as na
+from nitinol.ops import short_convolution
 from nitinol.ops.short_convolution import (
     short_convolution_forward,
     short_convolution_reference,
@@ -103,7 +104,7 @@ def torch_gradients(values, d_out, d_final, activation):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 300, 8, 4)])  # the last: every part has several blocks of tokens
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", [False, True])
 def test_gradients(rng, device_name, engine, shape, activation):
     values = problem(rng, *shape)
@@ -117,6 +118,20 @@ def test_gradients(rng, device_name, engine, shape, activation):
     expected = torch_gradients(values, d_out.astype(np.float64), d_final.astype(np.float64), activation)
     for name, one, other in zip(("x", "weight", "bias", "state"), found, expected):
         np.testing.assert_allclose(one.numpy(), other, **SUMS, err_msg=name)
+
+
+def test_parts_of_several_blocks_of_tokens(rng, monkeypatch, device_name):
+    """Of 130 tokens in 3 parts; the last has fewer."""
+    before = short_convolution.blocks
+    monkeypatch.setattr(short_convolution, "blocks", lambda *a: {**before(*a), "BLOCK_T": 8, "parts": 3})
+    values = problem(rng, 1, 130, 8, 4)
+    d_out, d_final = (rng.normal(size=values[i].shape).astype(np.float32) for i in (0, 3))
+    found = short_convolution_backward(device_name, *(na.array(x) for x in (d_out, d_final, *values)))
+    again = short_convolution_backward(device_name, *(na.array(x) for x in (d_out, d_final, *values)))
+    expected = torch_gradients(values, d_out.astype(np.float64), d_final.astype(np.float64), True)
+    for name, one, same, other in zip(("x", "weight", "bias", "state"), found, again, expected):
+        np.testing.assert_allclose(one.numpy(), other, **SUMS, err_msg=name)
+        np.testing.assert_array_equal(one.numpy(), same.numpy(), err_msg=name)
 
 
 def test_gradients_are_slopes_of_the_reference(rng, device_name):
