@@ -85,7 +85,7 @@ def solve_kernel(
 def state_kernel(
     k, v, g, beta, starts, initial, inverse, states, corrections, final, tokens, chunks,
     GROUP: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, NORMALISE: tl.constexpr,
+    CHUNK: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (b, h, n): block b of the columns of head h's state, through all chunks of sequence n.
 
@@ -116,15 +116,13 @@ def state_kernel(
         value = load_rows(v + head * DIM_V, at, inside, v_heads * DIM_V, DIM_V, BLOCK_V, first_column)
         share = tl.load(beta + head + at.to(tl.int64) * v_heads, mask=inside, other=0.0).to(tl.float32)
         gain = decays_from_start(g + head, at, inside, v_heads)
-        wanted = share[:, None] * (value - gain[:, None] * tl.dot(key, state))
+        wanted = share[:, None] * (value - gain[:, None] * tl.dot(key, state, input_precision=PRECISION))
         solver = tl.load(inverse + place * (CHUNK * CHUNK) + row[:, None] * CHUNK + row[None, :])
-        correction = tl.dot(solver, wanted)
-        store_rows(
-            corrections + head * DIM_V, at, inside, v_heads * DIM_V, correction, DIM_V, first_column
-        )
+        correction = tl.dot(solver, wanted, input_precision=PRECISION)
+        store_rows(corrections + head * DIM_V, at, inside, v_heads * DIM_V, correction, DIM_V, first_column)
         rest = decays_to_end(g + head, at, end, v_heads)
         total = tl.sum(tl.where(row == CHUNK - 1, gain, 0.0))
-        state = tl.dot(tl.trans(key * rest[:, None]), correction, state * total)
+        state = tl.dot(tl.trans(key * rest[:, None]), correction, state * total, input_precision=PRECISION)
         slot += 1
     store_rows(final + own, state_row, state_inside, DIM_V, state, DIM_V, first_column)
 
@@ -133,7 +131,7 @@ def state_kernel(
 def output_kernel(
     q, g, starts, scores, states, corrections, out, tokens, chunks, sequences, scale,
     GROUP: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, SEQUENCES: tl.constexpr, NORMALISE: tl.constexpr,
+    CHUNK: tl.constexpr, SEQUENCES: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (slot, h, b): block b of the columns of head h's results in one chunk."""
     slot = tl.program_id(0)
@@ -158,7 +156,8 @@ def output_kernel(
         correction = load_rows(
             corrections + head * DIM_V, at, inside, v_heads * DIM_V, DIM_V, BLOCK_V, first_column
         )
-        result = tl.dot(score, correction, (scale * gain)[:, None] * tl.dot(query, state))
+        result = (scale * gain)[:, None] * tl.dot(query, state, input_precision=PRECISION)
+        result = tl.dot(score, correction, result, input_precision=PRECISION)
         store_rows(out + head * DIM_V, at, inside, v_heads * DIM_V, result, DIM_V, first_column)
 
 
@@ -197,11 +196,16 @@ def recurrent_kernel(
     store_rows(own, state_row, state_inside, DIM_V, memory, DIM_V, first_column)
 
 
-def blocks(target: str, dim_k: int, dim_v: int) -> dict[str, int]:
-    """CHUNK tokens at a time, BLOCK_V columns of the state in a program of the chunked form, DECODE_V of the other."""
+def blocks(target: str, dim_k: int, dim_v: int, halves: bool) -> dict[str, Any]:
+    """CHUNK tokens at a time, BLOCK_V columns of the state in a program of the chunked form, DECODE_V of the other.
+
+    PRECISION of the products with states and with results of 11 bits or fewer (halves): there matrix instructions for
+    fp32 cut to 11 bits do. The triangular system is always solved in fp32.
+    """
     chunk, columns, decode = {"cpu": (32, 64, 64), "metal": (32, 32, 32), "cuda": (64, 64, 32)}[target]
     most = tl.next_power_of_2(dim_v)
-    return {"CHUNK": chunk, "BLOCK_V": min(columns, most), "DECODE_V": min(decode, most)}
+    return {"CHUNK": chunk, "BLOCK_V": min(columns, most), "DECODE_V": min(decode, most),
+            "PRECISION": "tf32" if halves else "ieee"}  # fmt: skip
 
 
 def delta_rule_recurrent(
@@ -281,7 +285,7 @@ def describe(
     expected = (sequences, v_heads, dim_k, dim_v)
     if initial is not None and (tuple(initial.shape) != expected or str(initial.dtype) != "fp32"):
         raise ValueError(f"{name}: the state is {initial.dtype} {tuple(initial.shape)}, expected fp32 {expected}")
-    constants = blocks(target, dim_k, dim_v)
+    constants = blocks(target, dim_k, dim_v, v.dtype.nbytes == 2)
     constants["CHUNK"] = min(constants["CHUNK"], max(16, tl.next_power_of_2(tokens)))
     chunks = tl.cdiv(tokens, constants["CHUNK"])
     return inputs | constants | {

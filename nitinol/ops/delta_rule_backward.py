@@ -39,7 +39,7 @@ from nitinol.ops.delta_rule_tiles import (
 def state_gradient_kernel(
     q, k, g, beta, starts, inverse, scores, d_out, d_final, d_states, d_wanted, d_v, d_initial, tokens, chunks, scale,
     GROUP: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, NORMALISE: tl.constexpr,
+    CHUNK: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (b, h, n): block b of the columns of head h's state, from the last chunk of sequence n to the first.
 
@@ -76,12 +76,17 @@ def state_gradient_kernel(
         rest = decays_to_end(g + head, at, end, v_heads)
         total = tl.sum(tl.where(row == CHUNK - 1, gain, 0.0))
         square = place * (CHUNK * CHUNK) + row[:, None] * CHUNK + row[None, :]
-        d_correction = tl.dot(tl.trans(tl.load(scores + square)), d_result, tl.dot(key * rest[:, None], d_state))
-        d_x = tl.dot(tl.trans(tl.load(inverse + square)), d_correction)
+        d_correction = tl.dot(key * rest[:, None], d_state, input_precision=PRECISION)
+        score = tl.load(scores + square)
+        d_correction = tl.dot(tl.trans(score), d_result, d_correction, input_precision=PRECISION)
+        solver = tl.load(inverse + square)
+        d_x = tl.dot(tl.trans(solver), d_correction, input_precision=PRECISION)
         store_rows(d_wanted + head * DIM_V, at, inside, v_heads * DIM_V, d_x, DIM_V, first_column)
         store_rows(d_v + head * DIM_V, at, inside, v_heads * DIM_V, d_x * share[:, None], DIM_V, first_column)
-        d_state = tl.dot(tl.trans(query * (scale * gain)[:, None]), d_result, d_state * total)
-        d_state -= tl.dot(tl.trans(key * (share * gain)[:, None]), d_x)
+        query *= (scale * gain)[:, None]
+        d_state = tl.dot(tl.trans(query), d_result, d_state * total, input_precision=PRECISION)
+        key *= (share * gain)[:, None]
+        d_state -= tl.dot(tl.trans(key), d_x, input_precision=PRECISION)
     if d_initial is not None:
         store_rows(d_initial + own, state_row, state_inside, DIM_V, d_state, DIM_V, first_column)
 
@@ -91,7 +96,7 @@ def input_gradient_kernel(
     q, k, v, g, beta, starts, states, corrections, d_out, d_states, d_wanted, d_q, d_k, d_g, d_beta,
     tokens, chunks, sequences, scale,
     GROUP: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, SEQUENCES: tl.constexpr, NORMALISE: tl.constexpr,
+    CHUNK: tl.constexpr, SEQUENCES: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (slot, h): the gradients by q and k of head h in one chunk, and by g and beta of the GROUP heads of v
     that share it; one after the other, so that sums always have the same order."""
@@ -134,11 +139,11 @@ def input_gradient_kernel(
                 state = load_rows(states + matrix, state_row, state_inside, DIM_V, DIM_V, BLOCK_V, column)
                 d_state = load_rows(d_states + matrix, state_row, state_inside, DIM_V, DIM_V, BLOCK_V, column)
                 by_total += tl.sum(state * d_state, axis=0)
-                d_scores = tl.dot(d_result, tl.trans(correction), d_scores)
-                d_known = tl.dot(d_x, tl.trans(correction), d_known)
-                from_result = tl.dot(d_result, tl.trans(state)) * (scale * gain)[:, None]
-                from_x = tl.dot(d_x, tl.trans(state)) * gain[:, None]
-                from_state = tl.dot(correction, tl.trans(d_state)) * rest[:, None]
+                d_scores = tl.dot(d_result, tl.trans(correction), d_scores, input_precision=PRECISION)
+                d_known = tl.dot(d_x, tl.trans(correction), d_known, input_precision=PRECISION)
+                from_result = tl.dot(d_result, tl.trans(state), input_precision=PRECISION) * (scale * gain)[:, None]
+                from_x = tl.dot(d_x, tl.trans(state), input_precision=PRECISION) * gain[:, None]
+                from_state = tl.dot(correction, tl.trans(d_state), input_precision=PRECISION) * rest[:, None]
                 along = tl.sum(key * from_x, axis=1)
                 d_share += tl.sum(d_x * value, axis=1) - along
                 by_gain += tl.sum(query * from_result, axis=1) - share * along
@@ -149,9 +154,9 @@ def input_gradient_kernel(
             d_similar = tl.where(row[:, None] > row[None, :], -decay * d_known, 0.0)
             d_share += tl.sum(d_similar * similar, axis=1)
             d_similar *= share[:, None]
-            d_query = tl.dot(d_asked, key, d_query)
-            d_key = tl.dot(tl.trans(d_asked), query, d_key)
-            d_key = tl.dot(d_similar + tl.trans(d_similar), key, d_key)
+            d_query = tl.dot(d_asked, key, d_query, input_precision=PRECISION)
+            d_key = tl.dot(tl.trans(d_asked), query, d_key, input_precision=PRECISION)
+            d_key = tl.dot(d_similar + tl.trans(d_similar), key, d_key, input_precision=PRECISION)
             # g_m is in the exponent of every decay from j < m to i >= m.
             across = tl.cumsum(d_asked * asked + d_similar * similar, axis=0, reverse=True)
             d_log = tl.sum(tl.where(row[None, :] < row[:, None], across, 0.0), axis=1)

@@ -37,6 +37,11 @@ def problem(rng, batch, tokens, heads, v_heads, dim_k, dim_v, decay=0.3):
     return [x.astype(np.float32) for x in (q, k, v, g, beta, initial)]
 
 
+def close_of_halves(device_name):
+    """CUDA multiplies fp32 values cut to 11 bits where the inputs are halves: each product is off by 2 ** -11."""
+    return 2e-3 if device_name == "cuda" else CLOSE
+
+
 def in_engine(engine):
     return nitinol.interpret() if engine == "interpreter" else nullcontext()
 
@@ -98,9 +103,10 @@ def test_halves(rng, device_name, dtype, rounding):
     found, final = delta_rule_forward(device_name, *arrays, na.array(initial), normalise=True)
     stepped = delta_rule_recurrent(device_name, *arrays, state, normalise=True)
     assert found.dtype == stepped.dtype == arrays[2].dtype and str(final.dtype) == "fp32"
-    np.testing.assert_allclose(found.numpy(), out, rtol=rounding, atol=CLOSE)
+    close = close_of_halves(device_name)
+    np.testing.assert_allclose(found.numpy(), out, rtol=rounding, atol=close)
     np.testing.assert_allclose(stepped.numpy(), out, rtol=rounding, atol=CLOSE)
-    assert_close(final.numpy(), last, CLOSE)
+    assert_close(final.numpy(), last, close)
     assert_close(state.numpy(), last, CLOSE)
 
 
@@ -265,9 +271,8 @@ def test_gradients_of_halves(rng, device_name, dtype, rounding):
     )
     for name, one, other, like in zip(NAMES, found, expected, (*arrays, na.array(initial))):
         assert one.dtype == like.dtype
-        np.testing.assert_allclose(
-            one.numpy(), other, rtol=rounding, atol=CLOSE * max(1, np.abs(other).max()), err_msg=name
-        )
+        close = close_of_halves(device_name) * max(1, np.abs(other).max())
+        np.testing.assert_allclose(one.numpy(), other, rtol=rounding, atol=close, err_msg=name)
 
 
 def test_results_are_the_same_every_time(rng, device_name):
