@@ -202,10 +202,13 @@ def blocks(target: str, dim_k: int, dim_v: int, halves: bool) -> dict[str, Any]:
     PRECISION of the products with states and with results of 11 bits or fewer (halves): there matrix instructions for
     fp32 cut to 11 bits do. The triangular system is always solved in fp32.
     """
-    chunk, columns, decode = {"cpu": (32, 64, 64), "metal": (32, 32, 32), "cuda": (64, 64, 32)}[target]
+    table = {"cpu": (32, 64, 64), "metal": (32, 32, 32), "cuda": (64 if dim_k <= 128 else 32, 32, 32)}
+    chunk, columns, decode = table[target]
     most = tl.next_power_of_2(dim_v)
-    return {"CHUNK": chunk, "BLOCK_V": min(columns, most), "DECODE_V": min(decode, most),
-            "PRECISION": "tf32" if halves else "ieee"}  # fmt: skip
+    return {
+        "CHUNK": chunk, "BLOCK_V": min(columns, most), "DECODE_V": min(decode, most),
+        "PRECISION": "tf32" if halves else "ieee",
+    }  # fmt: skip
 
 
 def delta_rule_recurrent(
