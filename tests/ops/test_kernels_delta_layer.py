@@ -19,9 +19,10 @@ qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_
 
 pytestmark = pytest.mark.usefixtures("poison")
 HEADS, V_HEADS, DIM_K, DIM_V, WIDTH = 2, 4, 16, 24, 4
-# Both are in fp32, and transformers' inverse and decays are other sums than ours: errors of 1e-6 of values of size 1,
-# that the projections sum up some dozens of.
-CLOSE = 2e-5
+CLOSE = 2e-5  # both in fp32: errors of 1e-6, of which projections sum up some dozens
+# transformers' gradients by dt_bias and A_log are off by up to 2e-5 (ours by 1e-6, both measured against float64): its
+# decays are exponentials of differences of sums, which reach some hundreds in a chunk.
+CLOSE_GRADIENT = 2e-4
 
 
 def arrays(*tensors):
@@ -99,7 +100,7 @@ def test_results_and_gradients(device_name):
     np.testing.assert_allclose(found.detach(), expected.detach(), rtol=0, atol=CLOSE * float(expected.abs().max()))
     names = ["hidden", *(name for name, _ in layer.named_parameters())]
     for name, one, other in zip(names, torch.autograd.grad((found * towards).sum(), weights), expected_gradients):
-        np.testing.assert_allclose(one, other, rtol=0, atol=CLOSE * float(other.abs().max()), err_msg=name)
+        np.testing.assert_allclose(one, other, rtol=0, atol=CLOSE_GRADIENT * float(other.abs().max()), err_msg=name)
 
 
 @torch.no_grad()
