@@ -51,8 +51,8 @@ def embedding_gradient_kernel(
 
 
 def blocks(target: str, columns: int) -> dict[str, int]:
-    """ROWS trades comparisons for programs; the most frequent word's program takes longest, which more blocks of columns
-    share. CPU: IDS of a few vector registers; GPUs: a value or two a thread."""
+    """ROWS trades comparisons for programs; the program of the most frequent word takes longest, which more blocks of
+    columns share. CPU: IDS of a few vector registers; GPUs: a value or two a thread."""
     rows, ids, block = {"cpu": (16, 128, 1024), "metal": (16, 128, 256), "cuda": (16, 256, 512)}[target]
     return {"ROWS": rows, "IDS": ids, "BLOCK": min(block, tl.next_power_of_2(columns))}
 
@@ -65,7 +65,8 @@ def embedding_backward(target: str, d_out: Array, ids: Array, words: int, dtype:
     """
     if not d_out.shape or tuple(ids.shape) != tuple(d_out.shape[:-1]):
         raise ValueError(
-            f"embedding: d_out has shape {tuple(d_out.shape)} and the ids {tuple(ids.shape)}; expected [..., D] and [...]"
+            f"embedding: d_out has shape {tuple(d_out.shape)} and the ids {tuple(ids.shape)}; expected [..., D] and "
+            "[...]"
         )
     if not ids.dtype.is_int:
         raise TypeError(f"embedding: the ids are of type {ids.dtype}, expected int32 or int64")

@@ -23,7 +23,7 @@ from nitinol.language.jit import jit
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROOT_HALF = tl.constexpr(math.sqrt(0.5))
 DENSITY_AT_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))
-TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
+TANH_SCALE_2 = tl.constexpr(2 * math.sqrt(2 / math.pi))
 TANH_CUBE = tl.constexpr(0.044715)
 
 
@@ -36,10 +36,9 @@ def activation_of(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         share = 0.5 + 0.5 * tl.erf(x * ROOT_HALF)
         return x * share, share + x * (DENSITY_AT_0 * tl.exp(-0.5 * x * x))
-    bend = tl.tanh(TANH_SCALE * (x + TANH_CUBE * x * x * x))
-    share = 0.5 + 0.5 * bend
-    inner = TANH_SCALE * (1.0 + 3.0 * TANH_CUBE * x * x)
-    return x * share, share + 0.5 * x * (1.0 - bend * bend) * inner
+    share = tl.sigmoid(TANH_SCALE_2 * (x + TANH_CUBE * x * x * x))  # (1 + tanh(u)) / 2, without the loss near tanh -1
+    inner = TANH_SCALE_2 * (1.0 + 3.0 * TANH_CUBE * x * x)
+    return x * share, share + x * share * (1.0 - share) * inner
 
 
 @jit

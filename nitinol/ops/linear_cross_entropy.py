@@ -81,7 +81,7 @@ def statistics_kernel(
     """Program (t, s): BLOCK_T tokens and words share * s .. share * (s + 1) - 1. Maximum, sum of exp(x - maximum),
     share of the mean logit, and the target's logit (0 from programs that do not have it), each [splits, tokens]."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    target, counts = load_targets(targets + token, token < tokens, words, ignore_index)
+    target, _ = load_targets(targets + token, token < tokens, words, ignore_index)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     mean = tl.zeros((BLOCK_T,), tl.float32)
@@ -211,7 +211,7 @@ def linear_cross_entropy_backward(
     constants = blocks(target, columns)
     share = max(SMALLEST_SHARE, tl.cdiv(tl.cdiv(words, SHARES), 128) * 128)
     d_weight = empty(weight.shape, weight.dtype)
-    d_hidden = None
+    d_hidden: Any = None
     for first in range(0, words, share):
         rows = weight[first : first + share]
         count = rows.shape[0]

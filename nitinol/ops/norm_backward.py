@@ -158,13 +158,12 @@ def norm_backward(
     wanted = [name for name in ("d_weights", "d_biases") if sums[name] is not None]
     if kernel is norm_gradient_kernel:
         found = launch(kernel, (count,), **to_x, **sums, **common, **constants)
-        d_x, *parts = found if wanted else (found,)
+        d_x, *parts = found if isinstance(found, tuple) else (found,)
     else:
         d_x = launch(kernel, (rows,), **to_x, **common, **constants)
-        found = ()
-        if wanted:
-            found = launch(row_sums_kernel, (tl.cdiv(columns, constants["BLOCK"]), count), **sums, **common, **constants)
-        parts = list(found) if len(wanted) > 1 else [found] * len(wanted)
+        grid = (tl.cdiv(columns, constants["BLOCK"]), count)
+        found = launch(row_sums_kernel, grid, **sums, **common, **constants) if wanted else ()
+        parts = found if isinstance(found, tuple) else (found,)
     dtype = x.dtype if weight is None else weight.dtype
     block = min(blocks(target)["BLOCK"], tl.next_power_of_2(columns), 256)
     totals = {

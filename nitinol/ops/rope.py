@@ -6,7 +6,7 @@ GPT-NeoX). A rotation's gradient is the rotation back: backward is the same kern
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
-# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc,union-attr"
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def rope_forward(
     target: str, q: Array, k: Array | None, frequencies: Array, positions: Array | None = None, *, interleaved: bool,
     back: bool = False,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """q [batch, T, heads, head_dim] and k [batch, T, kv_heads, head_dim] (or None), turned, contiguous, of their dtypes.
+    """q [batch, T, heads, head_dim] and k [batch, T, kv_heads, head_dim] (or None), turned; contiguous.
 
-    q and k may have any strides but that of the last axis, which is 1 (others are copied first). frequencies float32
-    [rotated / 2]: the first `rotated` values of a head turn. positions int32 [T] or [batch, T]; None for 0, 1, .. T - 1.
+    The results have their operands' dtypes. q and k may have any strides but that of the last axis, which is 1 (others are copied first). frequencies float32
+    [rotated / 2]: the first `rotated` values of a head turn. positions int32 [T] or [batch, T]; None: 0, 1, .. T - 1.
     back: by the negative angles.
 
     Raises ValueError for shapes that do not fit.
@@ -155,8 +155,9 @@ def check(q: Any, k: Any, frequencies: Any, positions: Any) -> tuple[int, int, i
 
 
 def rope_reference(
-    x: np.ndarray, frequencies: np.ndarray, positions: np.ndarray | None = None, *, interleaved: bool, back: bool = False
-) -> np.ndarray:
+    x: np.ndarray, frequencies: np.ndarray, positions: np.ndarray | None = None, *, interleaved: bool,
+    back: bool = False,
+) -> np.ndarray:  # fmt: skip
     """x [batch, T, heads, head_dim] turned, in float64 (the angle is float32, as in the kernel)."""
     positions = np.arange(x.shape[1]) if positions is None else positions
     angle = np.asarray(positions, np.float32)[..., None] * frequencies  # [T, pairs] or [batch, T, pairs]
