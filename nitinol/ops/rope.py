@@ -96,9 +96,9 @@ def rope_forward(
     target: str, q: Array, k: Array | None, frequencies: Array, positions: Array | None = None, *, interleaved: bool,
     back: bool = False,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """q [batch, T, heads, head_dim] and k [batch, T, kv_heads, head_dim] (or None), turned; contiguous.
+    """q [batch, T, heads, head_dim] and k [batch, T, kv_heads, head_dim] (or None), turned; contiguous, of their types.
 
-    The results have their operands' dtypes. q and k may have any strides but that of the last axis, which is 1 (others are copied first). frequencies float32
+    q and k may have any strides but that of the last axis, which is 1 (others are copied first). frequencies float32
     [rotated / 2]: the first `rotated` values of a head turn. positions int32 [T] or [batch, T]; None: 0, 1, .. T - 1.
     back: by the negative angles.
 
