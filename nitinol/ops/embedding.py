@@ -1,9 +1,12 @@
 """The gradient of an embedding: row v of d_weight is the sum of d_out over the tokens with id v.
 
-No atomic additions, whose order would show in the result: every program owns some rows of d_weight, looks for their
-tokens among all ids, and adds them up in order, in fp32. Cost: N D values read and V D written, and N V / ROWS
-comparisons of ids in vector registers (8192 tokens, 128,256 words and 16 rows: 66 million, 2 ms of a core with 16
-lanes); a program whose rows have tokens compares once more for each row.
+No atomic additions, whose order would show in the result. The first kernel links the tokens of each word, the last one
+first: every program owns ROWS words, compares all ids with them, IDS at a time, and looks closer where one is its own.
+The second follows each word's links and adds up in fp32.
+
+Cost: N V / ROWS comparisons in vector registers (8192 tokens, 128,256 words: 16 million), N IDS single ones, then N D
+values read and V D written. A word's sum is one chain: the most frequent word takes longest, and only blocks of columns
+share it.
 """
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
@@ -22,39 +25,45 @@ from nitinol.language.jit import jit
 
 
 @jit
-def embedding_gradient_kernel(
-    d_out, ids, d_weight, tokens, words, columns, ROWS: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Program (w, c): ROWS rows of d_weight, BLOCK columns of them. IDS ids are compared at a time."""
+def link_tokens_kernel(ids, heads, links, tokens, words, ROWS: tl.constexpr, IDS: tl.constexpr):
+    """Program p: words ROWS * p .. ROWS * (p + 1) - 1. heads[word] is the last token with that id, links[token] the one
+    before it with the same id, -1 where there is none."""
     first = tl.program_id(0) * ROWS
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
     lane = tl.arange(0, IDS)
-    found = tl.zeros((IDS,), tl.int32)
+    head = tl.full((ROWS,), -1, tl.int32)
     for start in range(0, tokens, IDS):
         inside = lane < tokens - start
-        word = tl.load(ids + start + lane, mask=inside, other=0)
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.device_assert((word >= 0) & (word < words), "embedding: an id is outside the vocabulary")
-        found += (inside & (word >= first) & (word < first + ROWS)).to(tl.int32)
-    some = tl.max(found) > 0
-    for row in range(first, tl.minimum(first + ROWS, words)):
-        total = tl.zeros((BLOCK,), tl.float32)
-        if some:
-            for start in range(0, tokens, IDS):
-                inside = lane < tokens - start
-                hit = inside & (tl.load(ids + start + lane, mask=inside, other=0) == row)
-                if tl.max(hit.to(tl.int32)) > 0:
-                    for token in range(start, tl.minimum(start + IDS, tokens)):
-                        if tl.load(ids + token) == row:
-                            total += load_row(d_out + token.to(tl.int64) * columns, at, columns, False)
-        store_row(d_weight + row.to(tl.int64) * columns, at, columns, total, False)
+        word = tl.load(ids + start + lane, mask=inside, other=-1)
+        if tl.program_id(0) == 0:
+            known = (word >= 0) & (word < words)
+            tl.device_assert(known | (inside == 0), "embedding: an id is outside the vocabulary")
+        if tl.max(((word >= first) & (word < first + ROWS)).to(tl.int32)) > 0:
+            for token in range(start, tl.minimum(start + IDS, tokens)):
+                mine = tl.load(ids + token) - first
+                if (mine >= 0) & (mine < ROWS):
+                    tl.store(links + token, tl.max(tl.where(row == mine, head, -1)))
+                    head = tl.where(row == mine, token, head)
+    tl.store(heads + first + row, head, mask=first + row < words)
 
 
-def blocks(target: str, columns: int) -> dict[str, int]:
-    """ROWS trades comparisons for programs; the program of the most frequent word takes longest, which more blocks of
-    columns share. CPU: IDS of a few vector registers; GPUs: a value or two a thread."""
-    rows, ids, block = {"cpu": (16, 128, 1024), "metal": (16, 128, 256), "cuda": (16, 256, 512)}[target]
-    return {"ROWS": rows, "IDS": ids, "BLOCK": min(block, tl.next_power_of_2(columns))}
+@jit
+def embedding_gradient_kernel(d_out, heads, links, d_weight, columns, BLOCK: tl.constexpr):
+    """Program (v, c): a block of columns of row v."""
+    word = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    token = tl.load(heads + word)
+    while token >= 0:
+        total += load_row(d_out + token.to(tl.int64) * columns, at, columns, False)
+        token = tl.load(links + token)
+    store_row(d_weight + word.to(tl.int64) * columns, at, columns, total, False)
+
+
+def blocks(target: str) -> dict[str, int]:
+    """IDS: a few vector registers of a CPU, two values a thread of a GPU. BLOCK: columns of a program."""
+    rows, ids, block = {"cpu": (64, 128, 1024), "metal": (32, 256, 256), "cuda": (64, 256, 512)}[target]
+    return {"ROWS": rows, "IDS": ids, "BLOCK": block}
 
 
 def embedding_backward(target: str, d_out: Array, ids: Array, words: int, dtype: Any = None) -> Array:
@@ -70,13 +79,14 @@ def embedding_backward(target: str, d_out: Array, ids: Array, words: int, dtype:
         )
     if not ids.dtype.is_int:
         raise TypeError(f"embedding: the ids are of type {ids.dtype}, expected int32 or int64")
-    columns = d_out.shape[-1]
-    sizes = blocks(target, columns)
-    return launch(
-        embedding_gradient_kernel, (tl.cdiv(words, sizes["ROWS"]), tl.cdiv(columns, sizes["BLOCK"])), d_out=d_out,
-        ids=ids, d_weight=Output((words, columns), dtype or d_out.dtype), tokens=ids.size, words=words,
-        columns=columns, **sizes,
+    columns, sizes = d_out.shape[-1], blocks(target)
+    block = min(sizes.pop("BLOCK"), tl.next_power_of_2(columns))
+    heads, links = launch(
+        link_tokens_kernel, (tl.cdiv(words, sizes["ROWS"]),), ids=ids, heads=Output((words,), "int32"),
+        links=Output((ids.size,), "int32"), tokens=ids.size, words=words, **sizes,
     )  # fmt: skip
+    return launch(embedding_gradient_kernel, (words, tl.cdiv(columns, block)), d_out=d_out, heads=heads, links=links,
+                  d_weight=Output((words, columns), dtype or d_out.dtype), columns=columns, BLOCK=block)  # fmt: skip
 
 
 def embedding_gradient_reference(d_out: np.ndarray, ids: np.ndarray, words: int) -> np.ndarray:

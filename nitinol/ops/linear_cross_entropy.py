@@ -220,7 +220,7 @@ def linear_cross_entropy_backward(
             hidden=hidden, weight=rows, targets=targets, lses=lse, d_loss=d_loss, scale=scale,
             out=Output((tokens, count), hidden.dtype), tokens=tokens, words=count, all_words=words, first_word=first,
             columns=columns, ignore_index=ignore_index, smoothing=float(smoothing), z_loss=float(z_loss),
-            SMOOTH=smoothing != 0, EACH=d_loss.size != 1 or tokens == 1,
+            SMOOTH=smoothing != 0, EACH=d_loss.size > 1,
             _operations=2 * tokens * count * columns, **constants,
         )  # fmt: skip
         add_matmul(target, d_logits.T, hidden, None, InPlace(d_weight[first : first + share]))

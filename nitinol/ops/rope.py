@@ -24,14 +24,16 @@ def rope_kernel(
     q, k, positions, frequencies, q_out, k_out, tokens, position_batch,
     q_heads, q_batch, q_token, q_head, k_heads, k_batch, k_token, k_head,
     HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Program b * tokens + t: all heads of token t of batch b, which share cosines and sines; HEADS at a time.
+    """Program (b * tokens + t, p): part p of the heads of token t of batch b, Q_HEADS of q and K_HEADS of k, with the
+    same cosines and sines.
 
     The names x_batch, x_token and x_head are strides in elements; q_out and k_out [batch, tokens, heads, HEAD_DIM].
     PAIRS is at least ROTATED / 2, REST at least HEAD_DIM - ROTATED (0: none). k may be None.
     """
     row = tl.program_id(0)
+    part = tl.program_id(1)
     batch = (row // tokens).to(tl.int64)
     token = row % tokens
     place = token if positions is None else tl.load(positions + batch * position_batch + token)
@@ -41,55 +43,59 @@ def rope_kernel(
     cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
     if BACK:
         sine = -sine
+    token = token.to(tl.int64)
+    row = row.to(tl.int64)
     turn_heads(
-        q + batch * q_batch + token.to(tl.int64) * q_token, q_out + row.to(tl.int64) * q_heads * HEAD_DIM, q_heads,
-        q_head, cosine, sine, HEAD_DIM, ROTATED, INTERLEAVED, HEADS, REST,
+        q + batch * q_batch + token * q_token, q_out + row * q_heads * HEAD_DIM, part * Q_HEADS + tl.arange(0, Q_HEADS),
+        q_heads, q_head, cosine, sine, HEAD_DIM, ROTATED, INTERLEAVED, REST,
     )  # fmt: skip
     if k is not None:
         turn_heads(
-            k + batch * k_batch + token.to(tl.int64) * k_token, k_out + row.to(tl.int64) * k_heads * HEAD_DIM, k_heads,
-            k_head, cosine, sine, HEAD_DIM, ROTATED, INTERLEAVED, HEADS, REST,
+            k + batch * k_batch + token * k_token, k_out + row * k_heads * HEAD_DIM,
+            part * K_HEADS + tl.arange(0, K_HEADS), k_heads, k_head, cosine, sine, HEAD_DIM, ROTATED, INTERLEAVED, REST,
         )  # fmt: skip
 
 
 @jit
 def turn_heads(
-    source, out, heads, stride, cosine, sine,
-    HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
+    source, out, head, heads, stride, cosine, sine,
+    HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, `stride` apart, to `out`, where they are neighbours."""
+    """Those heads of one token, `stride` apart, to `out`, where they are neighbours."""
     pair = tl.arange(0, cosine.shape[1])
-    for first in range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)
-        inside = (head < heads)[:, None]
-        if INTERLEAVED:
-            lane = (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None]
-            mask = inside[:, :, None] & (lane < ROTATED)
-            x = tl.load(source + (head * stride)[:, None, None] + lane, mask=mask, other=0.0).to(tl.float32)
-            one, other = tl.split(x)
-            turned = tl.join(one * cosine - other * sine, other * cosine + one * sine)
-            tl.store(out + (head * HEAD_DIM)[:, None, None] + lane, turned, mask=mask)
-        else:
-            lane = pair[None, :]
-            mask = inside & (lane < ROTATED // 2)
-            at = source + (head * stride)[:, None] + lane
-            one = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            other = tl.load(at + ROTATED // 2, mask=mask, other=0.0).to(tl.float32)
-            to = out + (head * HEAD_DIM)[:, None] + lane
-            tl.store(to, one * cosine - other * sine, mask=mask)
-            tl.store(to + ROTATED // 2, other * cosine + one * sine, mask=mask)
-        if REST:
-            lane = ROTATED + tl.arange(0, REST)[None, :]
-            mask = inside & (lane < HEAD_DIM)
-            rest = tl.load(source + (head * stride)[:, None] + lane, mask=mask)
-            tl.store(out + (head * HEAD_DIM)[:, None] + lane, rest, mask=mask)
+    inside = (head < heads)[:, None]
+    if INTERLEAVED:
+        lane = (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None]
+        mask = inside[:, :, None] & (lane < ROTATED)
+        x = tl.load(source + (head * stride)[:, None, None] + lane, mask=mask, other=0.0).to(tl.float32)
+        one, other = tl.split(x)
+        turned = tl.join(one * cosine - other * sine, other * cosine + one * sine)
+        tl.store(out + (head * HEAD_DIM)[:, None, None] + lane, turned, mask=mask)
+    else:
+        lane = pair[None, :]
+        mask = inside & (lane < ROTATED // 2)
+        at = source + (head * stride)[:, None] + lane
+        one = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(at + ROTATED // 2, mask=mask, other=0.0).to(tl.float32)
+        to = out + (head * HEAD_DIM)[:, None] + lane
+        tl.store(to, one * cosine - other * sine, mask=mask)
+        tl.store(to + ROTATED // 2, other * cosine + one * sine, mask=mask)
+    if REST:
+        lane = ROTATED + tl.arange(0, REST)[None, :]
+        mask = inside & (lane < HEAD_DIM)
+        rest = tl.load(source + (head * stride)[:, None] + lane, mask=mask)
+        tl.store(out + (head * HEAD_DIM)[:, None] + lane, rest, mask=mask)
 
 
-def blocks(target: str, heads: int, pairs: int) -> dict[str, int]:
-    """Heads at a time: 512 pairs on a CPU (4 KB of fp32: registers and the first cache), 1024 on GPUs (8 a thread of
-    128)."""
-    most = {"cpu": 512, "metal": 1024, "cuda": 1024}[target]
-    return {"HEADS": max(1, min(tl.next_power_of_2(heads), most // pairs)), "PAIRS": pairs}
+def blocks(target: str, heads: int, kv_heads: int, rotated: int) -> tuple[int, dict[str, int]]:
+    """Parts of the heads, and the heads of q and k in a part. On a CPU a token is one program, which needs each cosine
+    once; on GPUs 2048 pairs (16 a thread of 128)."""
+    pairs = tl.next_power_of_2(rotated // 2)
+    most = max(1, {"cpu": 1 << 16, "metal": 2048, "cuda": 2048}[target] // pairs)
+    q_heads = min(tl.next_power_of_2(heads), most)
+    parts = tl.cdiv(heads, q_heads)
+    k_heads = tl.next_power_of_2(max(1, tl.cdiv(kv_heads, parts)))
+    return parts, {"Q_HEADS": q_heads, "K_HEADS": k_heads, "PAIRS": pairs}
 
 
 def rope_forward(
@@ -108,13 +114,15 @@ def rope_forward(
     rotated = 2 * frequencies.shape[0]
     q, k = (x if x is None or x.strides[-1] == 1 else x.contiguous() for x in (q, k))
     rest = head_dim - rotated
+    kv_heads = 0 if k is None else k.shape[2]
+    parts, constants = blocks(target, heads, kv_heads, rotated)
     found = launch(
-        rope_kernel, (batch * tokens,), q=Strided(q), k=None if k is None else Strided(k), positions=positions,
+        rope_kernel, (batch * tokens, parts), q=Strided(q), k=None if k is None else Strided(k), positions=positions,
         frequencies=frequencies, q_out=Output(q.shape, q.dtype), k_out=None if k is None else Output(k.shape, k.dtype),
         tokens=tokens, position_batch=tokens if positions is not None and positions.ndim == 2 else 0,
-        q_heads=heads, **strides("q", q), k_heads=0 if k is None else k.shape[2], **strides("k", k),
+        q_heads=heads, **strides("q", q), k_heads=kv_heads, **strides("k", k),
         HEAD_DIM=head_dim, ROTATED=rotated, INTERLEAVED=interleaved, BACK=back,
-        REST=tl.next_power_of_2(rest) if rest else 0, **blocks(target, heads, tl.next_power_of_2(rotated // 2)),
+        REST=tl.next_power_of_2(rest) if rest else 0, **constants,
     )  # fmt: skip
     return (found, None) if k is None else found
 
