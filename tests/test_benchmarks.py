@@ -46,6 +46,15 @@ def test_kernels_are_checked_and_timed(tmp_path: Path) -> None:
         assert [len(times) for times in result["seconds"].values()] == [2, 2]
 
 
+@pytest.mark.slow
+def test_training_kernels_agree_and_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    text, document = results(tmp_path, "training_kernels.py", "--quick", "--rounds", "2", "--threads", "1")
+    assert document["device"] == "cpu" and len(document["results"]) >= 9
+    for result in document["results"]:
+        assert result["name"] in text and {"fused", "torch"} <= set(result["median_s"])
+
+
 def test_a_wrong_kernel_is_not_timed() -> None:
     torch = pytest.importorskip("torch")
     import numpy as np

@@ -1,0 +1,188 @@
+"""Gradients of RMSNorm and layer norm: those of x, and of weight and bias, from one pass over the rows.
+
+Of a row x with n = (x - mean) scale (RMSNorm: x scale), y = n weight + bias and g = d_y weight:
+
+    d_x = scale (g - mean(g) - n mean(g n)), without mean(g) for RMSNorm
+    d_weight = sum over rows of d_y n,  d_bias = sum over rows of d_y
+
+The sums over rows are taken in two steps, so that they do not depend on which program comes first: each adds up rows of
+its own, a second kernel adds the programs in order. Rows that fit a tile are read once. Longer rows are read block by
+block: twice for d_x, and a third time by programs that sum up columns.
+"""
+
+# Kernels follow the tile language's types, which are not those that mypy sees in their Python.
+# mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import nitinol.language as tl
+from nitinol.array import Array, Output, launch
+from nitinol.kernels.tiles import load_row, store_row
+from nitinol.language.jit import jit
+from nitinol.ops.norm import affine, blocks, check, kernel_and_blocks, norm_reference
+
+
+@jit
+def norm_gradient_kernel(
+    d_y, x, weight, means, scales, d_total, d_x, d_weights, d_biases, rows, columns, run,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Program p: rows run * p .. run * (p + 1) - 1. Their sums go to row p of d_weights and d_biases, fp32 [programs,
+    columns]; d_total, if any, is added to d_x. Arrays that are None are not wanted."""
+    at = tl.arange(0, BLOCK)
+    gain = load_row(weight, at, columns, EVEN) if weight is not None else 1.0
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    bias_sum = tl.zeros((BLOCK,), tl.float32)
+    program = tl.program_id(0).to(tl.int64)
+    for row in range(program * run, tl.minimum((program + 1) * run, rows)):
+        scale = tl.load(scales + row)
+        normal = load_row(x + row * columns, at, columns, EVEN)
+        slope = load_row(d_y + row * columns, at, columns, EVEN)
+        if LAYER:  # values past the end, which are -mean * scale, meet a slope of 0
+            normal = normal - tl.load(means + row)
+        normal *= scale
+        g = slope * gain
+        along = tl.sum(g * normal) / columns
+        gradient = g - normal * along
+        if LAYER:
+            gradient -= tl.sum(g) / columns
+        gradient *= scale
+        if d_total is not None:
+            gradient += load_row(d_total + row * columns, at, columns, EVEN)
+        store_row(d_x + row * columns, at, columns, gradient, EVEN)
+        if d_weights is not None:
+            weight_sum += slope * normal
+        if d_biases is not None:
+            bias_sum += slope
+    if d_weights is not None:
+        store_row(d_weights + program * columns, at, columns, weight_sum, EVEN)
+    if d_biases is not None:
+        store_row(d_biases + program * columns, at, columns, bias_sum, EVEN)
+
+
+@jit
+def long_norm_gradient_kernel(
+    d_y, x, weight, means, scales, d_total, d_x, columns, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """d_x of one row of any length, BLOCK values at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    scale = tl.load(scales + row)
+    mean = tl.load(means + row) if LAYER else 0.0
+    along = tl.zeros((BLOCK,), tl.float32)
+    level = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        normal, g = normal_and_slope(d_y, x, weight, row, start + at, columns, mean, scale)
+        along += g * normal
+        level += g
+    mean_along = tl.sum(along) / columns
+    mean_level = tl.sum(level) / columns if LAYER else 0.0
+    for start in range(0, columns, BLOCK):
+        normal, g = normal_and_slope(d_y, x, weight, row, start + at, columns, mean, scale)
+        gradient = (g - mean_level - normal * mean_along) * scale
+        if d_total is not None:
+            gradient += load_row(d_total + row * columns, start + at, columns, False)
+        store_row(d_x + row * columns, start + at, columns, gradient, False)
+
+
+@jit
+def normal_and_slope(d_y, x, weight, row, at, columns, mean, scale):
+    """n, and d_y weight, at places of a row; the second is 0 past the end."""
+    normal = (load_row(x + row * columns, at, columns, False) - mean) * scale
+    return normal, affine(load_row(d_y + row * columns, at, columns, False), weight, None, at, columns, False)
+
+
+@jit
+def row_sums_kernel(
+    d_y, x, means, scales, d_weights, d_biases, rows, columns, run, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (c, p): a block of columns of what norm_gradient_kernel's program p sums up."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1).to(tl.int64)
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    bias_sum = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program * run, tl.minimum((program + 1) * run, rows)):
+        mean = tl.load(means + row) if LAYER else 0.0
+        normal, slope = normal_and_slope(d_y, x, None, row, at, columns, mean, tl.load(scales + row))
+        weight_sum += slope * normal
+        bias_sum += slope
+    if d_weights is not None:
+        store_row(d_weights + program * columns, at, columns, weight_sum, False)
+    if d_biases is not None:
+        store_row(d_biases + program * columns, at, columns, bias_sum, False)
+
+
+@jit
+def add_programs_kernel(parts, out, programs, columns, BLOCK: tl.constexpr):
+    """Program c: a block of out [columns] = the sum of parts [programs, columns], in order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for program in range(programs):
+        total += load_row(parts + program.to(tl.int64) * columns, at, columns, False)
+    store_row(out, at, columns, total, False)
+
+
+def programs(target: str) -> int:
+    """Programs that sum up rows. Fixed, so that results do not depend on the machine; sums of all of them are written
+    and read once more: with 16 and 4096 rows, 1/256 of the rows' bytes. CUDA: two a multiprocessor of an H200."""
+    return {"cpu": 16, "metal": 64, "cuda": 264}[target]
+
+
+def norm_backward(
+    target: str, d_y: Array, x: Array, scale: Array, mean: Array | None = None, weight: Array | None = None, *,
+    layer: bool, bias: bool = False, d_total: Array | None = None,
+) -> tuple[Array, Array | None, Array | None]:  # fmt: skip
+    """d_x, d_weight, d_bias of a norm of x [..., columns] (forward's `total`), with the mean and scale of its rows.
+
+    d_x has x's dtype, d_weight (None without weight) and d_bias (None unless `bias`) [columns] the weight's, or x's
+    without one. d_total, of x's shape: what x, a sum with a residual, has from other users; it is added to d_x.
+    """
+    rows, columns = check(x, weight, None)
+    for name, operand in (("d_y", d_y), ("d_total", d_total)):
+        if operand is not None and tuple(operand.shape) != tuple(x.shape):
+            raise ValueError(f"norm: {name} has shape {tuple(operand.shape)}, expected x's {tuple(x.shape)}")
+    if layer and mean is None:
+        raise ValueError("norm: layer norm's gradient needs the mean of each row that forward gave, found None")
+    run = max(1, tl.cdiv(rows, programs(target)))
+    count = tl.cdiv(rows, run)
+    part = Output((count, columns), "float32")
+    common = {"d_y": d_y, "x": x, "means": mean if layer else None, "scales": scale, "columns": columns,
+              "LAYER": layer}  # fmt: skip
+    sums = {"d_weights": None if weight is None else part, "d_biases": part if bias else None, "rows": rows, "run": run}
+    to_x = {"weight": weight, "d_total": d_total, "d_x": Output(x.shape, x.dtype)}
+    kernel, constants = kernel_and_blocks(target, columns, norm_gradient_kernel, long_norm_gradient_kernel)
+    wanted = [name for name in ("d_weights", "d_biases") if sums[name] is not None]
+    if kernel is norm_gradient_kernel:
+        found = launch(kernel, (count,), **to_x, **sums, **common, **constants)
+        d_x, *parts = found if isinstance(found, tuple) else (found,)
+    else:
+        d_x = launch(kernel, (rows,), **to_x, **common, **constants)
+        grid = (tl.cdiv(columns, constants["BLOCK"]), count)
+        found = launch(row_sums_kernel, grid, **sums, **common, **constants) if wanted else ()
+        parts = found if isinstance(found, tuple) else (found,)
+    dtype = x.dtype if weight is None else weight.dtype
+    block = min(blocks(target)["BLOCK"], tl.next_power_of_2(columns), 256)
+    totals = {
+        name: launch(add_programs_kernel, (tl.cdiv(columns, block),), parts=part, out=Output((columns,), dtype),
+                     programs=count, columns=columns, BLOCK=block)
+        for name, part in zip(wanted, parts)
+    }  # fmt: skip
+    return d_x, totals.get("d_weights"), totals.get("d_biases")
+
+
+def norm_gradient_reference(
+    d_y: np.ndarray, x: np.ndarray, weight: Any = None, epsilon: float = 1e-5, *, layer: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """d_x, d_weight and d_bias in float64."""
+    normal, _, scale = norm_reference(x, None, None, epsilon, layer=layer)
+    d_y = d_y.astype(np.float64)
+    g = d_y * (1 if weight is None else weight)
+    d_x = g - normal * np.mean(g * normal, axis=-1, keepdims=True)
+    if layer:
+        d_x -= g.mean(axis=-1, keepdims=True)
+    axes = tuple(range(x.ndim - 1))
+    return d_x * scale[..., None], (d_y * normal).sum(axis=axes), d_y.sum(axis=axes)
