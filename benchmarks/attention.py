@@ -66,7 +66,7 @@ def cases(
     """The sides of one comparison; both have the same values, and must agree on the result."""
     import torch
 
-    import nitinol.array as na
+    import nitinol as na
     from nitinol.ops.flash_attention import attention_backward, attention_forward
 
     rng = np.random.default_rng()
@@ -100,9 +100,9 @@ def cases(
 
 def composition(q: Any, k: Any, v: Any, causal: bool) -> Any:
     """The same of operations that leave all scores in memory."""
-    import nitinol.array as na
-    from nitinol.kernels.linear import matmul
-    from nitinol.kernels.softmax import softmax
+    import nitinol as na
+    from nitinol.ops.matmul import matmul
+    from nitinol.ops.softmax import softmax
 
     scores = matmul(q, k.swapaxes(1, 2)) * q.shape[-1] ** -0.5
     if causal:
@@ -113,8 +113,8 @@ def composition(q: Any, k: Any, v: Any, causal: bool) -> Any:
 
 def peak() -> float:
     """GF/s of a matrix product in fp32, what a kernel of products can reach at most."""
-    import nitinol.array as na
-    from nitinol.kernels.linear import matmul
+    import nitinol as na
+    from nitinol.ops.matmul import matmul
 
     a, b = (na.array(np.random.default_rng().normal(size=(1024, 1024)).astype(np.float32)).evaluate() for _ in "ab")
     return 2e-9 * 1024**3 / min(alternate({"product": lambda: matmul(a, b).evaluate()}, 3, 0.1)["product"])

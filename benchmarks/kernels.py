@@ -118,7 +118,7 @@ def rms_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
     x, weight = normal(rng, rows, columns), normal(rng, columns)
     a, w = tensors(x, weight)
     return Case(f"RMSNorm, {rows} × {columns}", lambda x, weight: rms_norm(x, weight, 1e-5), [x, weight],
-                lambda x, weight: rms_norm_reference(x, weight, 1e-5),
+                lambda x, weight: rms_norm_reference(x, weight, epsilon=1e-5),
                 {"rms_norm": lambda: torch.nn.functional.rms_norm(a, (columns,), w, 1e-5)},
                 8 * x.size, 4 * x.size, 1, 1e-5)
 
@@ -133,7 +133,7 @@ def layer_norm(rng: np.random.Generator, rows: int, columns: int) -> Case:
     mean, scale = torch.empty(rows, 1), torch.empty(rows, 1)
     native = torch.ops.aten.native_layer_norm.out
     return Case(f"layer norm, {rows} × {columns}", lambda x, w, b: layer_norm(x, w, b, 1e-5), [x, weight, bias],
-                lambda x, w, b: layer_norm_reference(x, w, b, 1e-5),
+                lambda x, w, b: layer_norm_reference(x, w, b, epsilon=1e-5),
                 {"native_layer_norm(out=)": lambda: native(a, [columns], w, b, 1e-5, out0=out, out1=mean, out2=scale),
                  "layer_norm": lambda: torch.nn.functional.layer_norm(a, (columns,), w, b, 1e-5)},
                 8 * x.size, 8 * x.size, 1, 1e-5)

@@ -22,10 +22,13 @@ import numpy as np
 from common import NOT_MEASURED, alternate, describe, machine, median, parser, table, unsteady, write_json
 
 import nitinol
-from nitinol import array as na
+import nitinol as na
 from nitinol.ops import cross_entropy as ce
-from nitinol.ops import embedding, glu, norm, norm_backward, rope, softmax
+from nitinol.ops import embedding, glu, norm_backward
 from nitinol.ops import linear_cross_entropy as lce
+from nitinol.ops import norm_training as norm
+from nitinol.ops import rope_training as rope
+from nitinol.ops import softmax_training as softmax
 
 TOLERANCE = 1e-4  # of the largest error relative to the largest value, between any two sides
 

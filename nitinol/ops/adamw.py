@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, InPlace, Output, array, launch
+from nitinol.graph.array import Array
+from nitinol.graph.conversion import array
+from nitinol.graph.launch import InPlace, Output, launch
 from nitinol.language.jit import jit
 from nitinol.ops.dynamic_bytes import (
     BLOCK,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nitinol.array import Output, launch
+from nitinol.graph.launch import Output, launch
 from nitinol.language.jit import JITFunction
 
 

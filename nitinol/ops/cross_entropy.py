@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, InPlace, Output, launch
-from nitinol.kernels.tiles import load_row, store_row
+from nitinol.graph.array import Array
+from nitinol.graph.launch import InPlace, Output, launch
 from nitinol.language.jit import jit
+from nitinol.ops.tiles import load_row, store_row
 
 REDUCTIONS = ("none", "sum", "mean")
 IGNORE_INDEX = -100  # PyTorch's and Hugging Face's mark of tokens without a target

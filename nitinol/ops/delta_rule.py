@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import InPlace, Output
+from nitinol.graph.launch import InPlace, Output
 from nitinol.language.jit import jit
 from nitinol.ops.arguments import launch_on
 from nitinol.ops.delta_rule_tiles import (

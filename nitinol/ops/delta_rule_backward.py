@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import nitinol.language as tl
-from nitinol.array import Output
+from nitinol.graph.launch import Output
 from nitinol.language.jit import jit
 from nitinol.ops.arguments import launch_on
 from nitinol.ops.delta_rule import chunk_states, describe

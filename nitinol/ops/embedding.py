@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, launch
-from nitinol.kernels.tiles import load_row, store_row
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, launch
 from nitinol.language.jit import jit
+from nitinol.ops.tiles import load_row, store_row
 
 
 @jit

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, launch
-from nitinol.kernels.decode import FLOAT_FORMATS
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, launch
 from nitinol.language.jit import jit
+from nitinol.ops.decode import FLOAT_FORMATS
 from nitinol.ops.routing import Dispatch
 from nitinol.ops.weight_products import (
     FEW_TOKENS,

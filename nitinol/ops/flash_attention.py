@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, Strided, launch
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, Strided, launch
 from nitinol.language.types import bfloat16, float16, float32
 from nitinol.ops.attention_gradients import (
     add_parts_kernel,

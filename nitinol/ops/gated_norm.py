@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Output
-from nitinol.kernels.epilogue import silu
+from nitinol.graph.launch import Output
 from nitinol.language.jit import jit
 from nitinol.ops.arguments import launch_on
+from nitinol.ops.epilogue import silu
 
 LARGEST_ROW = 1 << 14  # values that a program keeps as one tile, several times in the backward pass
 

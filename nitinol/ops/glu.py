@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, Strided, launch
-from nitinol.kernels.tiles import store_row
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, Strided, launch
 from nitinol.language.jit import jit
+from nitinol.ops.tiles import store_row
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROOT_HALF = tl.constexpr(math.sqrt(0.5))

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, launch
-from nitinol.kernels.activations import groups_per_program, quantize_activations_kernel, rms_norm_quantize_kernel
-from nitinol.kernels.matvec import product
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, launch
 from nitinol.language.jit import jit
+from nitinol.ops.activations import groups_per_program, quantize_activations_kernel, rms_norm_quantize_kernel
+from nitinol.ops.matvec import product
 from nitinol.ops.weight_products import (
     FEW_TOKENS,
     format_of,

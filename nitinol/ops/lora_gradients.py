@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, Strided, launch
-from nitinol.kernels.matmul import matmul_kernel, multiply
-from nitinol.kernels.tiles import load_row, store_row
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, Strided, launch
 from nitinol.language.jit import jit
 from nitinol.ops.lora import Lora, extents, normal_reference
+from nitinol.ops.matmul_kernels import matmul_kernel, multiply
+from nitinol.ops.tiles import load_row, store_row
 from nitinol.ops.weight_products import column_products, format_of, is_float, weight_arguments
 
 LARGEST_ROW = 1 << 16  # values that the norm's gradient keeps as one tile

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, launch
-from nitinol.kernels.tiles import load_row, store_row
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, launch
 from nitinol.language.jit import jit
-from nitinol.ops.norm import affine, blocks, check, kernel_and_blocks, norm_reference
+from nitinol.ops.norm_training import affine, blocks, check, kernel_and_blocks, norm_reference
+from nitinol.ops.tiles import load_row, store_row
 
 
 @jit

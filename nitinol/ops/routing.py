@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import Array, Output, launch
+from nitinol.graph.array import Array
+from nitinol.graph.launch import Output, launch
 from nitinol.language.jit import jit
 
 MOST_EXPERTS = 256  # one tile of scores

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
-from nitinol.array import InPlace, Output
-from nitinol.kernels.epilogue import silu
+from nitinol.graph.launch import InPlace, Output
 from nitinol.language.jit import jit
 from nitinol.ops.arguments import launch_on
+from nitinol.ops.epilogue import silu
 
 
 @jit

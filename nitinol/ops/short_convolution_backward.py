@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import nitinol.language as tl
-from nitinol.array import Output
+from nitinol.graph.launch import Output
 from nitinol.language.jit import jit
 from nitinol.ops.arguments import launch_on
 from nitinol.ops.short_convolution import convolve, describe, load_past, token_sequences

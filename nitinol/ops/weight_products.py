@@ -17,13 +17,14 @@ from typing import Any
 
 import nitinol.language as tl
 from nitinol.formats.blocks import FORMATS
-from nitinol.kernels.decode import FLOAT_FORMATS, decode_values
-from nitinol.kernels.matmul import multiply
-from nitinol.kernels.matvec import add_products
-from nitinol.kernels.quantized import run_arguments
-from nitinol.kernels.tiles import part
+from nitinol.graph.array import Array
 from nitinol.language.jit import jit
 from nitinol.language.types import bfloat16, float16, float32
+from nitinol.ops.decode import FLOAT_FORMATS, decode_values
+from nitinol.ops.matmul_kernels import multiply
+from nitinol.ops.matvec import add_products
+from nitinol.ops.quantized import run_arguments
+from nitinol.ops.tiles import part
 
 FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
 FLOATS = {float32: "F32", float16: "F16", bfloat16: "BF16"}
@@ -146,16 +147,11 @@ def column_products(
     return total
 
 
-def format_of(weights: Any) -> str:
-    """The block format's name of weights, "F32", "F16" or "BF16" for an Array of that type.
-
-    TypeError for arrays of another type.
-    """
-    if hasattr(weights, "format"):
-        return str(weights.format)
-    if weights.dtype not in FLOATS:
+def format_of(weights: Array) -> str:
+    """The name of the weights' format; TypeError where they are neither floats of 16 or 32 bits nor in blocks."""
+    if weights.format not in FORMATS:
         raise TypeError(f"weights are {weights.dtype}, expected float32, float16, bfloat16 or a block format")
-    return FLOATS[weights.dtype]
+    return weights.format
 
 
 def weight_arguments(format: str, columns: int, values: int) -> dict[str, Any]:

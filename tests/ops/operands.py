@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from nitinol import array as na
+import nitinol as na
+from nitinol.graph.dtypes import as_dtype
 from nitinol.runtime.launch import interpret
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,7 +31,7 @@ def assert_close(
     found: na.Array, expected: np.ndarray, error: float, dtype: str = "float32", told: str = "", of: Any = None
 ) -> None:
     """Type, shape and values: `error` relative to `of` (the largest value expected), and one rounding to dtype."""
-    assert found.dtype.name == na.as_dtype(dtype).name, told
+    assert found.dtype.name == as_dtype(dtype).name, told
     assert found.shape == expected.shape, told
     values = found.numpy().astype(np.float64)
     of = np.abs(expected[np.isfinite(expected)]).max(initial=0.0) if of is None else of

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nitinol
-from nitinol import array as na
+import nitinol as na
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from software_cuda import Gpu, open_gpu
 
-from nitinol import array as na
+import nitinol as na
 from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import adamw, experts, lora, lora_gradients, routing
+from nitinol.ops.quantized import stored_array
 from nitinol.runtime import using_device
 
 
@@ -30,9 +31,9 @@ def normal(rng, *shape):
 
 
 def weights_of(values, format):
-    """A QuantizedArray and the float32 values that it stands for."""
+    """An Array and the float32 values that it stands for."""
     data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return na.QuantizedArray(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
+    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def close(found, expected, tolerance=1e-5):

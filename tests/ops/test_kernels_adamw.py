@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
 
+import nitinol as na
 import nitinol.language as tl
-from nitinol import array as na
 from nitinol.language.jit import jit
 from nitinol.ops import adamw, dynamic_bytes
 

@@ -7,7 +7,7 @@ import pytest
 from kernel_runner import ENGINES
 from operands import DTYPES, assert_close, engine_of, numerical_gradient, operand
 
-from nitinol import array as na
+import nitinol as na
 from nitinol.ops import cross_entropy as ce
 from nitinol.ops import linear_cross_entropy as lce
 from nitinol.runtime.device import DeviceError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from poisoned_memory import poison  # noqa: F401
 
-from nitinol import array as na
+import nitinol as na
 from nitinol.ops.delta_rule import delta_rule_forward, delta_rule_recurrent
 from nitinol.ops.delta_rule_backward import delta_rule_backward
 from nitinol.ops.gated_norm import gated_norm_backward, gated_norm_forward

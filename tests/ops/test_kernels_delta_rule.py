@@ -11,7 +11,7 @@ from kernel_runner import ENGINES
 from poisoned_memory import poison, typed  # noqa: F401
 
 import nitinol
-from nitinol import array as na
+import nitinol as na
 from nitinol.ops import delta_rule
 from nitinol.ops.delta_rule import delta_rule_forward, delta_rule_recurrent, delta_rule_reference
 from nitinol.ops.delta_rule_backward import delta_rule_backward

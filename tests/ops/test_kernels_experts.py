@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
 
-from nitinol import array as na
+import nitinol as na
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import experts, routing
+from nitinol.ops.quantized import stored_array
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def normal(rng, *shape):
 
 
 def weights_of(values, format):
-    """A QuantizedArray and the float32 values that it stands for."""
+    """An Array and the float32 values that it stands for."""
     data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return na.QuantizedArray(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
+    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def close(found, expected, tolerance=5e-6):
@@ -283,6 +284,6 @@ def test_refusals(rng):
         experts.expert_linear_backward("cpu", x, x, weights, dispatch, True)
     with pytest.raises(ValueError, match="combine: y has shape"):
         experts.combine_forward("cpu", x, routed.weights, dispatch)
-    blocks = na.QuantizedArray(na.empty((6 * 3 * 34,), "uint8").buffer, "Q8_0", (6, 3, 32))
+    blocks = stored_array(na.empty((6 * 3 * 34,), "uint8").buffer, "Q8_0", (6, 3, 32))
     with pytest.raises(ValueError, match="blocks of Q8_0 have no gradient"):
         experts.expert_linear_backward("cpu", na.empty((8, 3)), na.empty((4, 32)), blocks, dispatch, True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES
 
-from nitinol import array as na
-from nitinol.array import InPlace, Output, launch
+import nitinol as na
+from nitinol.graph.launch import InPlace, Output, launch
 from nitinol.ops import flash_attention as flash
 from nitinol.ops.attention_reference import attention_gradients_reference, attention_reference
 from nitinol.runtime.launch import interpret
@@ -237,7 +237,7 @@ def test_memory_grows_with_the_sequence(monkeypatch, target):
 
     monkeypatch.setattr(flash, "launch", recording)
     tokens = 1 << 20
-    q = na.array(np.zeros((1, 1, 1, 32), np.float32))._with((1, 1, tokens, 32), (0, 0, 0, 1))
+    q = na.array(np.zeros((1, 1, 1, 32), np.float32)).looking((1, 1, tokens, 32), (0, 0, 0, 1))
     flash.attention_backward(target, q, q, q, *flash.attention_forward(target, q, q, q), q)
     assert sum(made) < 24 * 4 * tokens * 32
 

@@ -10,7 +10,7 @@ from kernel_runner import ENGINES
 from poisoned_memory import poison, typed  # noqa: F401
 
 import nitinol
-from nitinol import array as na
+import nitinol as na
 from nitinol.ops import gated_norm
 from nitinol.ops.gated_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
 
-from nitinol import array as na
+import nitinol as na
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.kernels.activations import quantize_activations_reference
 from nitinol.ops import lora, lora_gradients
+from nitinol.ops.activations import quantize_activations_reference
+from nitinol.ops.quantized import stored_array
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def normal(rng, *shape):
 
 
 def weights_of(values, format):
-    """A QuantizedArray and the float32 values that it stands for."""
+    """An Array and the float32 values that it stands for."""
     data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return na.QuantizedArray(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
+    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def close(found, expected, tolerance=5e-6):

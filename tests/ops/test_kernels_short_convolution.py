@@ -11,7 +11,7 @@ from kernel_runner import ENGINES
 from poisoned_memory import poison, typed  # noqa: F401
 
 import nitinol
-from nitinol import array as na
+import nitinol as na
 from nitinol.ops import short_convolution
 from nitinol.ops.short_convolution import (
     short_convolution_forward,

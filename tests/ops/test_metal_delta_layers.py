@@ -13,8 +13,8 @@ if sys.platform == "darwin":
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
 import nitinol
+import nitinol as na
 import softmetal
-from nitinol import array as na
 from nitinol.ops.delta_rule import delta_rule_forward, delta_rule_recurrent, delta_rule_reference
 from nitinol.ops.delta_rule_backward import delta_rule_backward
 from nitinol.ops.gated_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference

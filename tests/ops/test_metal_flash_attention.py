@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
 import nitinol
-import nitinol.array as na
+import nitinol as na
 import softmetal
 from nitinol.ops import flash_attention as flash
 from nitinol.ops.attention_reference import attention_gradients_reference, attention_reference

@@ -9,10 +9,11 @@ import pytest
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
 import nitinol
-import nitinol.array as na
+import nitinol as na
 import softmetal
 from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import adamw, experts, lora, lora_gradients, routing
+from nitinol.ops.quantized import stored_array
 from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 4)
@@ -41,9 +42,9 @@ def normal(rng, *shape):
 
 
 def weights_of(values, format):
-    """A QuantizedArray and the float32 values that it stands for."""
+    """An Array and the float32 values that it stands for."""
     data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return na.QuantizedArray(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
+    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def check(compute, expected, tolerance=1e-5):
