@@ -155,10 +155,11 @@ def logits_gradient_kernel(
     tl.store(out + at, gradient, mask=inside[:, None] & (word < words)[None, :])
 
 
-def blocks(target: str, columns: int) -> dict[str, Any]:
+def blocks(target: str, tokens: int, columns: int) -> dict[str, Any]:
     """A block of logits and of the columns that it is summed over, as those of a matrix product: the epilogue is short
     beside `columns` multiplications a logit."""
-    block_t, block_v, block_d = {"cpu": (64, 64, 128), "metal": (64, 64, 32), "cuda": (128, 128, 64)}[target]
+    block_t, block_v, block_d = {"cpu": (128, 128, 128), "metal": (64, 64, 32), "cuda": (128, 128, 64)}[target]
+    block_t = min(block_t, max(16, tl.next_power_of_2(tokens)))
     block_d = min(block_d, max(16, tl.next_power_of_2(columns)))
     return {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_D": block_d, "EVEN_D": columns % block_d == 0}
 
@@ -177,7 +178,7 @@ def linear_cross_entropy_forward(
     what cross_entropy_forward gives of hidden @ weight^T, in fp32. Errors are the same."""
     tokens, words = check_operands(hidden, weight, targets, smoothing, reduction)
     columns = hidden.shape[1]
-    constants = blocks(target, columns)
+    constants = blocks(target, tokens, columns)
     programs_t = tl.cdiv(tokens, constants["BLOCK_T"])
     blocks_v = tl.cdiv(words, constants["BLOCK_V"])
     share = tl.cdiv(blocks_v, min(blocks_v, tl.cdiv(programs(target), programs_t))) * constants["BLOCK_V"]
@@ -208,7 +209,7 @@ def linear_cross_entropy_backward(
     tokens, words = check_operands(hidden, weight, targets, smoothing, "none")
     check_d_loss("linear_cross_entropy", d_loss, tokens)
     columns = hidden.shape[1]
-    constants = blocks(target, columns)
+    constants = blocks(target, tokens, columns)
     share = max(SMALLEST_SHARE, tl.cdiv(tl.cdiv(words, SHARES), 128) * 128)
     d_weight = empty(weight.shape, weight.dtype)
     d_hidden: Any = None
@@ -235,7 +236,7 @@ def add_matmul(target: str, a: Array, b: Array, residual: Array | None, out: Any
     kept until the last had run, in case that one were fused with it.
     """
     (m, k), n = a.shape, b.shape[1]
-    block_m, block_n, block_k = {"cpu": (64, 64, 128), "metal": (64, 64, 32), "cuda": (128, 128, 64)}[target]
+    block_m, block_n, block_k = {"cpu": (64, 128, 128), "metal": (64, 64, 32), "cuda": (128, 128, 64)}[target]
     block_k = min(block_k, max(16, tl.next_power_of_2(k)))
     return launch(
         matmul_kernel, (tl.cdiv(n, block_n), tl.cdiv(m, block_m), 1), a=Strided(a), b=Strided(b), bias=None,
