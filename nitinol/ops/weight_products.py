@@ -19,7 +19,6 @@ import nitinol.language as tl
 from nitinol.formats.blocks import FORMATS
 from nitinol.graph.array import Array
 from nitinol.language.jit import jit
-from nitinol.language.types import bfloat16, float16, float32
 from nitinol.ops.decode import FLOAT_FORMATS, decode_values
 from nitinol.ops.matmul_kernels import multiply
 from nitinol.ops.matvec import add_products
@@ -27,7 +26,6 @@ from nitinol.ops.quantized import run_arguments
 from nitinol.ops.tiles import part
 
 FEW_TOKENS = 4  # up to here the weights' bytes are what takes time, not the products
-FLOATS = {float32: "F32", float16: "F16", bfloat16: "BF16"}
 
 
 @jit
