@@ -662,3 +662,13 @@ def test_import_is_light() -> None:
             "print(sorted(heavy & set(sys.modules)))")  # fmt: skip
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split("\n")[:2] == ["[] False", "[]"]
+
+
+def test_no_kernel_has_more_than_65535_programs_along_the_second_extent() -> None:
+    """CUDA has no more there; rows then come first."""
+    a = floats(70_000, 1, 1030)[:, :, :1025]
+    x = nn.array(a)[:, :, ::-1]
+    reverse = nitinol.compile(lambda x: x * 2.0 + 1.0)
+    np.testing.assert_array_equal(reverse(x).numpy(), a[:, :, ::-1] * np.float32(2) + np.float32(1))
+    assert max(reverse.records[0].grid[1:]) <= 65535
+    np.testing.assert_allclose(x.max(2).numpy(), a.max(2))
