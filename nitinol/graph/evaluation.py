@@ -10,7 +10,7 @@ import numpy as np
 
 from nitinol.graph.array import Array, attribute, method, tracing
 from nitinol.graph.dtypes import BlockType, from_bfloat16_bits
-from nitinol.graph.nodes import INDEX, Call, Value, root, state, unwritten
+from nitinol.graph.nodes import INDEX, Call, Value, root, source_line, state, unwritten
 from nitinol.graph.plan import Outside, Plan, make_plan
 from nitinol.graph.program import Program, as_numpy
 from nitinol.graph.schedule import is_map, needed
@@ -194,17 +194,38 @@ def _buffer(self: Array) -> Buffer:
     return buffer
 
 
-def _pointer(self: Array) -> tuple[int, DType]:
-    """Address of the first element and its type, for `kernel[grid](array)`."""
+def _memory(self: Array) -> tuple[int, DType, Buffer]:
+    """Address of the first element, its type, and all the memory, for `kernel[grid](array)`; evaluates first."""
+    value = root(self.value)
+    if value.buffer is None or value.writes or state.tracing is not None:
+        evaluate_values([value])
+    buffer = value.buffer
+    assert buffer is not None
     layout = self.layout
     if isinstance(layout.dtype, BlockType):
-        return self.buffer.address, uint8
-    return self.buffer.address + layout.offset * layout.dtype.nbytes, layout.dtype
+        return buffer.address, uint8, buffer
+    return buffer.address + layout.offset * layout.dtype.nbytes, layout.dtype, buffer
+
+
+def _written(self: Array) -> None:
+    """Called before a kernel that runs at once stores to the memory: computes what was asked of the present contents.
+    RuntimeError inside a function that `compile` traces, which would not repeat it."""
+    if state.tracing is not None:
+        place = source_line()
+        raise RuntimeError(
+            f"kernel[grid](...) runs once, while a compiled function is traced ({place.file}:{place.line}); launch "
+            "the kernel with nitinol.launch(kernel, grid, ...) there, which becomes a part of the function"
+        )
+    value = root(self.value)
+    if value.readers:
+        evaluate_readers(value)
 
 
 attribute("evaluate", _evaluate_array)
 attribute("buffer", property(_buffer))
-attribute("__nitinol_pointer__", property(_pointer))
+attribute("__nitinol_pointer__", property(lambda self: _memory(self)[:2]))
+attribute("__nitinol_memory__", _memory)
+attribute("__nitinol_written__", _written)
 
 
 @method

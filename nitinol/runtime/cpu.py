@@ -325,7 +325,7 @@ class CpuDevice:
                 scratch, stride, 2 * self.threads)
         words[:] = array("q", [*head, *UNSET, *rows, *values])
         long = largest > MOST_ALONG or (count == 1 and any(getattr(kernel, "may_not_end", False) for kernel in kernels))
-        return _Encoded(self, words, address, places, long, (tuple(commands.entries), tuple(commands.kept)))
+        return _Encoded(self, words, address, places, long, tuple(commands.entries))
 
     def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], list[int]]:
         """Function address, grid and argument slots; copies and fills are launches of the executor's own kernels."""
@@ -371,7 +371,7 @@ class _Encoded:
         self.places = places  # where each entry's slots begin
         self.count = len(places)
         self.long = long  # see MOST_ALONG
-        self.kept = kept  # the executables and buffers that it names
+        self.kept = kept  # the entries, with the executables and buffers that they name
 
     def row(self, entry: int) -> memoryview:
         """The words of an entry."""
@@ -391,6 +391,8 @@ class _Encoded:
 
 def _slot(argument: Buffer | int | bytes) -> int:
     """An argument as a signed 64-bit integer with the same bits."""
+    if type(argument) is int and -(2**63) <= argument < 2**63:
+        return argument
     if isinstance(argument, Buffer):
         return argument.address
     if isinstance(argument, bytes):
