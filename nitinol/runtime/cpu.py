@@ -136,6 +136,11 @@ class CpuDevice:
             if self._failed and (failure := self.failure(sequence)):
                 raise DeviceError(failure)
 
+    def submission(self, commands: CommandList) -> int:
+        encoded: _Encoded | None = commands.encoded
+        sequence = 0 if encoded is None else encoded.words[cpu_executor.LIST_SEQUENCE]  # the executor writes it
+        return 0 if sequence == NEVER else sequence
+
     def busy(self, commands: CommandList) -> bool:
         if commands.sequence != NEVER:
             return not self.poll(commands.sequence)

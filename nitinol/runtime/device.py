@@ -504,6 +504,11 @@ class Device(Protocol):
         work: the calling thread may run pieces of kernels meanwhile, each of which can take it past the time.
         """
 
+    def submission(self, commands: CommandList) -> int:
+        """The number of the list's latest submission that has reached the device, also if an exception from outside
+        (Ctrl-C) has ended the call that submitted it; 0 if there is none, or if the latest call has submitted nothing.
+        """
+
     def busy(self, commands: CommandList) -> bool:
         """Whether a submission of that list has not ended."""
 

@@ -15,7 +15,18 @@ from nitinol.graph import evaluation
 from nitinol.graph.array import Array, whole_array
 from nitinol.graph.dlpack import from_dlpack
 from nitinol.graph.dtypes import as_dtype
-from nitinol.graph.nodes import Call, Value, View, numbers, recording, root, source_line, state, unwritten
+from nitinol.graph.nodes import (
+    Call,
+    Value,
+    View,
+    forget_readers,
+    numbers,
+    recording,
+    root,
+    source_line,
+    state,
+    unwritten,
+)
 from nitinol.graph.plan import Record, make_plan
 from nitinol.graph.program import Program, as_numpy
 from nitinol.graph.schedule import needed
@@ -187,7 +198,7 @@ class _Trace:
         self._plan([c for c in run], {value for value in targets if value.buffer is None})
         evaluation.finish(calls)
         for value in self.updated:
-            value.readers = [r for r in value.readers if (c := r()) is not None and not c.done]
+            forget_readers(value)
         del alive
 
     def _plan(self, run: list[Call], fresh: set[Value]) -> None:
