@@ -237,19 +237,25 @@ class CpuDevice:
         # Noted before it starts: Ctrl-C may end this function at any point after.
         flight = _Flight(commands, encoded)
         commands.sequence = encoded.words[cpu_executor.LIST_SEQUENCE] = NEVER
-        self._in_flight.append(flight)
-        along = nanoseconds and not self._long_work()
-        while True:
-            if along:
-                sequence = self._executor.run(self._state, encoded.address, nanoseconds)
-            else:
-                sequence = self._executor.submit(self._state, encoded.address)
-                sequence = -sequence if nanoseconds else sequence
-            if sequence:
-                break
-            self._retire()  # a report was in the way, or the ring is full: then wait for its oldest
-            if self._submitted.value - (done := self._done.value) >= cpu_executor.RING_SIZE - 1:
-                self.wait_slice(done + 1, WAIT_SLICE_NS)
+        try:
+            self._in_flight.append(flight)
+            along = nanoseconds and not self._long_work()
+            while True:
+                if along:
+                    sequence = self._executor.run(self._state, encoded.address, nanoseconds)
+                else:
+                    sequence = self._executor.submit(self._state, encoded.address)
+                    sequence = -sequence if nanoseconds else sequence
+                if sequence:
+                    break
+                self._retire()  # a report was in the way, or the ring is full: then wait for its oldest
+                if self._submitted.value - (done := self._done.value) >= cpu_executor.RING_SIZE - 1:
+                    self.wait_slice(done + 1, WAIT_SLICE_NS)
+        except BaseException:
+            with self._lock:
+                if self.submission(commands) == 0 and flight in self._in_flight:  # it will never run
+                    self._in_flight.remove(flight)
+            raise
         commands.sequence = flight.sequence = abs(sequence)
         self._retire()
         if self._failed and flight.sequence in self._failed:  # taken by a thread that did not know whose it is

@@ -252,7 +252,7 @@ class CommandList:
         self.device = device
         self.entries: list[Launch | Copy | Fill] = []
         self.encoded: Any = None  # the driver's form; made at the first submit, dropped when the list changes
-        self.kept: Sequence[Any] = ()  # what else must live until it has run: owners of memory given by address
+        self.kept: list[Any] = []  # what else must live until it has run: owners of memory given by address
         self.sequence = 0  # of the latest submission
         self._profile = False
         self._hazards: Hazards | None = None  # of the entries, once there are two

@@ -182,9 +182,9 @@ def _run_on_host(prepared: Prepared, device: Any, arguments: Sequence[Any], valu
     for position, type in prepared.numbers:
         slots[position] = encode(slots[position], type)
     commands = prepared.commands(device, slots)
-    commands.kept = arguments  # Ctrl-C ends the wait, not the kernel
+    commands.kept = list(arguments)  # Ctrl-C ends the wait, not the kernel
     device.run(commands)
-    commands.kept = ()
+    commands.kept = []
     prepared.idle.append(commands)
 
 
