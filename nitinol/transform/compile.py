@@ -189,13 +189,14 @@ class _Trace:
         targets = list(dict.fromkeys(view.value for view in self.views))
         run = needed([t for t in targets if t.pending], effects)
         alive = [c.outputs for c in run]
-        earlier = [c for c in run if c.number < start]
-        if earlier:  # what was asked for before the call is computed once, now
+        mine = set(calls)
+        earlier = [c for c in run if c not in mine]
+        if earlier:  # what was asked for before the call, or meanwhile by other threads, is computed once, now
             needs = {v.value for c in run for v in (*c.inputs, *c.updates) if isinstance(v, View)}
             outside = [v for v in (*needs, *targets) if v.call in earlier or any(w in earlier for w in v.writes)]
             evaluation.evaluate_values(outside, earlier, start)
-            run = [c for c in run if c.number >= start]
-        self._plan([c for c in run], {value for value in targets if value.buffer is None})
+            run = [c for c in run if c in mine]
+        self._plan(run, {value for value in targets if value.buffer is None})
         evaluation.finish(calls)
         for value in self.updated:
             forget_readers(value)
