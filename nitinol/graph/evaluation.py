@@ -157,8 +157,7 @@ def structure(
             if type(operand) is not Value:
                 numbers.append(operand)
                 continue
-            place = places.get(operand)
-            if place is None:
+            if (place := places.get(operand)) is None:
                 place = places[operand] = len(places)
                 outside.append(operand)
                 if operand.buffer is None:
@@ -223,7 +222,7 @@ def _lasts(value: Value, inside: set[Call], again: set[Call]) -> bool:
     """Whether something that has not run after the calls `inside` wants the value."""
     if value.handles:
         return True
-    for reference in list(value.readers):
+    for reference in tuple(value.readers):
         reader = reference()
         if reader is not None and not reader.done and (reader not in inside or reader in again):
             return True

@@ -284,7 +284,7 @@ def record(form: Form, operands: tuple[Any, ...]) -> tuple[Value, ...]:
         call._code = state.place
     else:
         frame = sys._getframe(2)
-        while (code := frame.f_code) not in _theirs and (code in _ours or _is_ours(code)):
+        while (ours := _ours.get(id(code := frame.f_code))) or (ours is None and _is_ours(code)):
             if frame.f_back is None:
                 break
             frame = frame.f_back
@@ -331,16 +331,20 @@ def forget_readers(value: Value) -> None:
 
 _forgetting = threading.Lock()
 _LIBRARY = tuple(str(Path(__file__).resolve().parent.parent / part) for part in ("graph", "ops", "transform"))
-_ours: set[CodeType] = set()
-_theirs: set[CodeType] = set()
+_ours: dict[int, bool] = {}  # by the code object's id, as its hash takes long
+_known: list[CodeType] = []  # so that their ids stay theirs
 
 
 def _is_ours(code: CodeType) -> bool:
     """Whether the code is of the array library, which is never where the program asked for something."""
-    if len(_theirs) > 1 << 14:
-        _theirs.clear()
-    ours = code.co_filename.startswith(_LIBRARY) or code.co_filename == "<string>"
-    (_ours if ours else _theirs).add(code)
+    found = _ours.get(id(code))
+    if found is not None:
+        return found
+    if len(_known) > 1 << 14:
+        _ours.clear()
+        _known.clear()
+    _known.append(code)
+    ours = _ours[id(code)] = code.co_filename.startswith(_LIBRARY) or code.co_filename == "<string>"
     return ours
 
 

@@ -75,10 +75,12 @@ class Operation:
         for operand in operands:
             kind = type(operand)
             if kind is Array:
-                parts.append(operand.layout)
+                parts.append(operand.layout.number)
                 values.append(operand.value)
-            elif kind is float and (-1e38 < operand < -1e-37 or 1e-37 < operand < 1e38 or operand == 0):
-                parts.append(float)
+            elif (kind is float and (-1e38 < operand < -1e-37 or 1e-37 < operand < 1e38 or operand == 0)) or (
+                kind is int and -(2**31) <= operand < 2**31
+            ):
+                parts.append(kind)
                 values.append(operand)
             elif kind is int or kind is float or kind is bool:
                 parts.append((kind, semantic.number_type(operand)))

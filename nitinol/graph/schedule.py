@@ -64,8 +64,11 @@ def needed(targets: Iterable[Value], calls: Iterable[Call] = (), before: int = 1
         form, operands = call.form, call.operands
         for position in form.reads:
             operand = operands[position]
-            if type(operand) is Value and (operand.buffer is None or operand.writes):
-                demand(operand, call.number)
+            if type(operand) is Value:
+                if operand.writes:
+                    demand(operand, call.number)
+                elif operand.buffer is None and operand.call is not None:
+                    stack.append(operand.call)
         for position in form.updates:  # earlier updates, and those who still want the old contents
             updated = operands[position]
             assert type(updated) is Value
