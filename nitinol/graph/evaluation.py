@@ -47,6 +47,10 @@ def evaluate_values(values: Iterable[Value], calls: Sequence[Call] = (), before:
 
 def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
     run = needed(values, calls, before)
+    if len(values) > 1 and not calls and _several_devices(run):
+        for value in values:  # each where it belongs
+            evaluate_values([value], before=before)
+        return
     results = [call.outputs for call in run]  # so that they are the same objects throughout
     lost = [v for v in values if v.buffer is None and (v.call is None or v.call.done) and v.size and not v.writes]
     if lost:
@@ -97,6 +101,15 @@ def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
     _runs.remove(this)
     program.release()
     plan.idle.append(program)
+
+
+def _several_devices(run: Sequence[Call]) -> bool:
+    """Whether calls that start from nothing are among the others and belong to another device."""
+    devices = {id(call.device) for call in run if call.device is not None}
+    if devices:
+        operands = [operand for call in run for operand in call.operands if type(operand) is Value]
+        devices.update([id(value.buffer.device) for value in operands if value.buffer is not None])
+    return len(devices) > 1
 
 
 class _Run:
