@@ -185,3 +185,29 @@ def test_inside_a_compiled_function_a_launch_that_writes_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"nitinol.launch"):
         step(nitinol.array(fresh()))
     assert np.array_equal(state.numpy(), before)
+
+
+def test_a_gradient_does_not_flow_through_a_launch_that_writes() -> None:
+    def changed(x):
+        y = x * 2
+        add_in_place[(1,)](y, 100.0, 11, 16)
+        return y.sum()
+
+    def argument(x):
+        add_in_place[(1,)](x, 100.0, 11, 16)
+        return x.sum()
+
+    for function in (changed, argument):
+        with pytest.raises(nitinol.GradientError, match=r"add_in_place \(.*test_launch.py:\d+\) updates an array in"):
+            nitinol.grad(function)(nitinol.array(fresh()))
+
+    @nitinol.custom_gradient
+    def doubled(x):
+        out = nitinol.empty(x.shape)
+        add_kernel[(1,)](x, x, out, 11, 16)
+        return out, lambda g: g * 2
+
+    a = fresh()
+    value, gradient = nitinol.value_and_grad(lambda x: (doubled(x) * 3).sum())(nitinol.array(a))
+    np.testing.assert_allclose(value.numpy(), (a * 6).sum(), rtol=1e-5, atol=1e-5)  # another order of the sum
+    assert np.array_equal(gradient.numpy(), np.full(11, 6, np.float32))

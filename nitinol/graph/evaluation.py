@@ -1,4 +1,4 @@
-"""Evaluating arrays: the run of everything that some values need, and the methods of `Array` that ask for elements."""
+"""Evaluating: the run of everything that some values need, also if an exception comes in between."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from nitinol.graph.array import Array, attribute, method, tracing
-from nitinol.graph.dtypes import BlockType, from_bfloat16_bits
-from nitinol.graph.nodes import INDEX, Call, Value, root, source_line, state, unwritten
+from nitinol.graph.array import Array
+from nitinol.graph.nodes import INDEX, Call, Value, root, state, unwritten
 from nitinol.graph.plan import Outside, Plan, make_plan
-from nitinol.graph.program import Program, as_numpy
+from nitinol.graph.program import Program
 from nitinol.graph.schedule import is_map, needed
-from nitinol.language.types import DType, bfloat16, int1, uint8
 from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer, DeviceError
 
@@ -48,8 +46,8 @@ def evaluate_values(values: Iterable[Value], calls: Sequence[Call] = (), before:
 def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
     run = needed(values, calls, before)
     if len(values) > 1 and not calls and _several_devices(run):
-        for value in values:  # each where it belongs
-            evaluate_values([value], before=before)
+        for one in values:  # each where it belongs
+            evaluate_values([one], before=before)
         return
     results = [call.outputs for call in run]  # so that they are the same objects throughout
     lost = [v for v in values if v.buffer is None and (v.call is None or v.call.done) and v.size and not v.writes]
@@ -107,8 +105,8 @@ def _several_devices(run: Sequence[Call]) -> bool:
     """Whether calls that start from nothing are among the others and belong to another device."""
     devices = {id(call.device) for call in run if call.device is not None}
     if devices:
-        operands = [operand for call in run for operand in call.operands if type(operand) is Value]
-        devices.update([id(value.buffer.device) for value in operands if value.buffer is not None])
+        operands = [operand for call in run for operand in call.operands if isinstance(operand, Value)]
+        devices.update([id(operand.buffer.device) for operand in operands if operand.buffer is not None])
     return len(devices) > 1
 
 
@@ -253,101 +251,3 @@ def finish(calls: Iterable[Call]) -> None:
                 value.writes.remove(call)
                 if not value.writes:
                     unwritten.discard(value)
-
-
-# ------------------------------------------------------------------------------------------------------ of Array
-
-
-def _evaluate_array(self: Array) -> Array:
-    """Computes the elements now: one submission, one wait. Returns the array itself."""
-    evaluate_values([self.value])
-    return self
-
-
-def _buffer(self: Array) -> Buffer:
-    """The device memory of the whole value that this array is a view of; evaluates first."""
-    evaluate_values([self.value])
-    buffer = root(self.value).buffer
-    assert buffer is not None
-    return buffer
-
-
-def _memory(self: Array) -> tuple[int, DType, Buffer]:
-    """Address of the first element, its type, and all the memory, for `kernel[grid](array)`; evaluates first."""
-    value = root(self.value)
-    if value.buffer is None or value.writes or state.tracing is not None:
-        evaluate_values([value])
-    buffer = value.buffer
-    assert buffer is not None
-    layout = self.layout
-    if isinstance(layout.dtype, BlockType):
-        return buffer.address, uint8, buffer
-    return buffer.address + layout.offset * layout.dtype.nbytes, layout.dtype, buffer
-
-
-def _written(self: Array) -> None:
-    """Called before a kernel that runs at once stores to the memory: computes what was asked of the present contents.
-    RuntimeError inside a function that `compile` traces, which would not repeat it."""
-    if state.tracing is not None:
-        place = source_line()
-        raise RuntimeError(
-            f"kernel[grid](...) runs once, while a compiled function is traced ({place.file}:{place.line}); launch "
-            "the kernel with nitinol.launch(kernel, grid, ...) there, which becomes a part of the function"
-        )
-    value = root(self.value)
-    if value.readers:
-        evaluate_readers(value)
-
-
-attribute("evaluate", _evaluate_array)
-attribute("buffer", property(_buffer))
-attribute("__nitinol_pointer__", property(lambda self: _memory(self)[:2]))
-attribute("__nitinol_memory__", _memory)
-attribute("__nitinol_written__", _written)
-
-
-@method
-def numpy(self: Array, copy: bool = True) -> np.ndarray:
-    """The elements as a NumPy array (bfloat16 as float32, which holds every value of it; blocks as their bytes).
-
-    copy=False: a read-only window on the memory where the type allows, for reading at once: a compiled function's
-    next call overwrites its results, and in-place updates show.
-    """
-    raw = as_numpy(self.buffer, self.view)
-    if self.dtype == bfloat16:
-        return from_bfloat16_bits(raw)
-    raw = raw.view(np.bool_) if self.dtype == int1 else raw
-    if copy:
-        return raw.copy()
-    raw.flags.writeable = False
-    return raw
-
-
-@method
-def __array__(self: Array, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    result = self.numpy(copy=copy is not False)
-    return result if dtype is None else result.astype(dtype, copy=False)
-
-
-@method
-def item(self: Array) -> Any:
-    """The only element as a Python number."""
-    if self.size != 1:
-        raise ValueError(f"item() of an array of shape {self.shape}, which has {self.size} elements; expected one")
-    return self.numpy(copy=False).item()
-
-
-@method
-def tolist(self: Array) -> Any:
-    """The elements as nested lists of Python numbers."""
-    return self.numpy(copy=False).tolist()
-
-
-@method
-def __repr__(self: Array) -> str:
-    if self.is_quantized:
-        return f"Array(shape={self.shape}, stored as {self.dtype})"
-    if tracing():
-        return f"Array(shape={self.shape}, dtype={self.dtype}, not evaluated)"
-    text = np.array2string(self.numpy(), separator=", ", prefix="Array(", threshold=200)
-    return f"Array({text}, shape={self.shape}, dtype={self.dtype})"

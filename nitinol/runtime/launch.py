@@ -3,7 +3,7 @@
 It is a graph of one call: what our arrays still have to be computed from runs before, and so does what was asked of the
 present contents of those that the kernel stores to. This folder knows nothing of the graph; an array of ours offers
 `__nitinol_memory__()`, (address of its first element, element type, Buffer of all its memory), and
-`__nitinol_written__()`, which is called before a kernel stores to it.
+`__nitinol_written__(name of the kernel)`, which is called before a kernel stores to it.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def launch(kernel: JITFunction, grid: Any, arguments: Sequence[Any], keywords: M
                               "give it a copy of the array")  # fmt: skip
     for place in buffers:
         if place in prepared.stored:
-            arguments[place].__nitinol_written__()
+            arguments[place].__nitinol_written__(kernel.__name__)
     if _interpreting:
         _interpret(kernel, prepared, values, spans)
         return None
