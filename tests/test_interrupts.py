@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -32,12 +33,15 @@ class Timer:
             raise Interrupt
 
     def evaluate(self, *arrays):
+        return self.call(nitinol.evaluate, *arrays)
+
+    def call(self, function, *arguments):
         '''Whether it came to its end.'''
         try:
             try:
                 self.armed = True
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, self.most), self.again)
-                nitinol.evaluate(*arrays)
+                function(*arguments)
             finally:
                 self.armed = False  # no call: nothing can come in between
         except Interrupt:
@@ -121,4 +125,47 @@ def test_a_failed_run_keeps_its_updates_and_fails_again() -> None:
         else:
             raise AssertionError("no error")
     assert (x.numpy() == 1).all(), x
+    """)
+
+
+def test_compiled_functions_and_launches_that_are_interrupted(tmp_path: Path) -> None:
+    """Each runs at most once a call, and the next one is right."""
+    (tmp_path / "kernels.py").write_text(textwrap.dedent("""
+    import nitinol
+    import nitinol.language as tl
+
+    @nitinol.jit
+    def count(x, BLOCK: tl.constexpr):
+        tl.store(x + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)) + 1)
+    """))
+    run(f"""
+    import sys
+    sys.path.insert(0, {str(tmp_path)!r})
+    from kernels import count
+    x, launched = (nitinol.zeros(8).copy() for _ in range(2))
+    nitinol.evaluate(x, launched)
+
+    @nitinol.compile
+    def step(y):
+        x[:] = x + 1
+        return y * 2 + x
+
+    y = nitinol.array(np.arange(8, dtype=np.float32))
+    step(y)
+    count[(1,)](launched, 8)
+    timer = Timer(most=60e-6)
+    for _ in range(3000):
+        before, launches = x.numpy()[0], launched.numpy()[0]
+        timer.call(step, y)
+        timer.call(count[(1,)], launched, 8)
+        nitinol.get_device().synchronize()
+        assert x.numpy()[0] - before in (0, 1) and launched.numpy()[0] - launches in (0, 1)
+    now = x.numpy()
+    assert (now == now[0]).all()
+    assert np.array_equal(step(y).numpy(), y.numpy() * 2 + now + 1)
+    print(timer.raised)
+    assert timer.raised > 200, timer.raised
+    device = nitinol.get_device()
+    device.synchronize()
+    assert not device._in_flight
     """)

@@ -391,8 +391,8 @@ class _Encoded:
 
     def __del__(self) -> None:
         # Not in flight any more, but a worker that came late may still be looking at it.
-        device = self.device
-        if device.closed:
+        device = getattr(self, "device", None)  # not there if Ctrl-C ended the constructor
+        if device is None or device.closed:
             return
         device._retired[self.address] = self.words
         for address in list(device._retired):

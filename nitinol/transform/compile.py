@@ -240,11 +240,10 @@ class _Trace:
                 evaluation.evaluate_readers(value)
         variant = next((v for v in self.variants if not v.held()), None)
         if variant is None:
-            variant = _Variant(self, self.variants[0].program.arena)
-        else:
-            self.variants.remove(variant)
+            variant = _Variant(self, self.program.arena)
         # The one that ran last goes to the end; of those that the program holds, none is needed for a further run.
-        self.variants = [*self.variants[-SPARE + 1 :], variant]
+        # (In one step: Ctrl-C must not leave a list without it.)
+        self.variants = [*[v for v in self.variants if v is not variant][-SPARE + 1 :], variant]
         self.program = variant.program
         return variant
 
