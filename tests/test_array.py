@@ -672,3 +672,20 @@ def test_no_kernel_has_more_than_65535_programs_along_the_second_extent() -> Non
     np.testing.assert_array_equal(line(x).numpy(), a[:, :129] * np.float32(2) + np.float32(1))
     assert line.records[0].grid == (70_000, 1, 1)
     np.testing.assert_array_equal(x.max(1).numpy(), a[:, :129].max(1))
+
+
+@pytest.mark.cpu
+def test_what_starts_from_nothing_lands_where_it_was_asked_for() -> None:
+    """Memory decides where there is some; calls without any take the device that was current when they were made."""
+    here, other = nn.get_device(), nn.CpuDevice(threads=1)
+    x = nn.array([1.0, 2.0])
+    with nn.using_device(other):
+        made = [nn.zeros(3), nn.arange(4) + 1, nn.uniform((3,), seed=3), nn.eye(3), nn.full((2,), 3) * 2]
+        with_memory, beside = nn.ones(2) + x, nn.ones(2)
+    for array in made:
+        assert array.buffer.device is other
+    assert with_memory.buffer.device is here and with_memory.tolist() == [2, 3]
+    later, sums = nn.ones(2) * 2, x + 5
+    nn.evaluate(beside, later, sums)
+    assert [array.buffer.device for array in (beside, later, sums)] == [other, here, here]
+    assert (beside.tolist(), later.tolist(), sums.tolist()) == ([1, 1], [2, 2], [6, 7])

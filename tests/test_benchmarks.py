@@ -116,6 +116,15 @@ def test_startup_and_the_summary_of_all(tmp_path: Path) -> None:
     assert list(found["imports"]) == list(startup.IMPORTS)
 
 
+@pytest.mark.slow
+def test_small_things(tmp_path: Path) -> None:
+    text, document = results(tmp_path, "small.py", "--calls", "20")
+    assert "kernel[grid], three NumPy arrays" in text
+    for sides in document["microseconds"].values():
+        assert all(0 < smallest <= median for median, smallest in sides.values())
+    assert list(document["first_call_milliseconds"]) == ["cold", "from disk"]
+
+
 def test_sides_take_turns() -> None:
     calls: list[str] = []
     sides = {name: lambda name=name: calls.append(name) for name in "ab"}

@@ -1,20 +1,19 @@
-"""Evaluating arrays: the run of everything that some values need, and the methods of `Array` that ask for elements."""
+"""Evaluating: the run of everything that some values need, also if an exception comes in between."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from nitinol.graph.array import Array, attribute, method, tracing
-from nitinol.graph.dtypes import BlockType, from_bfloat16_bits
+from nitinol.graph.array import Array
 from nitinol.graph.nodes import INDEX, Call, Value, root, state, unwritten
 from nitinol.graph.plan import Outside, Plan, make_plan
-from nitinol.graph.program import Program, as_numpy
+from nitinol.graph.program import Program
 from nitinol.graph.schedule import is_map, needed
-from nitinol.language.types import DType, bfloat16, int1, uint8
 from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer, DeviceError
 
@@ -34,9 +33,11 @@ def evaluate_values(values: Iterable[Value], calls: Sequence[Call] = (), before:
     values = [root(value) for value in values]
     if state.tracing is not None:
         state.tracing.refuse(values)
-    if not calls and not any(value.pending for value in values):
+    if not calls and not any([value.pending for value in values]):
         return
     with _lock:
+        if _runs:
+            _finish_runs()
         values = [value for value in values if value.pending]
         if values or calls:
             _evaluate(values, calls, before)
@@ -44,52 +45,118 @@ def evaluate_values(values: Iterable[Value], calls: Sequence[Call] = (), before:
 
 def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
     run = needed(values, calls, before)
+    if len(values) > 1 and not calls and _several_devices(run):
+        for one in values:  # each where it belongs
+            evaluate_values([one], before=before)
+        return
     results = [call.outputs for call in run]  # so that they are the same objects throughout
-    lost = [v for v in values if v.buffer is None and v.size and not v.writes and (v.call is None or v.call.done)]
+    lost = [v for v in values if v.buffer is None and (v.call is None or v.call.done) and v.size and not v.writes]
     if lost:
         raise ValueError(
             f"an array of shape {lost[0].shape} was computed inside a compiled function and is not one of its "
             "results; return it from the function"
         )
-    lasting = _lasting(run, results)
+    inside = set(run)
+    lasting, again = _lasting(run, inside, results)
     targets = set(values)
+    updating = False
     for call in run:
+        if not call.form.updates:
+            continue
+        updating = True
         for position in call.form.updates:
             value = call.operands[position]
             assert isinstance(value, Value)
-            if value in lasting or value.buffer is not None or _lasts(value, set(run), lasting):
+            if value in lasting or value.buffer is not None or _lasts(value, inside, again):
                 targets.add(value)
             # What reads the old contents of something that is updated cannot be computed again later.
             stale = [r for r in value.pending_readers() if r.number < call.number]
             targets.update(v for r in stale for v in r.outputs if v in lasting)
     if calls:
         targets.update(v for call in calls for v in call.outputs if v in lasting)
-    outside, key, numbers, device = structure(run, results, targets, lasting)
-    facts = outside_facts(outside, any(call.form.updates for call in run))
-    key += [tuple(facts), device.target]
-    plan = _plans.get(tuple(key))
+    outside, parts, numbers, device = structure(run, results, targets, lasting)
+    facts = outside_facts(outside, updating)
+    key = (*parts, facts, device.target)
+    plan = _plans.get(key)
     if plan is None:
         plan = make_plan(run, outside, facts, targets, lasting, device.target)
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
-        _plans[tuple(key)] = plan
+        _plans[key] = plan
     program = plan.idle.pop() if plan.idle else None
     if program is None or program.device is not device:
         program = Program(plan, device)
     program.bind([cast(Buffer, value.buffer) for value in outside], numbers)
-    program.run()
-    for (i, j), stand_in in plan.results.items():
-        value = results[i][j]
-        value.buffer, value.call = program.buffers[stand_in], None
-    finish([call for call, done in zip(run, plan.done) if done])
+    this = _Run(program, run, results)
+    _runs.append(this)
+    try:
+        program.run()
+    except DeviceError:
+        this.note(failed=True)
+        _runs.remove(this)
+        raise
+    this.note()
+    _runs.remove(this)
     program.release()
     plan.idle.append(program)
+
+
+def _several_devices(run: Sequence[Call]) -> bool:
+    """Whether calls that start from nothing are among the others and belong to another device."""
+    devices = {id(call.device) for call in run if call.device is not None}
+    if devices:
+        operands = [operand for call in run for operand in call.operands if isinstance(operand, Value)]
+        devices.update([id(operand.buffer.device) for operand in operands if operand.buffer is not None])
+    return len(devices) > 1
+
+
+class _Run:
+    """A run from just before it is submitted until what it did is noted. An exception from outside (Ctrl-C) may come
+    between any two steps; then it stays in `_runs`, and whoever evaluates next finishes it: an update that has been
+    submitted is never submitted again."""
+
+    def __init__(self, program: Program, calls: Sequence[Call], results: Sequence[tuple[Value, ...]]) -> None:
+        self.program, self.calls, self.results = program, calls, results
+        self.earlier = program.submission  # the number of the program's latest submission so far
+
+    @property
+    def submitted(self) -> bool:
+        return self.program.submission > self.earlier
+
+    def note(self, failed: bool = False) -> None:
+        """Enters into the graph what has run; once more does no harm. Of a run that failed only the updates: other
+        results are computed again, and fail again, when somebody asks for them."""
+        if failed and not self.submitted:
+            return
+        plan = self.program.plan
+        for (i, j), stand_in in plan.results.items():
+            if not failed or self.calls[i].form.updates:
+                value = self.results[i][j]
+                value.buffer, value.call = self.program.buffers[stand_in], None
+        finish([call for call, done in zip(self.calls, plan.done) if done and (not failed or call.form.updates)])
+
+
+_runs: list[_Run] = []
+
+
+def _finish_runs() -> None:
+    """Waits for what an exception has left running, and notes it."""
+    for this in list(_runs):
+        if this.submitted:
+            failed = False
+            try:
+                this.program.device.synchronize()
+            except DeviceError:  # whoever asks for the results is told
+                failed = True
+            this.note(failed)
+        _runs.remove(this)
 
 
 def structure(
     run: Sequence[Call], results: Sequence[tuple[Value, ...]], targets: set[Value], lasting: set[Value]
 ) -> tuple[list[Value], list[Any], list[Any], Any]:
-    """What is there already, the key of the plan, the numbers, and the device."""
+    """What is there already, the key of the plan, the numbers, and the device: where the memory is, or without any the
+    one that was current when the first call was recorded."""
     places: dict[Value, int] = {INDEX: -1}
     outside: list[Value] = []
     numbers: list[Any] = []
@@ -101,8 +168,7 @@ def structure(
             if type(operand) is not Value:
                 numbers.append(operand)
                 continue
-            place = places.get(operand)
-            if place is None:
+            if (place := places.get(operand)) is None:
                 place = places[operand] = len(places)
                 outside.append(operand)
                 if operand.buffer is None:
@@ -117,23 +183,28 @@ def structure(
             key.append(place)
         for value in fresh:
             places[value] = len(places)
-            key.append((value in targets, value in lasting))
-    return outside, key, numbers, get_device() if device is None else device
+            key.append(2 * (value in targets) + (value in lasting))
+    if device is None:
+        device = next((call.device for call in run if call.device is not None), None) or get_device()
+    return outside, key, numbers, device
 
 
-def outside_facts(outside: Sequence[Value], updates: bool) -> list[Outside]:
+def outside_facts(outside: Sequence[Value], updates: bool) -> tuple[Outside, ...]:
     """What a plan must know of each piece of memory."""
     buffers: list[Buffer] = [value.buffer for value in outside]  # type: ignore[misc]
     if not updates or (len({id(b._root or b) for b in buffers}) == len(buffers) and not any(
         b._root is None and isinstance(b._owner, np.ndarray) for b in buffers
     )):
-        return [Outside(b.address % 16, i) for i, b in enumerate(buffers)]
+        return tuple([_apart(b.address % 16, i) for i, b in enumerate(buffers)])
     facts: list[Outside] = []
     for i, b in enumerate(buffers):
         shared = next((j for j, a in enumerate(buffers[:i])
                        if a.address < b.address + b.nbytes and b.address < a.address + a.nbytes), None)  # fmt: skip
         facts.append(Outside(b.address % 16, i if shared is None else facts[shared].overlaps))
-    return facts
+    return tuple(facts)
+
+
+_apart = functools.cache(Outside)  # the same few again and again
 
 
 def evaluate_readers(value: Value) -> None:
@@ -142,24 +213,29 @@ def evaluate_readers(value: Value) -> None:
     evaluate_values([output for call in readers for output in call.outputs], [c for c in readers if c.form.updates])
 
 
-def _lasting(run: Sequence[Call], results: Sequence[tuple[Value, ...]]) -> set[Value]:
-    """Which results may be asked for after a run of these calls: by the program, or by a call that has not run then."""
-    inside = set(run)
+def _lasting(
+    run: Sequence[Call], inside: set[Call], results: Sequence[tuple[Value, ...]]
+) -> tuple[set[Value], set[Call]]:
+    """Which results may be asked for after a run of these calls, by the program or by a call that has not run then;
+    and which calls that may happen to: a fused one has not run, and may be asked for later."""
     found: set[Value] = set()
-    for fresh in reversed(results):  # readers first
+    again: set[Call] = set()
+    for call, fresh in zip(reversed(run), reversed(results)):  # readers first
         for value in fresh:
-            if value.handles or _lasts(value, inside, found):
+            if value.handles or _lasts(value, inside, again):
                 found.add(value)
-    return found
+                if is_map(call) and not call.form.updates:
+                    again.add(call)
+    return found, again
 
 
-def _lasts(value: Value, inside: set[Call], lasting: set[Value]) -> bool:
+def _lasts(value: Value, inside: set[Call], again: set[Call]) -> bool:
     """Whether something that has not run after the calls `inside` wants the value."""
     if value.handles:
         return True
-    for reader in value.pending_readers():
-        # A fused call has not run, and may be asked for later.
-        if reader not in inside or (is_map(reader) and not reader.form.updates and reader.outputs[0] in lasting):
+    for reference in tuple(value.readers):
+        reader = reference()
+        if reader is not None and not reader.done and (reader not in inside or reader in again):
             return True
     return False
 
@@ -175,80 +251,3 @@ def finish(calls: Iterable[Call]) -> None:
                 value.writes.remove(call)
                 if not value.writes:
                     unwritten.discard(value)
-
-
-# ------------------------------------------------------------------------------------------------------ of Array
-
-
-def _evaluate_array(self: Array) -> Array:
-    """Computes the elements now: one submission, one wait. Returns the array itself."""
-    evaluate_values([self.value])
-    return self
-
-
-def _buffer(self: Array) -> Buffer:
-    """The device memory of the whole value that this array is a view of; evaluates first."""
-    evaluate_values([self.value])
-    buffer = root(self.value).buffer
-    assert buffer is not None
-    return buffer
-
-
-def _pointer(self: Array) -> tuple[int, DType]:
-    """Address of the first element and its type, for `kernel[grid](array)`."""
-    layout = self.layout
-    if isinstance(layout.dtype, BlockType):
-        return self.buffer.address, uint8
-    return self.buffer.address + layout.offset * layout.dtype.nbytes, layout.dtype
-
-
-attribute("evaluate", _evaluate_array)
-attribute("buffer", property(_buffer))
-attribute("__nitinol_pointer__", property(_pointer))
-
-
-@method
-def numpy(self: Array, copy: bool = True) -> np.ndarray:
-    """The elements as a NumPy array (bfloat16 as float32, which holds every value of it; blocks as their bytes).
-
-    copy=False: a read-only window on the memory where the type allows, for reading at once: a compiled function's
-    next call overwrites its results, and in-place updates show.
-    """
-    raw = as_numpy(self.buffer, self.view)
-    if self.dtype == bfloat16:
-        return from_bfloat16_bits(raw)
-    raw = raw.view(np.bool_) if self.dtype == int1 else raw
-    if copy:
-        return raw.copy()
-    raw.flags.writeable = False
-    return raw
-
-
-@method
-def __array__(self: Array, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    result = self.numpy(copy=copy is not False)
-    return result if dtype is None else result.astype(dtype, copy=False)
-
-
-@method
-def item(self: Array) -> Any:
-    """The only element as a Python number."""
-    if self.size != 1:
-        raise ValueError(f"item() of an array of shape {self.shape}, which has {self.size} elements; expected one")
-    return self.numpy(copy=False).item()
-
-
-@method
-def tolist(self: Array) -> Any:
-    """The elements as nested lists of Python numbers."""
-    return self.numpy(copy=False).tolist()
-
-
-@method
-def __repr__(self: Array) -> str:
-    if self.is_quantized:
-        return f"Array(shape={self.shape}, stored as {self.dtype})"
-    if tracing():
-        return f"Array(shape={self.shape}, dtype={self.dtype}, not evaluated)"
-    text = np.array2string(self.numpy(), separator=", ", prefix="Array(", threshold=200)
-    return f"Array({text}, shape={self.shape}, dtype={self.dtype})"

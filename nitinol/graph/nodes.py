@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nitinol.graph.dtypes import BlockType, bytes_of
 from nitinol.graph.views import Layout, Shape, layout_of, whole_layout
 from nitinol.language.types import DType, int32, int64
+from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer
 
 if TYPE_CHECKING:
@@ -172,7 +173,9 @@ class Call:
     """Something to compute: an operation on values. `form` is what all calls of the kind share (operation, attributes,
     layouts); `operands` are the values and numbers of this one."""
 
-    __slots__ = ("__weakref__", "_code", "_instruction", "_results", "_traced", "done", "form", "number", "operands")
+    __slots__ = (
+        "__weakref__", "_code", "_instruction", "_results", "_traced", "device", "done", "form", "number", "operands",
+    )  # fmt: skip
 
     def __init__(self, form: Form, operands: tuple[Value | int | float | bool, ...]) -> None:
         self.form = form
@@ -184,6 +187,7 @@ class Call:
         # Values keep their calls alive, not the other way round: memory goes when the last Array goes, without a cycle.
         self._results: list[weakref.ref[Value]] = []
         self._traced: tuple[Any, ...] | None = None  # the operands before aliases were looked through, if there are any
+        self.device: Any = None  # of a call that starts from nothing: the one that was current
 
     @property
     def inputs(self) -> tuple[View | Scalar, ...]:
@@ -210,6 +214,8 @@ class Call:
     @property
     def outputs(self) -> tuple[Value, ...]:
         """The fresh values; one that nobody holds any more is made anew."""
+        if len(self._results) == 1 and (only := self._results[0]()) is not None:
+            return (only,)
         found = []
         for index, layout in enumerate(self.form.outputs):
             value = self._results[index]()
@@ -278,47 +284,68 @@ def record(form: Form, operands: tuple[Any, ...]) -> tuple[Value, ...]:
         call._code = state.place
     else:
         frame = sys._getframe(2)
-        while (code := frame.f_code) in _ours or (code not in _theirs and _is_ours(code)):
+        while (ours := _ours.get(id(code := frame.f_code))) or (ours is None and _is_ours(code)):
             if frame.f_back is None:
                 break
             frame = frame.f_back
-        call._code, call._instruction = frame.f_code, frame.f_lasti
+        call._code, call._instruction = code, frame.f_lasti
     for operand in operands:
         if type(operand) is Value and operand.alias is not None:
             call._traced = operands
             call.operands = operands = tuple([root(o) if type(o) is Value else o for o in operands])
             break
-    reference = weakref.ref(call)
+    values = tuple([Value(layout.shape, layout.dtype, call) for layout in form.outputs])
+    call._results = [weakref.ref(value) for value in values]  # before another thread can find the call
+    reference = None
     for position in form.reads:
         operand = operands[position]
         if type(operand) is Value and operand is not INDEX:
             readers = operand.readers
+            if reference is None:
+                reference = weakref.ref(call)
             readers.append(reference)
             if (count := len(readers)) >= MANY_READERS and not count & (count - 1):
-                operand.readers = [r for r in readers if (c := r()) is not None and not c.done]
+                forget_readers(operand)
     if form.updates:
         for position in form.updates:
             value = operands[position]
             value.writes.append(call)
             unwritten.add(value)
-    values = tuple([Value(layout.shape, layout.dtype, call) for layout in form.outputs])
-    call._results = [weakref.ref(value) for value in values]
+    elif reference is None:
+        call.device = get_device()
     for calls in state.recorders:
         calls.append(call)
     return values
 
 
-_LIBRARY = tuple(str(Path(__file__).resolve().parent.parent / part) for part in ("graph", "ops", "transform"))
-_ours: set[CodeType] = set()
-_theirs: set[CodeType] = set()
+def forget_readers(value: Value) -> None:
+    """Clears a value's list of readers of those that have run or are gone. Other threads may append meanwhile."""
+    if _forgetting.acquire(blocking=False):
+        try:
+            readers = value.readers
+            count = len(readers)
+            readers[:count] = [r for r in readers[:count] if (c := r()) is not None and not c.done]
+        finally:
+            _forgetting.release()
+
+
+_forgetting = threading.Lock()
+_ROOT = Path(__file__).resolve().parent.parent
+_LIBRARY = tuple(str(_ROOT / part) for part in ("graph", "ops", "runtime", "transform"))
+_ours: dict[int, bool] = {}  # by the code object's id, as its hash takes long
+_known: list[CodeType] = []  # so that their ids stay theirs
 
 
 def _is_ours(code: CodeType) -> bool:
     """Whether the code is of the array library, which is never where the program asked for something."""
-    if len(_theirs) > 1 << 14:
-        _theirs.clear()
-    ours = code.co_filename.startswith(_LIBRARY) or code.co_filename == "<string>"
-    (_ours if ours else _theirs).add(code)
+    found = _ours.get(id(code))
+    if found is not None:
+        return found
+    if len(_known) > 1 << 14:
+        _ours.clear()
+        _known.clear()
+    _known.append(code)
+    ours = _ours[id(code)] = code.co_filename.startswith(_LIBRARY) or code.co_filename == "<string>"
     return ours
 
 

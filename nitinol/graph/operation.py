@@ -70,28 +70,31 @@ class Operation:
 
     def __call__(self, *operands: Any, **attributes: Any) -> Any:
         """Records a call: an Array, or a tuple of them for several results (None for none)."""
-        key: list[Any] = [self]
+        parts: list[Any] = [self]
         values: list[Any] = []
         for operand in operands:
             kind = type(operand)
             if kind is Array:
-                key.append(operand.layout)
+                parts.append(operand.layout.number)
                 values.append(operand.value)
-            elif kind is float and (-1e38 < operand < -1e-37 or 1e-37 < operand < 1e38 or operand == 0):
-                key.append(float)
+            elif (kind is float and (-1e38 < operand < -1e-37 or 1e-37 < operand < 1e38 or operand == 0)) or (
+                kind is int and -(2**31) <= operand < 2**31
+            ):
+                parts.append(kind)
                 values.append(operand)
             elif kind is int or kind is float or kind is bool:
-                key.append((kind, semantic.number_type(operand)))
+                parts.append((kind, semantic.number_type(operand)))
                 values.append(operand)
             elif operand is None:
-                key.append(None)
+                parts.append(None)
             else:
                 return self(*[self._checked(as_operand, o) for o in operands], **attributes)
         if attributes:
-            key.append(frozen(attributes))
-        form = _forms.get(tuple(key))
+            parts.append(frozen(attributes))
+        key = tuple(parts)
+        form = _forms.get(key)
         if form is None:
-            form = remember(tuple(key), self._form(operands, attributes))
+            form = remember(key, self._form(operands, attributes))
         if form.limits:
             for position, low, high in form.limits:
                 if not low <= values[position] <= high:

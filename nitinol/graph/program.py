@@ -29,6 +29,7 @@ class Program:
         self.commands: CommandList | None = None
         self._places: list[tuple[int, int, Value, int]] = []  # entry, argument, whose memory, from which byte
         self._number_places: list[tuple[int, int, int, Any]] = []  # entry, argument, which number, its type
+        self._encoded: Sequence[Any] = ()  # the numbers that the command list has
         self._nothing: Buffer | None = None
 
     def bind(self, outside: Sequence[Buffer], numbers: Sequence[Any] = (), arena: Buffer | None = None) -> None:
@@ -53,8 +54,10 @@ class Program:
                 buffer = buffers[value]
                 changes[entry, argument] = buffer.view(start) if start else buffer
             for entry, argument, index, type in self._number_places:
-                changes[entry, argument] = encode(numbers[index], type)
+                if numbers[index] is not self._encoded[index]:
+                    changes[entry, argument] = encode(numbers[index], type)
             self.commands.rebind(changes)
+            self._encoded = numbers
         elif plan.steps and not interpreting():
             self.commands = self._record()
 
@@ -93,6 +96,11 @@ class Program:
             return self.device.submit(self._commands())
         return None
 
+    @property
+    def submission(self) -> int:
+        """The number of the latest submission that has reached the device; 0 before the first."""
+        return 0 if self.commands is None else self.device.submission(self.commands)
+
     def address(self, view: View) -> int:
         return self.buffers[view.value].address + first_byte(view)
 
@@ -105,6 +113,7 @@ class Program:
         """The command list of the steps, which says of each array what a step may touch of it."""
         self.plan.compile()
         commands = self.device.command_list()
+        self._encoded = self.numbers
         for number, (step, made) in enumerate(zip(self.plan.steps, self.plan.executables)):
             executable, arguments, positions = made
             spans: tuple[dict[int, Span], dict[int, Span]] = ({}, {})  # reads, writes

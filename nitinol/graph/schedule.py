@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ def needed(targets: Iterable[Value], calls: Iterable[Call] = (), before: int = 1
         if value.buffer is None and value.call is not None:
             stack.append(value.call)
         if value.writes:
-            stack.extend(call for call in value.writes if call.number < number)
+            stack.extend([call for call in value.writes if call.number < number])
 
     for value in targets:
         demand(value, before)
@@ -60,17 +61,23 @@ def needed(targets: Iterable[Value], calls: Iterable[Call] = (), before: int = 1
         if call in found or call.done:
             continue
         found.add(call)
-        form, number = call.form, call.number
+        form, operands = call.form, call.operands
         for position in form.reads:
-            operand = call.operands[position]
+            operand = operands[position]
             if type(operand) is Value:
-                demand(operand, number)
+                if operand.writes:
+                    demand(operand, call.number)
+                elif operand.buffer is None and operand.call is not None:
+                    stack.append(operand.call)
         for position in form.updates:  # earlier updates, and those who still want the old contents
-            updated = call.operands[position]
+            updated = operands[position]
             assert type(updated) is Value
-            demand(updated, number)
-            stack.extend(r for r in updated.pending_readers() if r.number < number)
-    return sorted(found, key=lambda call: call.number)
+            demand(updated, call.number)
+            stack.extend([r for r in updated.pending_readers() if r.number < call.number])
+    return sorted(found, key=_number)
+
+
+_number = operator.attrgetter("number")
 
 
 # ------------------------------------------------------------------------------------------------------- which fuse

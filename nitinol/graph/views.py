@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ class Layout:
     Equal layouts are one object as a rule (`layout_of`), so that comparing them and finding them in tables is quick.
     """
 
-    __slots__ = ("_hash", "contiguous", "dtype", "offset", "shape", "size", "strides")
+    __slots__ = ("_hash", "contiguous", "dtype", "number", "offset", "shape", "size", "strides")
 
     def __init__(self, dtype: DType, shape: Shape, strides: Strides, offset: int) -> None:
         self.dtype = dtype
@@ -29,6 +30,7 @@ class Layout:
         self.size = math.prod(shape)
         self.contiguous = is_contiguous(shape, strides)
         self._hash = hash((dtype, shape, strides, offset))
+        self.number = next(_numbers)  # of the object, for keys that are looked up with every call: no other has had it
 
     def __hash__(self) -> int:
         return self._hash
@@ -52,6 +54,7 @@ class Layout:
         return self.offset + sum(r for r in reach if r < 0), self.offset + sum(r for r in reach if r > 0) + 1
 
 
+_numbers = itertools.count()
 _layouts: dict[tuple[DType, Shape, Strides, int], Layout] = {}
 _whole: dict[tuple[DType, Shape], Layout] = {}
 

@@ -182,10 +182,10 @@ def specialise(
     for parameter, value in zip(parameters, arguments):
         value = core.unwrap(value)
         if parameter.is_constexpr:
-            tags.append(_constant_tag(kernel, parameter.name, value))
+            tags.append(constant_tag(kernel, parameter.name, value))
             constants[parameter.name] = value
             continue
-        tag, value = _describe(kernel, parameter, value)
+        tag, value = describe(kernel, parameter, value)
         tags.append(tag)
         if tag[0] == "=":
             constants[parameter.name] = value
@@ -194,7 +194,7 @@ def specialise(
     return Signature(tuple([p.name for p in parameters]), tuple(tags), constants, warps, stages), values
 
 
-def _describe(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[str, Any]:
+def describe(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[str, Any]:
     """The tag of a run-time argument and the value to pass."""
     kind = type(value)
     if kind is int or kind is bool:
@@ -219,7 +219,7 @@ def _describe(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[st
         return ("fp32:1" if parameter.dtype is None else f"{parameter.dtype.name}:1"), value
     address, element = _pointer(kernel, parameter, value)
     if element is None:
-        return _describe(kernel, parameter, address) if address is not value else _known(kernel, parameter, value)
+        return describe(kernel, parameter, address) if address is not value else _known(kernel, parameter, value)
     return (f"*{element}:16" if address % 16 == 0 and parameter.specialise_divisibility else f"*{element}:1"), address
 
 
@@ -261,14 +261,14 @@ def _pointer(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[Any
 def _known(kernel: JITFunction, parameter: Parameter, value: Any) -> tuple[str, Any]:
     """None, strings, dtypes, functions and tuples of known values are constants wherever they stand."""
     if value is None or isinstance(value, (str, DType, PointerType, JITFunction, tuple)):
-        return _constant_tag(kernel, parameter.name, value), value
+        return constant_tag(kernel, parameter.name, value), value
     raise TypeError(
         f"{kernel.__name__}: {parameter.name} is of type {type(value).__name__}, expected an array, a number, or a "
         "constexpr parameter"
     )
 
 
-def _constant_tag(kernel: JITFunction, name: str, value: Any) -> str:
+def constant_tag(kernel: JITFunction, name: str, value: Any) -> str:
     kind = type(value)
     if kind is int or kind is bool or value is None or kind is float or kind is str:
         return f"={value!r}"

@@ -1,6 +1,6 @@
 """The operations on arrays, one file a family. Importing this package installs the methods of `Array`."""
 
-from nitinol.graph import dlpack, evaluation  # noqa: F401  the methods that give elements
+from nitinol.graph import dlpack, elements  # noqa: F401  the methods that give elements
 from nitinol.ops import (
     attention,
     creation,

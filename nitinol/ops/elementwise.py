@@ -326,7 +326,10 @@ left_shift, right_shift = _bitwise("shl", "left_shift", "<<"), _bitwise("shr", "
 
 def _fits(value: Any) -> bool:
     """Whether an operator takes it; else Python tries the other operand's method."""
-    return isinstance(value, (Array, bool, int, float, np.ndarray, np.generic, list)) or hasattr(value, "__dlpack__")
+    kind = type(value)
+    if kind is Array or kind is float or kind is int:
+        return True
+    return isinstance(value, (bool, int, float, np.ndarray, np.generic, list)) or hasattr(value, "__dlpack__")
 
 
 def _operator(name: str, function: Callable[[Any, Any], Array], reflected: bool = True) -> None:

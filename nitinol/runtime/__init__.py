@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,14 @@ from nitinol.runtime.device import Device, DeviceError
 
 NAMES = ("cpu", "metal", "cuda")
 
-_current: Device | None = None
+_current: Device | None = None  # of all threads,
+
+
+class _Local(threading.local):
+    device: Device | None = None  # and what `using_device` makes of it in one
+
+
+_local = _Local()
 
 
 def open_device(name: str, threads: int | None = None) -> Any:
@@ -59,23 +67,23 @@ def default_device() -> Any:
 
 
 def set_device(device: Device | str | None) -> None:
-    """Make arrays and run kernels on this device, or the one of this name, from now on (None: the default device)."""
+    """Make arrays and run kernels on this device, or the one of this name, from now on (None: the default device), in
+    all threads; inside `using_device` what that says counts."""
     global _current
     _current = open_device(device) if isinstance(device, str) else device
 
 
 @contextmanager
 def using_device(device: Device | str) -> Iterator[None]:
-    """Inside, this device is the current one."""
-    global _current
-    before = _current
-    set_device(device)
+    """Inside, and in this thread, this device is the current one."""
+    before = _local.device
+    _local.device = open_device(device) if isinstance(device, str) else device
     try:
         yield
     finally:
-        _current = before
+        _local.device = before
 
 
 def get_device() -> Any:
     """The device that arrays are made on and that kernels run on."""
-    return default_device() if _current is None else _current
+    return _local.device or _current or default_device()

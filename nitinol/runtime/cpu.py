@@ -136,6 +136,11 @@ class CpuDevice:
             if self._failed and (failure := self.failure(sequence)):
                 raise DeviceError(failure)
 
+    def submission(self, commands: CommandList) -> int:
+        encoded: _Encoded | None = commands.encoded
+        sequence = 0 if encoded is None else encoded.words[cpu_executor.LIST_SEQUENCE]  # the executor writes it
+        return 0 if sequence == NEVER else sequence
+
     def busy(self, commands: CommandList) -> bool:
         if commands.sequence != NEVER:
             return not self.poll(commands.sequence)
@@ -232,19 +237,25 @@ class CpuDevice:
         # Noted before it starts: Ctrl-C may end this function at any point after.
         flight = _Flight(commands, encoded)
         commands.sequence = encoded.words[cpu_executor.LIST_SEQUENCE] = NEVER
-        self._in_flight.append(flight)
-        along = nanoseconds and not self._long_work()
-        while True:
-            if along:
-                sequence = self._executor.run(self._state, encoded.address, nanoseconds)
-            else:
-                sequence = self._executor.submit(self._state, encoded.address)
-                sequence = -sequence if nanoseconds else sequence
-            if sequence:
-                break
-            self._retire()  # a report was in the way, or the ring is full: then wait for its oldest
-            if self._submitted.value - (done := self._done.value) >= cpu_executor.RING_SIZE - 1:
-                self.wait_slice(done + 1, WAIT_SLICE_NS)
+        try:
+            self._in_flight.append(flight)
+            along = nanoseconds and not self._long_work()
+            while True:
+                if along:
+                    sequence = self._executor.run(self._state, encoded.address, nanoseconds)
+                else:
+                    sequence = self._executor.submit(self._state, encoded.address)
+                    sequence = -sequence if nanoseconds else sequence
+                if sequence:
+                    break
+                self._retire()  # a report was in the way, or the ring is full: then wait for its oldest
+                if self._submitted.value - (done := self._done.value) >= cpu_executor.RING_SIZE - 1:
+                    self.wait_slice(done + 1, WAIT_SLICE_NS)
+        except BaseException:
+            with self._lock:
+                if self.submission(commands) == 0 and flight in self._in_flight:  # it will never run
+                    self._in_flight.remove(flight)
+            raise
         commands.sequence = flight.sequence = abs(sequence)
         self._retire()
         if self._failed and flight.sequence in self._failed:  # taken by a thread that did not know whose it is
@@ -325,7 +336,7 @@ class CpuDevice:
                 scratch, stride, 2 * self.threads)
         words[:] = array("q", [*head, *UNSET, *rows, *values])
         long = largest > MOST_ALONG or (count == 1 and any(getattr(kernel, "may_not_end", False) for kernel in kernels))
-        return _Encoded(self, words, address, places, long, (tuple(commands.entries), tuple(commands.kept)))
+        return _Encoded(self, words, address, places, long, tuple(commands.entries))
 
     def _lower(self, entry: Launch | Copy | Fill) -> tuple[int, tuple[int, int, int], list[int]]:
         """Function address, grid and argument slots; copies and fills are launches of the executor's own kernels."""
@@ -371,7 +382,7 @@ class _Encoded:
         self.places = places  # where each entry's slots begin
         self.count = len(places)
         self.long = long  # see MOST_ALONG
-        self.kept = kept  # the executables and buffers that it names
+        self.kept = kept  # the entries, with the executables and buffers that they name
 
     def row(self, entry: int) -> memoryview:
         """The words of an entry."""
@@ -380,8 +391,8 @@ class _Encoded:
 
     def __del__(self) -> None:
         # Not in flight any more, but a worker that came late may still be looking at it.
-        device = self.device
-        if device.closed:
+        device = getattr(self, "device", None)  # not there if Ctrl-C ended the constructor
+        if device is None or device.closed:
             return
         device._retired[self.address] = self.words
         for address in list(device._retired):
@@ -391,6 +402,8 @@ class _Encoded:
 
 def _slot(argument: Buffer | int | bytes) -> int:
     """An argument as a signed 64-bit integer with the same bits."""
+    if type(argument) is int and -(2**63) <= argument < 2**63:
+        return argument
     if isinstance(argument, Buffer):
         return argument.address
     if isinstance(argument, bytes):

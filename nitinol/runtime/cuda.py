@@ -174,6 +174,9 @@ class CudaDevice:
         """Submit and wait."""
         self.submit(commands).wait()
 
+    def submission(self, commands: CommandList) -> int:
+        return commands.sequence
+
     def busy(self, commands: CommandList) -> bool:
         return not self.poll(commands.sequence)
 

@@ -252,7 +252,7 @@ class CommandList:
         self.device = device
         self.entries: list[Launch | Copy | Fill] = []
         self.encoded: Any = None  # the driver's form; made at the first submit, dropped when the list changes
-        self.kept: list[Any] = []  # what else must live until the list has run: owners of memory given by address
+        self.kept: list[Any] = []  # what else must live until it has run: owners of memory given by address
         self.sequence = 0  # of the latest submission
         self._profile = False
         self._hazards: Hazards | None = None  # of the entries, once there are two
@@ -332,15 +332,15 @@ class CommandList:
             if type(entry) is not Launch or not 0 <= position < len(entry.arguments):
                 raise DeviceError(f"argument {position} of entry {number} cannot be changed: a list of {len(entries)} "
                                   "entries has no launch with such an argument there")
-            before = entry.arguments[position]
-            if type(argument) is Buffer and type(before) is Buffer:
+            before = type(entry.arguments[position])
+            if type(argument) is Buffer and before is Buffer:
                 if argument.device is not self.device or (argument._root or argument)._freed:
                     argument.check(self.device)
-            else:
+            elif type(argument) is not int or before is Buffer:
                 self._check_argument(entry.executable, position, argument)
-                if isinstance(argument, Buffer) or isinstance(before, Buffer):
-                    raise DeviceError(f"argument {position} of entry {number} was {before!r} and cannot become "
-                                      f"{argument!r}; record another list")
+                if isinstance(argument, Buffer) or before is Buffer:
+                    raise DeviceError(f"argument {position} of entry {number} was {entry.arguments[position]!r} and "
+                                      f"cannot become {argument!r}; record another list")
         if self.encoded is not None and not self.device.rebind(self, changes):
             self.encoded = None
         for (number, position), argument in changes.items():
@@ -502,6 +502,11 @@ class Device(Protocol):
         """Block until that submission has finished, about so long at most.
 
         work: the calling thread may run pieces of kernels meanwhile, each of which can take it past the time.
+        """
+
+    def submission(self, commands: CommandList) -> int:
+        """The number of the list's latest submission that has reached the device, also if an exception from outside
+        (Ctrl-C) has ended the call that submitted it; 0 if there is none, or if the latest call has submitted nothing.
         """
 
     def busy(self, commands: CommandList) -> bool:

@@ -1,8 +1,13 @@
-"""`kernel[grid](...)`: one kernel on NumPy arrays, torch tensors or our own arrays, finished when the call returns."""
+"""`kernel[grid](...)`: one kernel on NumPy arrays, torch tensors or our own arrays, finished when the call returns.
+
+It is a graph of one call: what our arrays still have to be computed from runs before, and so does what was asked of the
+present contents of those that the kernel stores to. This folder knows nothing of the graph; an array of ours offers
+`__nitinol_memory__()`, (address of its first element, element type, Buffer of all its memory), and
+`__nitinol_written__(name of the kernel)`, which is called before a kernel stores to it.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +17,15 @@ from typing import Any
 import numpy as np
 
 from nitinol.compiler.driver import compile_kernel, tile_ir
-from nitinol.language.jit import JITFunction, specialise
+from nitinol.compiler.stores import stores
+from nitinol.language.core import unwrap
+from nitinol.language.jit import JITFunction, constant_tag, describe, specialise
 from nitinol.language.types import PointerType
 from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer, CommandList, DeviceError, slot
+from nitinol.runtime.host_arrays import HostMemory, host_span, known_span
 
+MOST_PREPARED = 1 << 12  # kinds of launches that are remembered
 _interpreting = os.environ.get("NITINOL_INTERPRET", "") not in ("", "0")
 
 
@@ -43,37 +52,160 @@ def warmup(kernel: JITFunction, bound: Mapping[str, Any], options: Mapping[str, 
     return compile_kernel(kernel, specialise(kernel, bound, *schedule(kernel, options))[0], target=get_device().target)
 
 
+class Prepared:
+    """What all launches of one kind share. types: of the run-time parameters; places: where these stand among all;
+    numbers: which of them are no pointers, with their types; stored: which of all the kernel may store to; idle:
+    command lists of one entry that nobody is using."""
+
+    def __init__(
+        self, kernel: JITFunction, extents: tuple[int, int, int], given: Sequence[Any], options: tuple[int, int],
+        spans: Sequence[tuple[int, int, int]], device: Any,
+    ) -> None:  # fmt: skip
+        self.signature = specialise(kernel, given, *options)[0]
+        self.extents = extents
+        names = [name for name, _, _ in self.signature.parameters]
+        self.types = [type for _, type, _ in self.signature.parameters]
+        self.places = [place for place, p in enumerate(kernel.parameters) if p.name in names]
+        if device is None:
+            self.executable = None
+            written = stores(tile_ir(kernel, self.signature))
+        else:
+            aliases = alias_classes(self.places, spans)
+            self.executable = compile_kernel(kernel, self.signature, aliases, device.target)
+            written = self.executable.stores
+        self.stored = frozenset([self.places[position] for position in written])
+        self.numbers = [(i, type) for i, type in enumerate(self.types) if not isinstance(type, PointerType)]
+        self.idle: list[CommandList] = []
+
+    def commands(self, device: Any, slots: list[Any]) -> CommandList:
+        """A command list of the launch, which nobody else uses."""
+        try:
+            commands = self.idle.pop()
+        except IndexError:
+            commands = device.command_list()
+            commands.launch(self.executable, self.extents, slots)
+        else:
+            commands.rebind({(0, position): argument for position, argument in enumerate(slots)})
+        return commands
+
+
+_prepared: dict[Any, Prepared] = {}
+
+
 def launch(kernel: JITFunction, grid: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
     """Compiles the kernel for these arguments, runs it over the grid, waits; returns the executable.
 
-    On a device other than the CPU, the memory of NumPy's and torch's arrays is copied there and back.
+    On a device other than the CPU, the memory of NumPy's and torch's arrays is copied there and back. DeviceError for
+    arrays of several devices, and for read-only memory that the kernel stores to.
     """
-    bound = kernel.bind(arguments, keywords)
+    parameters = kernel.parameters
+    if keywords or len(arguments) != len(parameters) or (parameters and parameters[-1].name[0] == "*"):
+        bound = kernel.bind(arguments, keywords)
+        arguments = tuple(bound.values())
+        options = schedule(kernel, keywords)
+    else:
+        bound = kernel.bind(arguments, keywords) if callable(grid) else {}
+        options = 0, 0
     extents = grid_extents(kernel, grid, bound)
-    signature, values = specialise(kernel, bound, *schedule(kernel, keywords))
+    # What the kernel is compiled for, quickly: finer than needed is fine.
+    key: list[Any] = [kernel.cache_key, kernel.__name__, extents, options]
+    values: list[Any] = []  # of all parameters: numbers and addresses
+    spans: list[tuple[int, int, int]] = []  # first and last + 1 byte of an array's memory, and its place
+    read_only: list[int] = []
+    buffers: dict[int, Buffer] = {}  # of our own arrays, by place
+    for place, (parameter, value) in enumerate(zip(parameters, arguments)):
+        kind = type(value)
+        if parameter.is_constexpr:
+            key.append(constant_tag(kernel, parameter.name, unwrap(value)))
+            address = None
+        elif isinstance(value, np.ndarray):
+            address, fixed = value.__array_interface__["data"]
+            if fixed:
+                read_only.append(place)
+            key.append(value.dtype)
+            key.append(address % 16 == 0)
+            low, high = (address, address + value.nbytes) if value.flags.c_contiguous else host_span(value)  # type: ignore[misc]
+            spans.append((low, high, place))
+        elif kind is int or kind is float or kind is bool:
+            tag, address = describe(kernel, parameter, value)
+            key.append(tag)
+        elif (memory := getattr(value, "__nitinol_memory__", None)) is not None:
+            address, dtype, buffer = memory()
+            if buffer.read_only:
+                read_only.append(place)
+            key.append(dtype)
+            key.append(address % 16 == 0)
+            spans.append((buffer.address, buffer.address + buffer.nbytes, place))
+            buffers[place] = buffer
+        else:
+            tag, address = describe(kernel, parameter, unwrap(value))
+            key.append(tag)
+            if tag[0] == "*" and (span := host_span(value)) is not None:
+                spans.append((*span, place))
+        values.append(address)
+    if len(spans) > 1:
+        spans.sort()
+        end = 0
+        for low, high, _ in spans:
+            if low < end:  # pairs of pieces of memory that overlap, whatever their order
+                key.append(alias_classes(range(len(parameters)), spans))
+                break
+            end = max(end, high)
+    device = device_of(buffers) if buffers else get_device()
+    key.append(None if _interpreting else device.target)
+    prepared = _prepared.get(tuple(key))
+    if prepared is None:
+        prepared = Prepared(kernel, extents, arguments, options, spans, None if _interpreting else device)
+        if len(_prepared) >= MOST_PREPARED:
+            _prepared.clear()
+        _prepared[tuple(key)] = prepared
+    for place in read_only:
+        if place in prepared.stored:
+            raise DeviceError(f"{kernel.__name__} stores to {parameters[place].name}, whose memory is read-only; "
+                              "give it a copy of the array")  # fmt: skip
+    for place in buffers:
+        if place in prepared.stored:
+            arguments[place].__nitinol_written__(kernel.__name__)
     if _interpreting:
-        _interpret(kernel, signature, extents, bound, values)
+        _interpret(kernel, prepared, values, spans)
         return None
-    given = [bound[name] for name, _, _ in signature.parameters]
-    aliases = alias_classes(given, signature)
-    device = device_of(given)
-    executable = compile_kernel(kernel, signature, aliases, device.target)
-    commands = CommandList(device)
-    slots = [encode(value, type) for value, (_, type, _) in zip(values, signature.parameters)]
     if device.target == "cpu":
-        commands.kept = given  # Ctrl-C ends the wait, not the kernel
-        commands.launch(executable, extents, slots)
-        device.run(commands)
-        return executable
-    pointers = [isinstance(type, PointerType) for _, type, _ in signature.parameters]
-    copies = HostMemory(device, [argument for argument, pointer in zip(given, pointers) if pointer])
-    commands.launch(executable, extents, [
-        copies.buffer(argument, address) if pointer else slot
-        for argument, address, slot, pointer in zip(given, values, slots, pointers)
-    ])  # fmt: skip
+        _run_on_host(prepared, device, arguments, values)
+    else:
+        _run_on_copies(prepared, device, arguments, values, buffers)
+    return prepared.executable
+
+
+def _run_on_host(prepared: Prepared, device: Any, arguments: Sequence[Any], values: Sequence[Any]) -> None:
+    """Runs the kernel on the memory of the arguments."""
+    slots = [values[place] for place in prepared.places]
+    for position, type in prepared.numbers:
+        slots[position] = encode(slots[position], type)
+    commands = prepared.commands(device, slots)
+    commands.kept = list(arguments)  # Ctrl-C ends the wait, not the kernel
     device.run(commands)
+    commands.kept = []
+    prepared.idle.append(commands)
+
+
+def _run_on_copies(
+    prepared: Prepared, device: Any, arguments: Sequence[Any], values: Sequence[Any], buffers: Mapping[int, Buffer]
+) -> None:
+    """Runs the kernel on the arguments' memory where it is the device's own, else on copies, which come back."""
+    pointers = [p for p, type in zip(prepared.places, prepared.types) if isinstance(type, PointerType)]
+    copies = HostMemory(device, [
+        (*known_span(arguments[place], device), place in prepared.stored) for place in pointers if place not in buffers
+    ])  # fmt: skip
+    slots: list[Any] = []
+    for place, type in zip(prepared.places, prepared.types):
+        if place in buffers:
+            slots.append(buffers[place].view(values[place] - buffers[place].address))
+        elif isinstance(type, PointerType):
+            slots.append(copies.buffer(values[place]))
+        else:
+            slots.append(encode(values[place], type))
+    device.run(prepared.commands(device, slots))  # which is not kept: it would hold the memory
     copies.fetch()
-    return executable
 
 
 def schedule(kernel: JITFunction, keywords: Mapping[str, Any]) -> tuple[int, int]:
@@ -82,61 +214,13 @@ def schedule(kernel: JITFunction, keywords: Mapping[str, Any]) -> tuple[int, int
                  for name in ("num_warps", "num_stages"))  # type: ignore[return-value]  # fmt: skip
 
 
-def device_of(arguments: Sequence[Any]) -> Any:
-    """The device of our own arrays among the arguments; without any the current one."""
-    devices = {id(d): d for d in (getattr(getattr(a, "buffer", None), "device", None) for a in arguments) if d}
-    if len(devices) > 1:
-        names = " and ".join(device.name for device in devices.values())
+def device_of(buffers: Mapping[int, Buffer]) -> Any:
+    """The device of these buffers."""
+    found, *others = dict.fromkeys([buffer.device for buffer in buffers.values()])
+    if others:
+        names = " and ".join(device.name for device in (found, *others))
         raise DeviceError(f"a kernel's arrays are on several devices ({names}); copy them to one device first")
-    return next(iter(devices.values())) if devices else get_device()
-
-
-class HostMemory:
-    """The memory of host arrays on another device: each piece once, also if several arrays look at it."""
-
-    def __init__(self, device: Any, arrays: Sequence[Any]) -> None:
-        self.pieces: list[list[Any]] = []  # first byte, last + 1, whether the host may write it, buffer
-        hosts = [array for array in arrays if getattr(array, "buffer", None) is None]
-        for array in hosts:
-            if _extent(array) is None:
-                raise DeviceError(f"the size of {array!r:.40} is not known, so that it cannot be copied to device "
-                                  f"{device.name!r}; give a NumPy array")  # fmt: skip
-        for start, end, writable in sorted((*_extent(array), _writable(array)) for array in hosts):  # type: ignore[misc]
-            if self.pieces and start < self.pieces[-1][1]:
-                last = self.pieces[-1]
-                last[1], last[2] = max(last[1], end), last[2] or writable
-            else:
-                self.pieces.append([start, end, writable])
-        for piece in self.pieces:
-            start, end, _ = piece
-            shift = start % 64  # so that what is known of the address's divisors stays true
-            buffer = device.allocate(shift + end - start).view(shift)
-            buffer.write(_bytes(start, end))
-            piece.append(buffer)
-
-    def buffer(self, array: Any, address: int) -> Buffer:
-        """Where the device finds the array's first element, which the host has at this address."""
-        own = getattr(array, "buffer", None)
-        if own is not None:
-            return own.view(address - own.address)
-        start, _, _, buffer = next(p for p in self.pieces if p[0] <= address < max(p[1], p[0] + 1))
-        return buffer.view(address - start)
-
-    def fetch(self) -> None:
-        """Brings back what a kernel may have written."""
-        for start, end, writable, buffer in self.pieces:
-            if writable:
-                _bytes(start, end)[:] = buffer.read()
-
-
-def _bytes(start: int, end: int) -> np.ndarray:
-    """The host's memory from one address to another."""
-    return np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
-
-
-def _writable(array: Any) -> bool:
-    flags = getattr(array, "flags", None)
-    return flags is None or flags.writeable
+    return found
 
 
 def grid_extents(kernel: JITFunction, grid: Any, bound: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -160,46 +244,26 @@ def encode(value: Any, type: Any) -> int | bytes:
     return slot(value, "d" if type.bits == 64 else "f")
 
 
-def alias_classes(arguments: Sequence[Any], signature: Any) -> tuple[int, ...]:
-    """A number per run-time parameter; arrays whose memory overlaps share one."""
-    ranges: list[tuple[int, int, int]] = []
-    classes = []
-    for number, argument in enumerate(arguments):
-        extent = _extent(argument)
-        mine = number
-        if extent is not None:
-            for start, end, other in ranges:
-                if extent[0] < end and start < extent[1]:
-                    mine = other
-            ranges.append((*extent, mine))
-        classes.append(mine)
-    return tuple(classes)
+def alias_classes(places: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
+    """A number per run-time parameter, which stand at these places; arrays whose memory overlaps share one.
 
-
-def _extent(argument: Any) -> tuple[int, int] | None:
-    """First and last + 1 byte address of an array's memory; None if its size is not known."""
-    if hasattr(argument, "__array_interface__") and hasattr(argument, "ctypes"):
-        from numpy.lib.array_utils import byte_bounds
-
-        return byte_bounds(argument)
-    if hasattr(argument, "untyped_storage"):
-        storage = argument.untyped_storage()
-        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    buffer = getattr(argument, "buffer", None)
-    if buffer is not None:
-        return buffer.address, buffer.address + buffer.nbytes
-    if hasattr(argument, "__nitinol_pointer__") and hasattr(argument, "nbytes"):
-        return argument.__nitinol_pointer__[0], argument.__nitinol_pointer__[0] + argument.nbytes
-    return None
+    spans: first and last + 1 byte of arrays, and their places.
+    """
+    classes = {place: number for number, place in enumerate(places)}
+    group: list[int] = []
+    end = 0
+    for low, high, place in sorted(spans):  # so that what overlaps follows each other
+        group = [*group, place] if low < end else [place]
+        classes.update(dict.fromkeys(group, min([classes[other] for other in group])))
+        end = max(end, high)
+    return tuple([classes[place] for place in places])
 
 
 def _interpret(
-    kernel: JITFunction, signature: Any, grid: tuple[int, int, int], bound: Mapping[str, Any], values: list[Any]
+    kernel: JITFunction, prepared: Prepared, values: Sequence[Any], spans: Sequence[tuple[int, int, int]]
 ) -> None:
     from nitinol.compiler import interpreter
 
-    arguments = []
-    for (name, type, _), value in zip(signature.parameters, values):
-        extent = _extent(bound[name]) if isinstance(type, PointerType) else None
-        arguments.append(value if extent is None else interpreter.Region(extent[0], extent[1] - extent[0], value))
-    interpreter.run(tile_ir(kernel, signature), grid, arguments)
+    regions = {place: interpreter.Region(low, high - low, values[place]) for low, high, place in spans}
+    arguments = [regions.get(place, values[place]) for place in prepared.places]
+    interpreter.run(tile_ir(kernel, prepared.signature), prepared.extents, arguments)

@@ -176,6 +176,9 @@ class MetalDevice:
             self._retire()
             return self._done >= sequence
 
+    def submission(self, commands: CommandList) -> int:
+        return commands.sequence
+
     def busy(self, commands: CommandList) -> bool:
         return not self.poll(commands.sequence)
 

@@ -15,7 +15,18 @@ from nitinol.graph import evaluation
 from nitinol.graph.array import Array, whole_array
 from nitinol.graph.dlpack import from_dlpack
 from nitinol.graph.dtypes import as_dtype
-from nitinol.graph.nodes import Call, Value, View, numbers, recording, root, source_line, state, unwritten
+from nitinol.graph.nodes import (
+    Call,
+    Value,
+    View,
+    forget_readers,
+    numbers,
+    recording,
+    root,
+    source_line,
+    state,
+    unwritten,
+)
 from nitinol.graph.plan import Record, make_plan
 from nitinol.graph.program import Program, as_numpy
 from nitinol.graph.schedule import needed
@@ -178,16 +189,17 @@ class _Trace:
         targets = list(dict.fromkeys(view.value for view in self.views))
         run = needed([t for t in targets if t.pending], effects)
         alive = [c.outputs for c in run]
-        earlier = [c for c in run if c.number < start]
-        if earlier:  # what was asked for before the call is computed once, now
+        mine = set(calls)
+        earlier = [c for c in run if c not in mine]
+        if earlier:  # what was asked for before the call, or meanwhile by other threads, is computed once, now
             needs = {v.value for c in run for v in (*c.inputs, *c.updates) if isinstance(v, View)}
             outside = [v for v in (*needs, *targets) if v.call in earlier or any(w in earlier for w in v.writes)]
             evaluation.evaluate_values(outside, earlier, start)
-            run = [c for c in run if c.number >= start]
-        self._plan([c for c in run], {value for value in targets if value.buffer is None})
+            run = [c for c in run if c in mine]
+        self._plan(run, {value for value in targets if value.buffer is None})
         evaluation.finish(calls)
         for value in self.updated:
-            value.readers = [r for r in value.readers if (c := r()) is not None and not c.done]
+            forget_readers(value)
         del alive
 
     def _plan(self, run: list[Call], fresh: set[Value]) -> None:
@@ -228,11 +240,10 @@ class _Trace:
                 evaluation.evaluate_readers(value)
         variant = next((v for v in self.variants if not v.held()), None)
         if variant is None:
-            variant = _Variant(self, self.variants[0].program.arena)
-        else:
-            self.variants.remove(variant)
+            variant = _Variant(self, self.program.arena)
         # The one that ran last goes to the end; of those that the program holds, none is needed for a further run.
-        self.variants = [*self.variants[-SPARE + 1 :], variant]
+        # (In one step: Ctrl-C must not leave a list without it.)
+        self.variants = [*[v for v in self.variants if v is not variant][-SPARE + 1 :], variant]
         self.program = variant.program
         return variant
 
