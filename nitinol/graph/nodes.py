@@ -72,12 +72,15 @@ class Value:
 
 class Override:
     """How gradients flow through names for the results of something that is not one call: `backward(gradients of the
-    results)` gives those of `inputs`. number: its place among the calls."""
+    results)` gives those of `inputs`. number: its place among the calls. name: for error sentences."""
 
-    __slots__ = ("backward", "inputs", "number", "results")
+    __slots__ = ("backward", "inputs", "name", "number", "place", "results")
 
-    def __init__(self, inputs: Sequence[View], backward: Callable[[list[Any]], Sequence[Any]]) -> None:
+    def __init__(
+        self, inputs: Sequence[View], backward: Callable[[list[Any]], Sequence[Any]], name: str = "an argument"
+    ) -> None:
         self.inputs, self.backward = inputs, backward
+        self.name, self.place = name, source_line()
         self.results: list[Value] = []
         self.number = next(numbers)
 
@@ -206,6 +209,12 @@ class Call:
     def updates(self) -> tuple[View, ...]:
         """What it changes in place."""
         return tuple(View(self.operands[i], self.form.layouts[i]) for i in self.form.updates)  # type: ignore[arg-type]
+
+    @property
+    def traced_updates(self) -> tuple[View, ...]:
+        """The same under the names by which the program gave them."""
+        operands = self.operands if self._traced is None else self._traced
+        return tuple(View(operands[i], self.form.layouts[i]) for i in self.form.updates)  # type: ignore[arg-type]
 
     @property
     def outputs(self) -> tuple[Value, ...]:
