@@ -258,9 +258,9 @@ unwritten: weakref.WeakSet[Value] = weakref.WeakSet()  # values with updates tha
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
-    """The calls that this thread records inside."""
-    calls: list[Call] = []
+def recording(recorder: list[Call] | None = None) -> Iterator[list[Call]]:
+    """The calls that this thread records inside, in a new list or the one given."""
+    calls: list[Call] = [] if recorder is None else recorder
     state.recorders.append(calls)
     try:
         yield calls

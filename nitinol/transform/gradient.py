@@ -45,14 +45,26 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
     return run.result, pull
 
 
+class _Keeper(list[Call]):
+    """Calls whose results are held as soon as they are recorded: gradients may need them, and what nobody holds is gone
+    once the function has looked at elements that were made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Array] = []
+
+    def append(self, call: Call) -> None:
+        super().append(call)
+        self.kept.extend(map(whole_array, call.outputs))
+
+
 class _Run:
     """One call of a function, with what it has recorded."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        with recording() as self.calls:
+        with recording(_Keeper()) as self.calls:
             self.result = function()
         self.results, self.structure = flatten(self.result)
-        self.kept = [whole_array(v) for call in self.calls for v in call.outputs]  # a look at elements would lose them
 
     def backward(self, gradients: Sequence[Array], wanted: Sequence[Array]) -> list[Array]:
         return backward(self.results, gradients, wanted, self.calls)

@@ -138,6 +138,20 @@ def test_functions_that_look_at_elements_in_between(rng):
     same(na.grad(function)(x), t.grad)
 
 
+def test_what_is_needed_backwards_outlives_a_look(rng):
+    """tanh is computed for the product, which is looked at; then nobody has it but its own gradient."""
+    x, t = both(rng, 3, 3)
+    t.requires_grad_()
+
+    def function(a):
+        product = na.tanh(a) @ a
+        product.evaluate()
+        return (product * product).sum()
+
+    ((torch.tanh(t) @ t) ** 2).sum().backward()
+    same(na.grad(function)(x), t.grad)
+
+
 # -------------------------------------------------------------------------------------------- higher derivatives
 
 CHAINS = {
