@@ -504,6 +504,16 @@ def test_reductions_take_their_operand_in() -> None:
     np.testing.assert_allclose(total, (a * 2 + 1).sum(1), rtol=1e-5, atol=1e-4)
 
 
+def test_arrays_without_elements_are_kept() -> None:
+    """Also where what needed them has left them out."""
+    x = nn.ones((8, 4))
+    y = nn.tanh(x[:, 4:])
+    z = nn.concatenate([y, y], 1)
+    z.evaluate()
+    assert (nn.tanh(z) + 1.0).sum().item() == 0
+    assert (y * 1.0).numpy().shape == (8, 0)
+
+
 def test_shared_subexpressions_are_computed_once() -> None:
     x = nn.array(floats(40, 40))
     shared = nn.exp(x) * 2

@@ -177,7 +177,8 @@ def structure(
                     if device is not None:
                         names = f"{device.name} and {operand.buffer.device.name}"
                         raise DeviceError(
-                            f"{call.name} takes arrays of several devices ({names}); copy them to one device first"
+                            f"{call.name} ({call.place.file}:{call.place.line}) takes arrays of several devices "
+                            f"({names}); copy them to one device first"
                         )
                     device = operand.buffer.device
             key.append(place)

@@ -73,12 +73,15 @@ class Value:
 
 class Override:
     """How gradients flow through names for the results of something that is not one call: `backward(gradients of the
-    results)` gives those of `inputs`. number: its place among the calls."""
+    results)` gives those of `inputs`. number: its place among the calls. name: for error sentences."""
 
-    __slots__ = ("backward", "inputs", "number", "results")
+    __slots__ = ("backward", "inputs", "name", "number", "place", "results")
 
-    def __init__(self, inputs: Sequence[View], backward: Callable[[list[Any]], Sequence[Any]]) -> None:
+    def __init__(
+        self, inputs: Sequence[View], backward: Callable[[list[Any]], Sequence[Any]], name: str = "an argument"
+    ) -> None:
         self.inputs, self.backward = inputs, backward
+        self.name, self.place = name, source_line()
         self.results: list[Value] = []
         self.number = next(numbers)
 
@@ -212,6 +215,12 @@ class Call:
         return tuple(View(self.operands[i], self.form.layouts[i]) for i in self.form.updates)  # type: ignore[arg-type]
 
     @property
+    def traced_updates(self) -> tuple[View, ...]:
+        """The same under the names by which the program gave them."""
+        operands = self.operands if self._traced is None else self._traced
+        return tuple(View(operands[i], self.form.layouts[i]) for i in self.form.updates)  # type: ignore[arg-type]
+
+    @property
     def outputs(self) -> tuple[Value, ...]:
         """The fresh values; one that nobody holds any more is made anew."""
         if len(self._results) == 1 and (only := self._results[0]()) is not None:
@@ -255,9 +264,9 @@ unwritten: weakref.WeakSet[Value] = weakref.WeakSet()  # values with updates tha
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
-    """The calls that this thread records inside."""
-    calls: list[Call] = []
+def recording(recorder: list[Call] | None = None) -> Iterator[list[Call]]:
+    """The calls that this thread records inside, in a new list or the one given."""
+    calls: list[Call] = [] if recorder is None else recorder
     state.recorders.append(calls)
     try:
         yield calls

@@ -169,7 +169,8 @@ def make_plan(
     stored = wanted | {stand_ins[v] for call in lowered for v in call.outputs if v in lasting}
     steps, fused = make_steps(run, stored)
     computed = {a.value for step in steps for a in step.arguments if isinstance(a, View) and a.value.buffer is None}
-    kept = [v for v in stand_ins.values() if v in stored or (v in computed and v in kept_ways)]
+    # Nothing computes what has no elements, and a lowering may leave it out: it is there as it is.
+    kept = [v for v in stand_ins.values() if v in stored or (v in kept_ways and (v in computed or not v.size))]
     kept = [v for v in dict.fromkeys(kept) if v.buffer is None]
     results = {
         (i, j): stand_ins[value]

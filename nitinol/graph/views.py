@@ -103,6 +103,16 @@ def is_contiguous(shape: Shape, strides: Strides) -> bool:
     return True
 
 
+def repeats(layout: Layout) -> bool:
+    """Whether two elements may lie in one place: a stride that does not step over all that the smaller ones reach."""
+    reach = 0
+    for stride, extent in sorted((abs(s), n) for s, n in zip(layout.strides, layout.shape) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (extent - 1)
+    return False
+
+
 def broadcast_layout(layout: Layout, shape: Shape) -> Layout:
     """Missing axes added and extents of 1 repeated; the caller has checked that the shapes fit."""
     if layout.shape == shape:

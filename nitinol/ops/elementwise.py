@@ -294,6 +294,7 @@ def _comparison(kind: str, name: str, symbol: str) -> Callable[[Any, Any], Array
 
     compare.__name__ = compare.__qualname__ = name
     compare.__doc__ = f"x {symbol} y as booleans."
+    compare.operation = operation  # type: ignore[attr-defined]
     return compare
 
 
@@ -313,6 +314,7 @@ def _bitwise(kind: str, name: str, symbol: str) -> Callable[[Any, Any], Array]:
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"x {symbol} y; integers and booleans."
+    function.operation = operation  # type: ignore[attr-defined]
     return function
 
 

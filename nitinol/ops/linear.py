@@ -31,7 +31,8 @@ def _linear_lower(
     target: str, x: Array, weights: Array, bias: Array | None, residual: Array | None, gate: Array | None, gelu: bool
 ) -> Array:
     if tl.float64 in (x.dtype, weights.dtype):
-        return _epilogue(x @ weights.T, bias, residual, gate, gelu)
+        plain = dequantize(weights, x.dtype) if weights.is_quantized else weights
+        return _epilogue(x @ plain.T, bias, residual, gate, gelu)
     tokens, columns = x.shape
     rows = weights.shape[0]
     epilogue: dict[str, Any] = {"bias": bias, "residual": residual, "out": Output((tokens, rows), x.dtype)}

@@ -23,6 +23,7 @@ from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
 from nitinol.language.types import DType, float32
 from nitinol.ops.decode import blocks_per_run, decode_values
+from nitinol.ops.elementwise import maximum, minimum
 from nitinol.ops.indexing import SCATTER_SUM
 from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer
@@ -98,7 +99,7 @@ def _embedding_rule(weights: Array, tokens: Array, dtype: DType) -> tuple[tuple[
 def _embedding_lower(target: str, weights: Array, tokens: Array, dtype: DType) -> Array:
     vocabulary, columns = weights.shape
     if weights.format not in FORMATS:
-        return weights.take(tokens, 0).astype(dtype)
+        return weights.take(_in_vocabulary(weights, tokens), 0).astype(dtype)
     return launch(
         embedding_kernel, (tokens.size,), weights=weights, tokens=tokens,
         out=Output((*tokens.shape, columns), dtype), columns=columns,
@@ -110,7 +111,13 @@ def _embedding_lower(target: str, weights: Array, tokens: Array, dtype: DType) -
 def _embedding_vjp(g: Array, out: Array, weights: Array, tokens: Array, dtype: DType) -> tuple[Array | None, None]:
     if weights.is_quantized:
         return None, None
-    return SCATTER_SUM(g, tokens, axis=0, extent=weights.shape[0]).astype(weights.dtype), None
+    rows = _in_vocabulary(weights, tokens)
+    return SCATTER_SUM(g, rows, axis=0, extent=weights.shape[0]).astype(weights.dtype), None
+
+
+def _in_vocabulary(weights: Array, tokens: Array) -> Array:
+    """Token ids, those outside the vocabulary moved to its first or last row."""
+    return minimum(maximum(tokens, 0), weights.shape[0] - 1)
 
 
 DEQUANTIZE = Operation(

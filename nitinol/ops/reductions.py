@@ -62,14 +62,15 @@ def spread(x: Array, shape: tuple[int, ...], axes: Sequence[int]) -> Array:
 
 
 def _extremum_vjp(g: Array, out: Array, x: Array, axes: tuple[int, ...], dtype: DType) -> tuple[Array]:
-    """In equal shares to all elements that are the extremum."""
-    chosen = e.equal(x, spread(out, x.shape, axes)).astype(g.dtype)
-    count = sum(chosen, axes)
-    return (chosen * spread(g / count, x.shape, axes),)
+    """In equal shares to all elements that are the extremum (which halves could not count). Of a long row, which is
+    reduced in pieces, to the pieces that have it."""
+    chosen = e.equal(x, spread(out, x.shape, axes))
+    count = sum(chosen.astype(accumulator(g.dtype)), axes)
+    return (e.where(chosen, spread(g / count, x.shape, axes), 0.0),)
 
 
 def _prod_vjp(g: Array, out: Array, x: Array, axes: tuple[int, ...], dtype: DType) -> tuple[Array]:
-    """The product of the others, also where one of them is 0."""
+    """The product of the others, also where one of them is 0 (there second derivatives are not exact)."""
     zero = e.equal(x, 0)
     plain = e.where(zero, 1.0, x)
     zeros = spread(sum(zero.astype(g.dtype), axes), x.shape, axes)
@@ -250,14 +251,17 @@ def var(x: Any, axis: Axis = None, keepdims: bool = False, correction: int = 0) 
 
 @method
 def std(x: Any, axis: Axis = None, keepdims: bool = False, correction: int = 0) -> Array:
-    """The square root of the variance."""
-    return e.sqrt(var(x, axis, keepdims, correction))
+    """The square root of the variance. Where that is 0 the gradient is 0, as PyTorch's."""
+    variance = var(x, axis, keepdims, correction)
+    zero = e.equal(variance, 0)
+    return e.where(zero, 0.0, e.sqrt(e.where(zero, 1.0, variance)))
 
 
 def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Array:
     """log(sum(exp(x))), without overflow."""
     x = floats(x)
     top = max(x, axis, True)
+    top = e.where(e.abs(top) < math.inf, top, 0.0)  # of nothing but -inf, or with +inf, exp says it itself
     total = e.log(sum(e.exp(x - top), axis, True)) + top
     return total if keepdims else total.reshape(tuple(n for a, n in enumerate(x.shape) if a not in _axes(x, axis, "")))
 

@@ -13,6 +13,7 @@ import numpy as np
 from nitinol.compiler.semantics import memory_dtype
 from nitinol.graph import evaluation
 from nitinol.graph.array import Array, whole_array
+from nitinol.graph.conversion import as_operand
 from nitinol.graph.dlpack import from_dlpack
 from nitinol.graph.dtypes import as_dtype
 from nitinol.graph.nodes import (
@@ -47,7 +48,8 @@ class Compiled:
 
     Results go to sets of buffers that nobody looks at any more: in a loop these are two, and nothing is allocated. The
     function must not need elements while it is traced (`numpy()`, `item()`, `if array:`). Called while another is
-    traced it becomes a part of that one. Threads may call it at the same time; their calls run one after another.
+    traced, or under `grad`, it becomes a part of that. Threads may call it at the same time; their calls run one after
+    another.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -58,7 +60,11 @@ class Compiled:
         self._lock = threading.RLock()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if state.tracing is not None:
+        if state.recorders:  # somebody else traces it, or takes its gradient: then its calls are a part of that
+            found: list[Any] = []
+            _flatten((arguments, keywords), found, [])
+            given = [as_operand(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in found]
+            arguments, keywords = _rebuild((arguments, keywords), iter(given))
             return self.function(*arguments, **keywords)
         with self._lock:
             trace, leaves = self._trace(arguments, keywords)
@@ -350,4 +356,3 @@ def _fill(template: Any, arrays: Any) -> Any:
     if kind is dict:
         return {name: _fill(item, arrays) for name, item in template.items()}
     return template
-

@@ -10,21 +10,16 @@ second derivatives need nothing more. What a result does not need is never compu
 from __future__ import annotations
 
 import functools
-import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nitinol.graph.array import Array, whole_array
-from nitinol.graph.nodes import Call, Override, Value, View, alias_of, recording, whole
-from nitinol.graph.views import layout_of, row_major, whole_layout
+from nitinol.graph.dtypes import BlockType
+from nitinol.graph.nodes import Call, Override, Value, View, alias_of, numbers, recording, root, source_line, whole
+from nitinol.graph.views import repeats
 from nitinol.ops.creation import as_array, ones, zeros
-from nitinol.ops.indexing import SCATTER_VIEW
+from nitinol.transform.backward import GradientError, backward
 from nitinol.transform.trees import flatten, rebuild
-
-
-class GradientError(TypeError):
-    """Something has no gradient; the message says what, where, and what to do."""
-
 
 # ---------------------------------------------------------------------------------------------------- the transforms
 
@@ -35,24 +30,44 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
     primals: Arrays, or tuples, lists and dicts of Arrays. The vector-Jacobian product.
     """
     leaves, structure = flatten(primals)
-    given = [as_array(leaf) for leaf in leaves]
-    named = [_named(leaf) for leaf in given]
-    with recording() as calls:
-        result = function(*rebuild(structure, named))
-    results, shape_of_result = flatten(result)
-    for leaf in results:
+    named = [_named(as_array(leaf)) for leaf in leaves]
+    run = _Run(lambda: function(*rebuild(structure, named)))
+    for leaf in run.results or [None]:
         if not isinstance(leaf, Array):
-            raise GradientError(f"vjp: the function gives {leaf!r:.40}, expected arrays")
-    kept = [whole_array(value) for call in calls for value in call.outputs]  # a look at elements must not lose them
+            raise GradientError(f"vjp ({_here()}): the function gives {leaf!r:.40}, expected arrays; return them")
 
     def pull(gradient: Any) -> tuple[Any, ...]:
         gradients, structure_given = flatten(gradient)
-        if structure_given != shape_of_result:
-            raise ValueError("vjp: the gradient has another structure than the function's result")
-        return rebuild(structure, backward(results, [as_array(g) for g in gradients], named, calls))
+        if structure_given != run.structure:
+            raise ValueError(f"vjp ({_here()}): the gradient has another structure than the function's result")
+        return rebuild(structure, run.backward([as_array(g) for g in gradients], named))
 
-    pull.kept = kept  # type: ignore[attr-defined]
-    return result, pull
+    return run.result, pull
+
+
+class _Keeper(list[Call]):
+    """Calls whose results are held as soon as they are recorded: gradients may need them, and what nobody holds is gone
+    once the function has looked at elements that were made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Array] = []
+
+    def append(self, call: Call) -> None:
+        super().append(call)
+        self.kept.extend(map(whole_array, call.outputs))
+
+
+class _Run:
+    """One call of a function, with what it has recorded."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        with recording(_Keeper()) as self.calls:
+            self.result = function()
+        self.results, self.structure = flatten(self.result)
+
+    def backward(self, gradients: Sequence[Array], wanted: Sequence[Array]) -> list[Array]:
+        return backward(self.results, gradients, wanted, self.calls)
 
 
 def value_and_grad(
@@ -76,21 +91,43 @@ def value_and_grad(
                 full[place] = value
             found = function(*full, **keywords)
             if has_aux:
+                if not isinstance(found, tuple) or len(found) != 2:
+                    raise GradientError(
+                        f"grad ({_here()}): the function gives {_named_kind(found)}, expected a pair (number, anything "
+                        "else); return one, or leave has_aux out"
+                    )
                 found, extra = found
                 aux.append(extra)
             if not isinstance(found, Array) or found.size != 1 or not found.dtype.is_float:
-                what = f"an array of shape {found.shape} and type {found.dtype}" if isinstance(found, Array) else found
-                raise GradientError(f"grad: the function gives {what!r:.60}, expected one number; sum it, or use vjp")
+                raise GradientError(
+                    f"grad ({_here()}): the function gives {_named_kind(found)}, expected an array of one float; sum "
+                    "it, or use vjp"
+                )
             return found
 
-        for place in places:
-            if not -len(arguments) <= place < len(arguments):
-                raise ValueError(f"grad: argnums is {argnums}, but the call has {len(arguments)} positional arguments")
+        if any(not -len(arguments) <= place < len(arguments) for place in places):
+            raise ValueError(
+                f"grad ({_here()}): argnums is {argnums}, but the call has {len(arguments)} positional arguments"
+            )
+        if len({place % len(arguments) for place in places}) < len(places):
+            raise ValueError(f"grad ({_here()}): argnums is {argnums}, which names an argument twice")
         value, pull = vjp(loss, *(arguments[place] for place in places))
         gradients = pull(ones(value.shape, value.dtype))
         return ((value, aux[0]) if has_aux else value), gradients[0] if isinstance(argnums, int) else gradients
 
     return both
+
+
+def _named_kind(found: Any) -> str:
+    if isinstance(found, Array):
+        return f"an array of shape {found.shape} and type {found.dtype}"
+    return f"{found!r:.60}"
+
+
+def _here() -> str:
+    """The line of the program that is running."""
+    place = source_line()
+    return f"{place.file}:{place.line}"
 
 
 def grad(function: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -106,29 +143,49 @@ def grad(function: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux
 
 
 def jvp(function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    """function(*primals), and its derivative in the direction of the tangents (the Jacobian-vector product).
+    """function(*primals), and its derivative in the direction of the tangents (the Jacobian-vector product), of the
+    result's structure; that of integers is 0.
 
     The product with the transposed Jacobian is linear in the gradient that it is given, so that its own transpose is
     the Jacobian: every operation whose gradient consists of operations with gradients has this.
     """
+    leaves, structure = flatten(tuple(primals))
+    directions, structure_given = flatten(tuple(tangents))
+    directions = [as_array(t) for t in directions]
+    shapes, given = [as_array(leaf).shape for leaf in leaves], [t.shape for t in directions]
+    if structure != structure_given or shapes != given:
+        raise ValueError(
+            f"jvp ({_here()}): the primals have shapes {shapes} and the tangents {given}, expected the same shapes and "
+            "structure"
+        )
     result, pull = vjp(function, *primals)
     results, structure = flatten(result)
-    directions, _ = flatten(tuple(tangents))
-    dummies = [zeros(leaf.shape, leaf.dtype) for leaf in results]  # linear: their values do not matter
-    _, push = vjp(lambda *gradients: flatten(pull(rebuild(structure, list(gradients))))[0], *dummies)
-    found = push([as_array(t).astype(p.dtype) for t, p in zip(directions, map(as_array, flatten(tuple(primals))[0]))])
-    return result, rebuild(structure, list(found))
+    # Linear: the values that it is given do not matter.
+    zero = [zeros(leaf.shape, leaf.dtype) for leaf in results]
+    floats = [i for i, leaf in enumerate(results) if leaf.dtype.is_float]
+
+    def pull_floats(*gradients: Array) -> list[Array]:
+        full = list(zero)
+        for i, gradient in zip(floats, gradients):
+            full[i] = gradient
+        return flatten(pull(rebuild(structure, full)))[0]
+
+    slopes, push = vjp(pull_floats, *[zero[i] for i in floats])
+    for i, found in zip(floats, push([t.astype(slope.dtype) for t, slope in zip(directions, slopes)])):
+        zero[i] = found
+    return result, rebuild(structure, zero)
 
 
 def stop_gradient(x: Any) -> Array:
     """The same elements, for which no gradient flows: no copy."""
     x = as_array(x)
-    return Array(alias_of(x.value, Override([], lambda gradients: [])), x.layout)
+    return Array(alias_of(x.value, Override([], lambda gradients: [], "stop_gradient")), x.layout)
 
 
 def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function with a gradient of its own: function(*arrays) gives (result, backward), and backward(gradient of the
     result) gives the gradients of the arrays (one, or a tuple with None where there is none)."""
+    name = getattr(function, "__name__", "custom_gradient")
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -137,172 +194,81 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
         def pull(gradients: list[Array]) -> list[Array | None]:
             found = backward_of(rebuild(structure, gradients))
-            return list(found) if isinstance(found, (tuple, list)) else [found]
+            found = list(found) if isinstance(found, (tuple, list)) else [found]
+            if len(found) != len(given):
+                raise GradientError(
+                    f"{name} ({place.file}:{place.line}) takes {len(given)} arrays, but its backward gives "
+                    f"{len(found)} gradients; give one for each, None where there is none"
+                )
+            return [None if g is None else as_array(g) for g in found]
 
         results, structure = flatten(result)
-        return rebuild(structure, _overridden(given, [as_array(r) for r in results], pull))
+        override = Override([a.view for a in given], pull, name)
+        place = override.place
+        return rebuild(structure, _overridden(override, [as_array(r) for r in results]))
 
     return call
 
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, whose inner results are computed once more for its gradient instead of being kept (Chen et
-    al., "Training deep nets with sublinear memory cost", 2016)."""
+    al., "Training deep nets with sublinear memory cost", 2016). Arrays that it finds elsewhere have gradients too."""
+    name = f"checkpoint of {getattr(function, '__name__', 'a function')}"
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
-        leaves, structure = flatten(arguments)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
-        given = [leaves[i] for i in places]
-        results, result_structure = flatten(function(*arguments, **keywords))
-
-        def again(*arrays: Array) -> list[Any]:
-            full = list(leaves)
-            for i, array in zip(places, arrays):
-                full[i] = array
-            return flatten(function(*rebuild(structure, full), **keywords))[0]
+        start = next(numbers)
+        with recording() as calls:
+            results, structure = flatten(function(*arguments, **keywords))
+        if not all(isinstance(r, Array) for r in results):
+            raise GradientError(f"{name} ({_here()}): the function gives {results!r:.60}, expected arrays; return them")
+        outside = [whole_array(value) for value in _from_outside(calls, results, start)]
 
         def pull(gradients: list[Array]) -> Sequence[Array | None]:
-            return vjp(again, *given)[1](gradients)
+            run = _Run(lambda: function(*arguments, **keywords))
+            for again in run.calls:
+                if any(_is_older(view.value, start) for view in again.updates):
+                    raise GradientError(
+                        f"{again.name} ({again.place.file}:{again.place.line}) updates an array in place inside a "
+                        f"checkpoint, which would happen twice; return what is new from the {name}"
+                    )
+            return run.backward(gradients, outside)
 
-        return rebuild(result_structure, _overridden(given, results, pull))
+        return rebuild(structure, _overridden(Override([a.view for a in outside], pull, name), results))
 
     return call
 
 
+def _from_outside(calls: Sequence[Call], results: Sequence[Array], start: int) -> list[Value]:
+    """The floats that calls (and results) look at and that were there before number `start`."""
+    views = [v for call in calls for v in call.traced_inputs if isinstance(v, View)] + [r.view for r in results]
+    inside = {value for call in calls for value in call.outputs}
+    return [
+        value for value in dict.fromkeys(v.value for v in views)
+        if root(value) not in inside and (value.gradient is None or value.gradient.number < start)
+        and not isinstance(value.dtype, BlockType) and value.dtype.is_float
+    ]  # fmt: skip
+
+
+def _is_older(value: Value, start: int) -> bool:
+    """Whether memory was there, or asked for, before number `start`."""
+    makers = value.writes if value.call is None else [value.call]
+    return value.buffer is not None or any(call.number < start for call in makers)
+
+
 def _named(x: Array) -> Array:
     """The same memory under a name of its own, so that an array that the function also finds elsewhere is a constant
-    there."""
+    there. Elements that share a place are copied: each has a gradient of its own."""
     if not x.dtype.is_float:
         raise GradientError(
-            f"a gradient by an array of shape {x.shape} and type {x.dtype}: only floats have small changes; leave it "
-            "out of argnums, or convert it"
+            f"grad ({_here()}): a gradient by an array of shape {x.shape} and type {x.dtype}: only floats have small "
+            "changes; leave it out of argnums, or convert it"
         )
+    x = x.copy() if repeats(x.layout) else x
     return Array(alias_of(x.value, Override([whole(x.value)], list)), x.layout)
 
 
-def _overridden(
-    given: list[Array], results: list[Array], backward_of: Callable[[list[Array]], Sequence[Array | None]]
-) -> list[Array]:
-    """Names for the results, whose gradients the function turns into those of what was given."""
+def _overridden(override: Override, results: list[Array]) -> list[Array]:
+    """Names for the results, whose gradients the override turns into those of what it was given."""
     plain = [r if r.layout == whole(r.value).layout else r.copy() for r in results]
-    override = Override([a.view for a in given], backward_of)
     return [whole_array(alias_of(r.value, override)) for r in plain]
-
-
-# ------------------------------------------------------------------------------------------------------- backwards
-
-
-def backward(
-    results: Sequence[Array], gradients: Sequence[Array], wanted: Sequence[Array], calls: Sequence[Call]
-) -> list[Array]:
-    """The gradients of the arrays `wanted` from those of the results, which the calls have computed."""
-    makers: dict[Value, Call] = {value: call for call in calls for value in call.outputs}
-    ends = {a.value for a in wanted}
-    active = _depending(ends, calls, makers)
-    sums: dict[Value, Array] = {}  # gradients of whole values so far
-    due: list[tuple[int, Any]] = []  # a heap by descending number, so that all users of a value come first
-    found: set[Call | Override] = set()
-
-    def add(view: View, gradient: Array | None) -> None:
-        """Adds the gradient of a view to that of its value."""
-        value = view.value
-        if gradient is None or not view.dtype.is_float or not _is_active(value, active, makers):
-            return
-        total = _adjoint(view, gradient)
-        sums[value] = total if value not in sums else sums[value] + total
-        producer = value.gradient or makers.get(value)
-        if value not in ends and producer is not None and producer not in found:
-            found.add(producer)
-            heapq.heappush(due, (-producer.number, producer))
-
-    for result, seed in zip(results, gradients):
-        if seed.shape != result.shape:
-            raise ValueError(f"vjp: a gradient has shape {seed.shape}, but its result {result.shape}")
-        add(result.view, seed)
-    while due:
-        _, producer = heapq.heappop(due)
-        values = producer.results if isinstance(producer, Override) else producer.outputs
-        given = [sums.pop(v) if v in sums else zeros(v.shape, v.dtype) for v in values]
-        if isinstance(producer, Override):
-            for view, gradient in zip(producer.inputs, producer.backward(given)):
-                add(view, gradient)
-        else:
-            for operand, gradient in zip(producer.form.spread(producer.traced_inputs), _pull(producer, given)):
-                if isinstance(operand, View):
-                    add(operand, gradient)
-    return [_of_argument(sums.get(a.value), a) for a in wanted]
-
-
-def _pull(call: Call, gradients: list[Array]) -> Sequence[Array | None]:
-    """What the call's operation makes of the gradients of its results."""
-    form, operation = call.form, call.form.operation
-    if isinstance(operation.vjp, str):
-        place = call.place
-        raise GradientError(f"{operation.name} ({place.file}:{place.line}) has no gradient: {operation.vjp}")
-    inputs = [Array(*v) if isinstance(v, View) else v.value for v in call.traced_inputs]
-    results = tuple(whole_array(v) for v in call.outputs)
-    several = len(results) > 1
-    return operation.vjp(
-        tuple(gradients) if several else gradients[0], results if several else results[0], *form.spread(inputs),
-        **form.attributes,
-    )  # fmt: skip
-
-
-def _depending(ends: set[Value], calls: Sequence[Call], makers: dict[Value, Call]) -> dict[Value, bool]:
-    """Which values depend on those in `ends`. GradientError where such a value is updated in place."""
-    active = dict.fromkeys(ends, True)
-    for call in calls:
-        views = [v for v in call.traced_inputs if isinstance(v, View)]
-        depends = any(_is_active(v.value, active, makers) for v in views)
-        active.update(dict.fromkeys(call.outputs, depends))
-        if call.form.updates and (depends or any(active.get(v.value) for v in call.updates)):
-            place = call.place
-            raise GradientError(
-                f"{call.name} ({place.file}:{place.line}) updates an array in place, through which no gradient flows; "
-                "make a new array instead (where, concatenate), or keep it from the gradient with stop_gradient"
-            )
-    return active
-
-
-def _is_active(value: Value, active: dict[Value, bool], makers: dict[Value, Call]) -> bool:
-    known = active.get(value)
-    if known is None:
-        inputs = value.gradient.inputs if value.gradient is not None else ()
-        known = active[value] = any(_is_active(view.value, active, makers) for view in inputs)
-    return known
-
-
-def _adjoint(view: View, gradient: Array) -> Array:
-    """The gradient of a view's whole value: what the view repeats is summed, the rest is put in its place."""
-    value, layout = view
-    if layout.dtype != value.dtype:
-        raise GradientError(f"a bitcast from {value.dtype} to {layout.dtype} has no gradient; convert with astype")
-    if gradient.shape != layout.shape:
-        raise AssertionError(f"a gradient of shape {gradient.shape} for an operand of shape {layout.shape}")
-    gradient = gradient.astype(value.dtype)
-    repeated = tuple([a for a, (n, s) in enumerate(zip(layout.shape, layout.strides)) if s == 0 and n > 1])
-    if repeated:
-        gradient = gradient.sum(repeated)
-        kept = [a for a in range(len(layout.shape)) if a not in repeated]
-        layout = layout_of(
-            layout.dtype, tuple([layout.shape[a] for a in kept]), tuple([layout.strides[a] for a in kept]),
-            layout.offset,
-        )  # fmt: skip
-    if layout.size == value.size and layout.offset == 0:  # all elements, perhaps in another order of axes
-        order = sorted(range(len(layout.shape)), key=lambda a: (-layout.strides[a], layout.shape[a]))
-        shape = tuple([layout.shape[a] for a in order])
-        strides = [layout.strides[a] for a in order]
-        if all(n == 1 or s == t for n, s, t in zip(shape, strides, row_major(shape))):
-            return gradient.permute(order).reshape(value.shape)
-    return SCATTER_VIEW(gradient, shape=value.shape, layout=layout)
-
-
-def _of_argument(total: Array | None, argument: Array) -> Array:
-    """An argument's part of the gradient of its value."""
-    layout = argument.layout
-    if total is None:
-        return zeros(layout.shape, layout.dtype)
-    if layout == whole_layout(layout.dtype, argument.value.shape):
-        return total
-    return total.contiguous().looking(layout.shape, layout.strides, layout.offset)
