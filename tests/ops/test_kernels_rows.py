@@ -8,9 +8,8 @@ from kernel_runner import ENGINES
 from operands import DTYPES, assert_close, engine_of, numerical_gradient, operand
 
 import nitinol as na
-from nitinol.ops import embedding, glu, norm_backward
+from nitinol.ops import embedding, glu, norm_backward, rope
 from nitinol.ops import norm_training as norm
-from nitinol.ops import rope_training as rope
 from nitinol.ops import softmax_training as softmax
 from nitinol.runtime.device import DeviceError
 
