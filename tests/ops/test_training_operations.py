@@ -270,6 +270,29 @@ def test_embedding(rng, dtype):
             [(words, int(rng.integers(1, 70)))], dtype, rng)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param("float64", marks=pytest.mark.float64)])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_softmax(rng, dtype, axis):
+    shape = tuple(int(n) for n in rng.integers(1, 70, 3))
+    compare(lambda x: na.softmax(x, axis), lambda x: torch.softmax(x, axis), [shape], dtype, rng)
+    compare(lambda x: na.log_softmax(x, axis), lambda x: torch.log_softmax(x, axis), [shape], dtype, rng)
+
+
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+def test_second_derivatives_and_directions_of_softmax(rng, function):
+    """Through the fused gradient, whose own is a composed one."""
+    ours, theirs = getattr(na, function), getattr(torch, function)
+    x, v, w = rng.normal(size=(3, 4, 9)).astype(np.float32)
+    tensor = torch.tensor(x.astype(np.float64), requires_grad=True)
+    (slope,) = torch.autograd.grad((theirs(tensor, -1) * torch.tensor(w)).sum(), tensor, create_graph=True)
+    (expected,) = torch.autograd.grad((slope * torch.tensor(v)).sum(), tensor)
+    found = na.grad(lambda x: (na.grad(lambda x: (ours(x) * w).sum())(x) * v).sum())(na.array(x))
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
+    _, direction = na.jvp(ours, [na.array(x)], [na.array(v)])
+    _, expected = torch.autograd.functional.jvp(lambda x: theirs(x, -1), torch.tensor(x), torch.tensor(v))
+    np.testing.assert_allclose(direction.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_of_an_embedding_reports_ids_outside_the_vocabulary(rng):
     weights = na.array(rng.normal(size=(5, 4)), "float32")
     gradient = na.grad(lambda w: na.embedding(w, na.array([1, 7])).sum())(weights)
