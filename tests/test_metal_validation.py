@@ -23,6 +23,7 @@ from nitinol.ops import (
     matmul_kernels,
     matvec,
     norm,
+    norm_kernels,
     quantized,
     rope,
     rope_and_cache,
@@ -109,7 +110,7 @@ def test_norm_and_quantize(rng, parts):
     columns, near = 96, np.array(0.0)
     while near.min() < 1e-3:
         x, weight = normal(rng, 2, columns), normal(rng, columns)
-        normal_form = norm.rms_norm_reference(x, weight, 1e-5).astype(np.float32)
+        normal_form = norm.rms_norm_reference(x, weight, epsilon=1e-5).astype(np.float32)
         expected = activations.quantize_activations_reference(normal_form)
         near = np.abs(normal_form.reshape(-1, 32) / expected.scales.reshape(-1, 1) % 1 - 0.5)
     check(activations.rms_norm_quantize_kernel, (2, parts), expected._asdict(), x=x, weight=weight, columns=columns,
@@ -182,10 +183,11 @@ def test_matmul(rng, dtype):
 def test_norms(rng, columns):
     x, residual, weight, bias = normal(rng, 2, columns), normal(rng, 2, columns), *normal(rng, 2, columns)
     common = {"x": x, "weight": weight, "columns": columns, "epsilon": 1e-5, **norm._block(columns)}
-    expected = {"out": norm.rms_norm_reference(x + residual, weight, 1e-5), "total": x + residual}
+    expected = {"out": norm.rms_norm_reference(x + residual, weight, epsilon=1e-5), "total": x + residual}
     check(norm.rms_norm_kernel, (2,), expected, residual=residual, ADD=True, **common)
     expected = {"out": norm.layer_norm_reference(x, weight, bias)}
-    check(norm.layer_norm_kernel, (2,), expected, bias=bias, **common)
+    check(norm_kernels.norm_kernel, (2,), expected, bias=bias, residual=None, total=None, means=None, scales=None,
+          LAYER=True, **common)  # fmt: skip
 
 
 def test_softmax(rng):

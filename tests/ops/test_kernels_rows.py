@@ -9,7 +9,7 @@ from operands import DTYPES, assert_close, engine_of, numerical_gradient, operan
 
 import nitinol as na
 from nitinol.ops import embedding, glu, norm_backward, rope, softmax
-from nitinol.ops import norm_training as norm
+from nitinol.ops import norm_kernels as norm
 from nitinol.runtime.device import DeviceError
 
 # fp32 sums of some thousand values of size 1 in vector chains, and exp, erf, tanh: tens of units in the last place.

@@ -11,6 +11,7 @@ import pytest
 from operands import DTYPES, numerical_gradient
 
 import nitinol as na
+from nitinol.ops import norm, norm_backward, norm_kernels
 from nitinol.runtime import get_device
 from nitinol.runtime.device import DeviceError
 
@@ -259,6 +260,88 @@ def test_gates(rng, dtype, activation):
     wide = (shape[0], 2 * shape[1])
     n = shape[1]
     compare(lambda x: ours(x[:, :n], x[:, n:]), lambda x: theirs(x[:, :n], x[:, n:]), [wide], dtype, rng)
+
+
+def norms(columns, epsilon=1e-3):
+    """Ours and PyTorch's, and the shapes of what they take, for x [.., columns]."""
+    size = (columns,)
+    return {
+        "rms": (lambda x, w: na.rms_norm(x, w, epsilon), lambda x, w: functional.rms_norm(x, size, w, epsilon), 1),
+        "rms, no weight": (lambda x: na.rms_norm(x, None, epsilon), lambda x: functional.rms_norm(x, size, None,
+                                                                                                  epsilon), 0),
+        "layer": (lambda x, w, b: na.layer_norm(x, w, b, epsilon),
+                  lambda x, w, b: functional.layer_norm(x, size, w, b, epsilon), 2),
+        "layer, no bias": (lambda x, w: na.layer_norm(x, w, None, epsilon),
+                           lambda x, w: functional.layer_norm(x, size, w, None, epsilon), 1),
+        "layer, only bias": (lambda x, b: na.layer_norm(x, None, b, epsilon),
+                             lambda x, b: functional.layer_norm(x, size, None, b, epsilon), 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param("float64", marks=pytest.mark.float64)])
+@pytest.mark.parametrize("kind", list(norms(1)))
+@pytest.mark.parametrize("form", ["one tile", "blocks"])
+def test_norms(rng, monkeypatch, dtype, kind, form):
+    if form == "blocks":
+        monkeypatch.setattr(norm_kernels, "blocks", lambda target: {"LARGEST": 8, "BLOCK": 16})
+        monkeypatch.setattr(norm_backward, "blocks", norm_kernels.blocks)
+        monkeypatch.setattr(norm, "LARGEST_TILE", 8)
+    # more than in the other form, whose plans are remembered
+    columns = int(rng.integers(150, 250) if form == "blocks" else rng.integers(2, 150))
+    ours, theirs, vectors = norms(columns)[kind]
+    shape = (2, int(rng.integers(1, 30)), columns)
+    compare(ours, theirs, [shape, *[(columns,)] * vectors], dtype, rng)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.float64)])
+def test_rms_norm_of_heads_and_of_sums(rng, dtype):
+    """A weight that is a part of the last axis; and both results with a residual, whose gradients meet."""
+
+    def theirs_of_heads(x, w):
+        return functional.rms_norm(x.reshape(3, 4, 5), (5,), w, 1e-3).reshape(3, 20)
+
+    compare(lambda x, w: na.rms_norm(x, w, 1e-3), theirs_of_heads, [(3, 20), (5,)], dtype, rng)
+
+    def ours(x, w, residual):
+        y, total = na.rms_norm(x, w, 1e-3, residual)
+        return y * total
+
+    def theirs(x, w, residual):
+        return functional.rms_norm(x + residual, (20,), w, 1e-3) * (x + residual)
+
+    compare(ours, theirs, [(3, 20), (20,), (3, 20)], dtype, rng)
+    one_submission(na.value_and_grad(lambda *arrays: ours(*arrays).sum(), (0, 1, 2)), *(
+        na.array(rng.normal(size=s), "float32").evaluate() for s in ((3, 20), (20,), (3, 20))))  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_second_derivatives_of_norms(rng, layer):
+    """Through the fused gradient, whose own is a composed one: by x, weight and bias of a function of all first
+    gradients."""
+    arrays = [rng.normal(size=s).astype(np.float32) for s in ((4, 9), (9,), (9,))][: 3 if layer else 2]
+    weights = [rng.normal(size=a.shape).astype(np.float32) for a in arrays]
+    factors = rng.normal(size=(4, 9)).astype(np.float32)
+    places = tuple(range(len(arrays)))
+
+    def theirs(*tensors):
+        y = functional.layer_norm(tensors[0], (9,), *tensors[1:], 1e-2) if layer else functional.rms_norm(
+            tensors[0], (9,), tensors[1], 1e-2)  # fmt: skip
+        return (y * y * torch.tensor(factors)).sum()
+
+    tensors = [torch.tensor(a.astype(np.float64), requires_grad=True) for a in arrays]
+    slopes = torch.autograd.grad(theirs(*tensors), tensors, create_graph=True)
+    expected = torch.autograd.grad(sum((s * torch.tensor(w)).sum() for s, w in zip(slopes, weights)), tensors)
+
+    def ours(*arrays):
+        y = na.layer_norm(*arrays, 1e-2) if layer else na.rms_norm(*arrays, 1e-2)
+        return (y * y * factors).sum()
+
+    def of_slopes(*arrays):
+        return sum((s * w).sum() for s, w in zip(na.grad(ours, places)(*arrays), weights))
+
+    for found, wanted in zip(na.grad(of_slopes, places)(*(na.array(a) for a in arrays)), expected):
+        largest = wanted.abs().max().item()
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-4, atol=2e-5 * max(1.0, largest))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, pytest.param("float64", marks=pytest.mark.float64)])
