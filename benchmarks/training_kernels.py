@@ -24,11 +24,9 @@ from common import NOT_MEASURED, alternate, describe, machine, median, parser, t
 import nitinol
 import nitinol as na
 from nitinol.ops import cross_entropy as ce
-from nitinol.ops import embedding, glu, norm_backward
+from nitinol.ops import embedding, glu, norm_backward, rope, softmax
 from nitinol.ops import linear_cross_entropy as lce
-from nitinol.ops import norm_training as norm
-from nitinol.ops import rope_training as rope
-from nitinol.ops import softmax_training as softmax
+from nitinol.ops import norm_kernels as norm
 
 TOLERANCE = 1e-4  # of the largest error relative to the largest value, between any two sides
 

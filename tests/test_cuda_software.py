@@ -24,7 +24,7 @@ from nitinol.formats.blocks import FORMATS
 from nitinol.generate.model import load
 from nitinol.generate.options import Options
 from nitinol.language.types import float16
-from nitinol.ops import attention, linear, norm, quantized, rope
+from nitinol.ops import attention, linear, norm
 from nitinol.ops.activations import quantize_activations
 from nitinol.ops.quantized import stored_array
 from nitinol.runtime import using_device
@@ -427,13 +427,13 @@ def test_the_other_steps_of_a_large_model_stay_inside(corners):
     tokens, heads, kv_heads, head_dim, context = 2048, 32, 8, 128, 2184
     hidden = heads * head_dim
     ids = na.array(np.full(tokens, 128255, np.int32), device=corners)
-    x = quantized.embedding(weights(corners, "Q8_0", 128256, hidden), ids).evaluate()
+    x = na.embedding(weights(corners, "Q8_0", 128256, hidden), ids).evaluate()
     quantize_activations("cuda", norm.rms_norm(x, na.empty((hidden,), "float32", corners))).sums.evaluate()
     position = na.array(np.array([context - tokens], np.int32), device=corners)
     keys, values = (na.empty((1, kv_heads, context, head_dim), "float16", corners) for _ in range(2))
     k = na.empty((tokens, kv_heads * head_dim), "float32", corners)
     frequencies = na.empty((head_dim // 2,), "float32", corners)
-    q = rope.rope_and_cache(x, k, k, frequencies, position, keys, values, interleaved=True).evaluate()
+    q = na.rope_and_cache(x, k, k, frequencies, position, keys, values, interleaved=True).evaluate()
     attention.cached_attention(q, keys, values, position).evaluate()
     attention.cached_attention(q[-1:], keys, values, position).evaluate()
 

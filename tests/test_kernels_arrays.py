@@ -8,8 +8,9 @@ import pytest
 import nitinol as na
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.ops import activations, attention, linear, norm, quantized, rope, sampling
+from nitinol.ops import activations, attention, linear, norm, quantized, rope, rope_and_cache, sampling
 from nitinol.ops.quantized import stored_array
+from nitinol.ops.rope_and_cache import rope_reference
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_dequantize_and_embedding(rng, format):
     weights, values = weights_of(normal(rng, 9, columns), format)
     np.testing.assert_array_equal(quantized.dequantize(weights).numpy(), values)
     tokens = np.array([8, 0, 3, 3], np.int32)
-    np.testing.assert_array_equal(quantized.embedding(weights, na.array(tokens)).numpy(), values[tokens])
+    np.testing.assert_array_equal(na.embedding(weights, na.array(tokens)).numpy(), values[tokens])
 
 
 @pytest.mark.parametrize("format", ["F32", "F16", "BF16", "Q8_0", "Q4_K"])
@@ -192,11 +193,11 @@ def test_attention_of_several_sequences_and_a_product(rng, tokens, window):
     def flat(x):
         return na.array(x.reshape(count * tokens, -1))
 
-    turned = rope.rope_and_cache(flat(q), flat(k), flat(v), na.array(frequencies), position, *caches, interleaved=False)
+    turned = na.rope_and_cache(flat(q), flat(k), flat(v), na.array(frequencies), position, *caches, interleaved=False)
     found = linear.linear(attention.cached_attention(turned, *caches, position, window=window), weights).numpy()
     for i in range(count):
         places = positions[i] + np.arange(tokens)
-        q_turned, k_turned = (rope.rope_reference(x[i], places, frequencies, False).swapaxes(0, 1) for x in (q, k))
+        q_turned, k_turned = (rope_reference(x[i], places, frequencies, False).swapaxes(0, 1) for x in (q, k))
         keys[i][:, places], values[i][:, places] = k_turned, v[i].swapaxes(0, 1)
         out = attention.attention_reference(q_turned, keys[i], values[i], positions[i], head_dim**-0.5, window)
         expected = out.swapaxes(0, 1).reshape(tokens, -1) @ matrix.T.astype(np.float64)
@@ -233,9 +234,9 @@ def test_caches_and_rows_that_do_not_fit_are_refused(rng):
         attention.cached_attention(na.array(normal(rng, 2, 16)), cache[0], cache[0], position)
     row = na.array(normal(rng, 3, 16))
     with pytest.raises(ValueError, match="rope_and_cache: 3 rows"):
-        rope.rope_and_cache(row, row, row, frequencies, position, cache, cache, interleaved=True)
+        rope_and_cache.rope_and_cache(row, row, row, frequencies, position, cache, cache, interleaved=True)
     with pytest.raises(ValueError, match=r"rope_and_cache: the cache has shape \(1, 8, 16\)"):
-        rope.rope_and_cache(row, row, row, frequencies, position, cache[0], cache[0], interleaved=True)
+        rope_and_cache.rope_and_cache(row, row, row, frequencies, position, cache[0], cache[0], interleaved=True)
     state = sampling.SamplingState(position, position, na.array(np.zeros((2, 8), np.int32)), None, None)
     with pytest.raises(ValueError, match=r"sample: logits have shape \(1, 9\), expected \(2, 9\)"):
         sampling.sample(na.array(normal(rng, 1, 9)), state)
@@ -274,11 +275,11 @@ def test_a_prompt_and_then_a_token(rng, kv_heads, cache):
     for start, stop in ((0, 5), (5, 6)):
         position = na.array(np.array([start], np.int32))
         parts = (na.array(np.ascontiguousarray(x[start:stop])) for x in (q, k, v))
-        turned = rope.rope_and_cache(*parts, na.array(frequencies), position, *caches, interleaved=False)
+        turned = rope_and_cache.rope_and_cache(*parts, na.array(frequencies), position, *caches, interleaved=False)
         results.append(attention.cached_attention(turned, *caches, position).numpy())
     places = np.arange(6)
     q_turned, k_turned = (
-        rope.rope_reference(x.reshape(6, -1, head_dim), places, frequencies, False).transpose(1, 0, 2) for x in (q, k)
+        rope_reference(x.reshape(6, -1, head_dim), places, frequencies, False).transpose(1, 0, 2) for x in (q, k)
     )
     values = v.reshape(6, kv_heads, head_dim).transpose(1, 0, 2)
     expected = attention.attention_reference(q_turned, k_turned, values, 0, head_dim**-0.5)
@@ -337,6 +338,6 @@ def test_absurd_sizes_are_refused_in_a_sentence():
     with pytest.raises(ValueError, match="a norm over 2097152 values"):
         norm.rms_norm(na.empty((1, 1 << 21)), na.empty((1 << 21,)))
     with pytest.raises(ValueError, match="head_dim is 7"):
-        rope.head_arguments(1, 7, True, False)
+        rope_and_cache.head_arguments(1, 7, True, False)
     with pytest.raises(ValueError, match="a head_dim of 4096"):
         attention.causal_attention(na.empty((1, 2, 4096)), na.empty((1, 2, 4096)), na.empty((1, 2, 4096)))

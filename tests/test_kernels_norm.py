@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
 
-from nitinol.ops import norm
+from nitinol.ops import norm, norm_kernels
 
 # fp32 sums of n values in vector chains are good to a few units in the last place, 1.2e-7 each.
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
@@ -60,8 +60,9 @@ def test_layer_norm(rng, engine, columns):
     x = rng.normal(size=(rows, columns)).astype(np.float32) * 2 + 5  # a mean that a one-pass variance would feel
     weight, bias = rng.normal(size=(2, columns)).astype(np.float32)
     out = poisoned((rows + 1, columns))
-    run(engine, norm.layer_norm_kernel, (rows,), x=padded(x), weight=padded(weight), bias=padded(bias), out=out,
-        columns=columns, epsilon=1e-5, **norm._block(columns))  # fmt: skip
+    run(engine, norm_kernels.norm_kernel, (rows,), x=padded(x), weight=padded(weight), bias=padded(bias), out=out,
+        residual=None, total=None, means=None, scales=None, columns=columns, epsilon=1e-5, LAYER=True,
+        **norm._block(columns))  # fmt: skip
     expected = norm.layer_norm_reference(x, weight, bias)
     np.testing.assert_allclose(out[:rows], expected, rtol=1e-5, atol=1e-5)
     assert np.isnan(out[rows]).all()

@@ -8,7 +8,7 @@ from kernel_runner import poisoned, run
 
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize
-from nitinol.ops import quantized
+from nitinol.ops import embedding, quantized
 
 STORED_AS = {"F32": np.float32, "F16": np.float16}  # BF16 has no NumPy type; the array layer brings its own
 
@@ -57,9 +57,9 @@ def test_embedding(rng, format):
     data = random_weights(rng, format, vocabulary, columns)
     tokens = np.array([3, 10, 0, 3, -5, 400], np.int32)  # the last two are no tokens and must not read elsewhere
     out = poisoned((7, columns))
-    run("native", quantized.embedding_kernel, (6,), weights=data, tokens=tokens, out=out, columns=columns,
+    run("native", embedding.embedding_kernel, (6,), weights=data, tokens=tokens, out=out, columns=columns,
         row_bytes=FORMATS[format].nbytes(columns), vocabulary=vocabulary,
         **quantized.run_arguments(format, columns))  # fmt: skip
-    expected = quantized.embedding_reference(data, format, (vocabulary, columns), tokens)
+    expected = embedding.embedding_reference(data, format, (vocabulary, columns), tokens)
     np.testing.assert_array_equal(bits(out[:6]), bits(expected))
     assert np.isnan(out[6]).all()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from kernel_runner import padded, poisoned, run
 
-from nitinol.ops import rope
+from nitinol.ops import rope, rope_and_cache
 from nitinol.ops.norm import rms_norm_reference
+from nitinol.ops.rope_and_cache import head_arguments, rope_reference
 
 
 @pytest.fixture
@@ -34,18 +35,18 @@ def test_rope_and_cache(rng, engine, head_dim, group, interleaved, norm, cache):
     frequencies = rope.rope_frequencies(head_dim, 10000.0)
     q_out = poisoned((tokens + 1, kv_heads * group, head_dim))
     k_cache, v_cache = (poisoned((kv_heads, context, head_dim), cache) for _ in range(2))
-    run(engine, rope.rope_kernel, (tokens, kv_heads), q=padded(q), k=padded(k), v=padded(v),
+    run(engine, rope_and_cache.rope_kernel, (tokens, kv_heads), q=padded(q), k=padded(k), v=padded(v),
         frequencies=padded(frequencies), position=np.array([start], np.int32),
         q_norm=padded(weights[0]) if norm else None, k_norm=padded(weights[1]) if norm else None, q_out=q_out,
         k_cache=k_cache, v_cache=v_cache, context=context, epsilon=1e-6,
-        **rope.head_arguments(group, head_dim, interleaved, norm))  # fmt: skip
+        **head_arguments(group, head_dim, interleaved, norm))  # fmt: skip
     positions = start + np.arange(tokens)
     if norm:
         q, k = (rms_norm_reference(x, w, epsilon=1e-6) for x, w in zip((q, k), weights))
     close = {"rtol": 2e-6, "atol": 3e-6}  # two products and a sum in fp32; sine and cosine to a few ulp
-    np.testing.assert_allclose(q_out[:-1], rope.rope_reference(q, positions, frequencies, interleaved), **close)
+    np.testing.assert_allclose(q_out[:-1], rope_reference(q, positions, frequencies, interleaved), **close)
     assert np.isnan(q_out[-1]).all()
-    turned = rope.rope_reference(k, positions, frequencies, interleaved).transpose(1, 0, 2)
+    turned = rope_reference(k, positions, frequencies, interleaved).transpose(1, 0, 2)
     if cache == np.float16:
         close = {"rtol": 1e-3, "atol": 1e-6}  # one rounding to 11 bits
     np.testing.assert_allclose(k_cache[:, start:].astype(np.float64), turned[:, :2], **close)
@@ -63,19 +64,19 @@ def test_several_sequences(rng, engine, interleaved):
     frequencies = rope.rope_frequencies(head_dim)
     q_out = poisoned((count * tokens + 1, kv_heads * group, head_dim))
     caches = poisoned((2, count, kv_heads, context, head_dim))
-    run(engine, rope.rope_kernel, (tokens, kv_heads, count), q=padded(q), k=padded(k), v=padded(v),
+    run(engine, rope_and_cache.rope_kernel, (tokens, kv_heads, count), q=padded(q), k=padded(k), v=padded(v),
         frequencies=padded(frequencies), position=np.array(positions, np.int32), q_norm=None, k_norm=None, q_out=q_out,
         k_cache=caches[0], v_cache=caches[1], context=context, epsilon=1e-6,
-        **rope.head_arguments(group, head_dim, interleaved, False))  # fmt: skip
+        **head_arguments(group, head_dim, interleaved, False))  # fmt: skip
     close = {"rtol": 2e-6, "atol": 3e-6}
     assert np.isnan(q_out[-1]).all()
     for i, position in enumerate(positions):
         places = position + np.arange(tokens)
-        expected = rope.rope_reference(q[i], places, frequencies, interleaved)
+        expected = rope_reference(q[i], places, frequencies, interleaved)
         np.testing.assert_allclose(q_out[i * tokens : (i + 1) * tokens], expected, **close)
         keys, values = caches[:, i]
         if position >= 0:
-            turned = rope.rope_reference(k[i], places, frequencies, interleaved)
+            turned = rope_reference(k[i], places, frequencies, interleaved)
             np.testing.assert_allclose(keys[:, places].swapaxes(0, 1), turned, **close)
             np.testing.assert_array_equal(values[:, places].swapaxes(0, 1), v[i])
         others = np.setdiff1d(np.arange(context), places)
@@ -88,10 +89,10 @@ def test_large_positions(rng):
     q, k, v = rng.normal(size=(3, tokens, 1, head_dim)).astype(np.float32)
     q_out = poisoned(q.shape)
     caches = poisoned((2, 1, 4, head_dim))
-    run("native", rope.rope_kernel, (tokens, 1), q=q, k=k, v=v, frequencies=frequencies,
+    run("native", rope_and_cache.rope_kernel, (tokens, 1), q=q, k=k, v=v, frequencies=frequencies,
         position=np.array([start], np.int32), q_norm=None, k_norm=None, q_out=q_out, k_cache=caches[0],
-        v_cache=caches[1], context=4, epsilon=1e-6, **rope.head_arguments(1, head_dim, True, False))  # fmt: skip
-    expected = rope.rope_reference(q, start + np.arange(tokens), frequencies, True)
+        v_cache=caches[1], context=4, epsilon=1e-6, **head_arguments(1, head_dim, True, False))  # fmt: skip
+    expected = rope_reference(q, start + np.arange(tokens), frequencies, True)
     np.testing.assert_allclose(q_out, expected, rtol=2e-6, atol=3e-6)
     assert np.isnan(caches).all()  # positions outside the cache are not written
 

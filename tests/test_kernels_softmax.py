@@ -35,7 +35,7 @@ def test_softmax(rng, engine, columns, long):
     assert np.isnan(out[rows]).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40), (7,), (2, softmax.LARGEST_ROW + 5)])
+@pytest.mark.parametrize("shape", [(2, 3, 40), (7,), (2, softmax.blocks("cpu")["LARGEST"] + 5)])
 def test_arrays(rng, shape):
     x = rng.normal(size=shape).astype(np.float32)
     found = softmax.softmax(na.array(x)).numpy()

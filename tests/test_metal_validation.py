@@ -16,7 +16,20 @@ import nitinol.language as tl
 import softmetal
 from nitinol.formats.blocks import FORMATS
 from nitinol.formats.quantization import dequantize, quantize
-from nitinol.ops import activations, attention, matmul_kernels, matvec, norm, quantized, rope, sampling, softmax
+from nitinol.ops import (
+    activations,
+    attention,
+    embedding,
+    matmul_kernels,
+    matvec,
+    norm,
+    norm_kernels,
+    quantized,
+    rope,
+    rope_and_cache,
+    sampling,
+    softmax,
+)
 from nitinol.runtime.device import DeviceError
 from nitinol.runtime.kernel import jit
 from nitinol.runtime.metal import MetalDevice
@@ -97,7 +110,7 @@ def test_norm_and_quantize(rng, parts):
     columns, near = 96, np.array(0.0)
     while near.min() < 1e-3:
         x, weight = normal(rng, 2, columns), normal(rng, columns)
-        normal_form = norm.rms_norm_reference(x, weight, 1e-5).astype(np.float32)
+        normal_form = norm.rms_norm_reference(x, weight, epsilon=1e-5).astype(np.float32)
         expected = activations.quantize_activations_reference(normal_form)
         near = np.abs(normal_form.reshape(-1, 32) / expected.scales.reshape(-1, 1) % 1 - 0.5)
     check(activations.rms_norm_quantize_kernel, (2, parts), expected._asdict(), x=x, weight=weight, columns=columns,
@@ -170,10 +183,11 @@ def test_matmul(rng, dtype):
 def test_norms(rng, columns):
     x, residual, weight, bias = normal(rng, 2, columns), normal(rng, 2, columns), *normal(rng, 2, columns)
     common = {"x": x, "weight": weight, "columns": columns, "epsilon": 1e-5, **norm._block(columns)}
-    expected = {"out": norm.rms_norm_reference(x + residual, weight, 1e-5), "total": x + residual}
+    expected = {"out": norm.rms_norm_reference(x + residual, weight, epsilon=1e-5), "total": x + residual}
     check(norm.rms_norm_kernel, (2,), expected, residual=residual, ADD=True, **common)
     expected = {"out": norm.layer_norm_reference(x, weight, bias)}
-    check(norm.layer_norm_kernel, (2,), expected, bias=bias, **common)
+    check(norm_kernels.norm_kernel, (2,), expected, bias=bias, residual=None, total=None, means=None, scales=None,
+          LAYER=True, **common)  # fmt: skip
 
 
 def test_softmax(rng):
@@ -191,15 +205,15 @@ def test_rope(rng, interleaved, with_norm):
     positions = start + np.arange(tokens)
     q_used, k_used = (norm.rms_norm_reference(x, w, epsilon=1e-6) if with_norm else x for x, w in zip((q, k), weights))
     caches = np.zeros((2, kv_heads, context, head_dim), np.float32)
-    expected = {"q_out": rope.rope_reference(q_used, positions, frequencies, interleaved),
+    expected = {"q_out": rope_and_cache.rope_reference(q_used, positions, frequencies, interleaved),
                 "k_cache": caches[0].copy(), "v_cache": caches[1].copy()}  # fmt: skip
-    turned = rope.rope_reference(k_used, positions, frequencies, interleaved)
+    turned = rope_and_cache.rope_reference(k_used, positions, frequencies, interleaved)
     expected["k_cache"][:, positions] = turned.transpose(1, 0, 2)
     expected["v_cache"][:, positions] = v.transpose(1, 0, 2)
-    check(rope.rope_kernel, (tokens, kv_heads), expected, q=q, k=k, v=v, frequencies=frequencies,
+    check(rope_and_cache.rope_kernel, (tokens, kv_heads), expected, q=q, k=k, v=v, frequencies=frequencies,
           position=np.array([start], np.int32), q_norm=weights[0] if with_norm else None,
           k_norm=weights[1] if with_norm else None, k_cache=caches[0], v_cache=caches[1], context=context,
-          epsilon=1e-6, **rope.head_arguments(group, head_dim, interleaved, with_norm))  # fmt: skip
+          epsilon=1e-6, **rope_and_cache.head_arguments(group, head_dim, interleaved, with_norm))  # fmt: skip
 
 
 def test_prefill_attention(rng):
@@ -240,7 +254,7 @@ def test_dequantize_and_embedding(rng, format):
               **quantized.run_arguments(format, columns)}  # fmt: skip
     check(quantized.dequantize_kernel, (rows,), {"out": values}, 1e-6, **common)
     tokens = np.array([4, 0, 99], np.int32)
-    check(quantized.embedding_kernel, (3,), {"out": values[[4, 0, 4]]}, 1e-6, tokens=tokens, vocabulary=rows, **common)
+    check(embedding.embedding_kernel, (3,), {"out": values[[4, 0, 4]]}, 1e-6, tokens=tokens, vocabulary=rows, **common)
 
 
 def test_attention_of_two_sequences_with_a_window(rng):

@@ -22,9 +22,14 @@ import numpy as np
 
 import nitinol.language as tl
 from nitinol.graph.array import Array
+from nitinol.graph.conversion import as_operand
 from nitinol.graph.launch import InPlace, Output, launch
+from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
-from nitinol.ops.tiles import load_row, store_row
+from nitinol.ops import elementwise as e
+from nitinol.ops.creation import arange
+from nitinol.ops.reductions import logsumexp
+from nitinol.ops.tiles import add_exponentials, load_row, store_row
 
 REDUCTIONS = ("none", "sum", "mean")
 IGNORE_INDEX = -100  # PyTorch's and Hugging Face's mark of tokens without a target
@@ -49,15 +54,6 @@ def cross_entropy_kernel(
     lse = tl.log(total) + top
     tl.store(lses + row, lse)
     tl.store(losses + row, loss_of(lse, picked, mean, counts, smoothing, z_loss, SMOOTH))
-
-
-@jit
-def add_exponentials(value, top, total, axis: tl.constexpr):
-    """The maximum, and the sum of exp(x - maximum), of what was summed before and the values along an axis."""
-    highest = tl.maximum(top, tl.max(value, axis))
-    shift = tl.where(highest == float("-inf"), 0.0, highest)  # of nothing but -inf so far: no -inf - -inf
-    weights = tl.exp(value - (shift if len(value.shape) == 1 else tl.expand_dims(shift, axis)))
-    return highest, total * tl.exp(top - shift) + tl.sum(weights, axis)
 
 
 @jit
@@ -257,3 +253,93 @@ def cross_entropy_gradient_reference(
     gradient[np.arange(len(z)), np.where(counts, targets, 0)] -= 1 - smoothing
     scale = np.where(counts, d_loss, 0.0) / (counts.sum() if reduction == "mean" else 1)
     return np.where(counts[:, None], gradient * scale[:, None], 0.0)
+
+
+# -------------------------------------------------------------------------------------------------- the operations
+
+
+def loss_results(tokens: int, reduction: str) -> list[tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes of loss, lse and, of a mean, scale."""
+    losses: list[Any] = [((tokens,) if reduction == "none" else (), tl.float32), ((tokens,), tl.float32)]
+    return [*losses, ((1,), tl.float32)] if reduction == "mean" else losses
+
+
+def _cross_entropy_rule(logits: Array, targets: Array, **options: Any) -> list[tuple[tuple[int, ...], Any]]:
+    check_targets("cross_entropy", logits, targets, options["smoothing"], options["reduction"])
+    return loss_results(logits.shape[0], options["reduction"])
+
+
+def _cross_entropy_lower(target: str, logits: Array, targets: Array, **options: Any) -> list[Array]:
+    return [x for x in cross_entropy_forward(target, logits, targets, **options) if x is not None]
+
+
+def _cross_entropy_vjp(g: Any, results: Any, logits: Array, targets: Array, reduction: str, **options: Any) -> Any:
+    """Of the loss; nobody sees the rest."""
+    _, lse, *scale = results
+    return CROSS_ENTROPY_GRADIENT(g[0], logits, targets, lse, scale[0] if scale else None, **options), None
+
+
+CROSS_ENTROPY = Operation(
+    "cross_entropy", rule=_cross_entropy_rule, lower=_cross_entropy_lower, vjp=_cross_entropy_vjp
+)
+CROSS_ENTROPY_GRADIENT = Operation(
+    "cross_entropy_gradient", lower=cross_entropy_backward,
+    rule=lambda d_loss, logits, *others, **options: (logits.shape, logits.dtype),
+    vjp="a second derivative of the fused loss; float64 logits take a form that has one",
+)  # fmt: skip
+
+
+def cross_entropy(
+    logits: Any, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+) -> Array:  # fmt: skip
+    """-log softmax(logits)[target] for each target: loss = lse - (1 - s) logits[target] - s mean(logits) + z lse^2,
+    with lse = log(sum(exp(logits))), s the label smoothing (Szegedy et al., 2016) and z the z-loss (Chowdhery et al.,
+    "PaLM", 2022).
+
+    logits [..., V] of floats, targets [...] of int32 or int64. Tokens whose target is ignore_index do not count; any
+    other target that is not in 0 .. V - 1 is an error when the operation runs. reduction: "mean" (over the tokens that
+    count; NaN without any), "sum", or "none" for the shape of the targets. The result is float32, float64 of float64.
+
+    Raises ValueError for shapes and options, TypeError for types that do not fit.
+    """
+    logits, targets = as_operand(logits), as_operand(targets)
+    shape = check_tokens("cross_entropy", logits, targets)
+    options = {
+        "smoothing": float(label_smoothing), "z_loss": float(z_loss), "ignore_index": int(ignore_index),
+        "reduction": reduction,
+    }  # fmt: skip
+    rows, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    if logits.dtype == tl.float64:
+        check_targets("cross_entropy", rows, targets, options["smoothing"], reduction)
+        loss = composed_cross_entropy(rows, targets, **options)
+    else:
+        loss = CROSS_ENTROPY(rows, targets, **options)[0]
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def composed_cross_entropy(
+    logits: Array, targets: Array, smoothing: float, z_loss: float, ignore_index: int, reduction: str
+) -> Array:
+    """The loss of logits [N, V] in elementwise operations and reductions."""
+    counts = e.not_equal(targets, ignore_index)
+    lse = logsumexp(logits, -1)
+    hit = e.equal(arange(logits.shape[1]).reshape(1, -1), targets.reshape(-1, 1))
+    loss = lse + lse * lse * z_loss - e.where(hit, logits, 0.0).sum(1) * (1.0 - smoothing)
+    loss = loss - logits.mean(1) * smoothing if smoothing else loss
+    loss = e.where(counts, loss, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counts.astype(loss.dtype).sum()
+
+
+def check_tokens(name: str, logits: Array, targets: Array) -> tuple[int, ...]:
+    """The targets' shape; ValueError or TypeError unless logits (or hidden states) are floats [..., columns] for it."""
+    if not logits.ndim or not logits.shape[-1] or logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"{name}: found shapes {logits.shape} and {targets.shape} of the targets; expected [..., columns], not "
+            "empty, and targets [...]"
+        )
+    if not logits.dtype.is_float:
+        raise TypeError(f"{name} of an array of {logits.dtype}, expected floats; cast with .astype()")
+    return targets.shape

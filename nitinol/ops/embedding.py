@@ -1,8 +1,9 @@
-"""The gradient of an embedding: row v of d_weight is the sum of d_out over the tokens with id v.
+"""Rows of weights by token ids, of weights in any storage, and the gradient: row v of d_weight is the sum of d_out over
+the tokens with id v.
 
-No atomic additions, whose order would show in the result. The first kernel links the tokens of each word, the last one
-first: every program owns ROWS words, compares all ids with them, IDS at a time, and looks closer where one is its own.
-The second follows each word's links and adds up in fp32.
+The gradient has no atomic additions, whose order would show in the result. The first kernel links the tokens of each
+word, the last one first: every program owns ROWS words, compares all ids with them, IDS at a time, and looks closer
+where one is its own. The second follows each word's links and adds up in fp32.
 
 Cost: N V / ROWS comparisons in vector registers (8192 tokens, 128,256 words: 16 million), N IDS single ones, then N D
 values read and V D written. A word's sum is one chain: the most frequent word takes longest, and only blocks of columns
@@ -19,10 +20,30 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.formats.blocks import FORMATS
+from nitinol.formats.quantization import dequantize as decode_in_numpy
 from nitinol.graph.array import Array
+from nitinol.graph.conversion import as_operand
+from nitinol.graph.dtypes import as_dtype
 from nitinol.graph.launch import Output, launch
+from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
+from nitinol.language.types import DType, float32
+from nitinol.ops.elementwise import maximum, minimum
+from nitinol.ops.indexing import SCATTER_SUM
+from nitinol.ops.quantized import decode_row, run_arguments
 from nitinol.ops.tiles import load_row, store_row
+
+
+@jit
+def embedding_kernel(
+    weights, tokens, out, columns, row_bytes, vocabulary,
+    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """One program per token; token ids outside the vocabulary read its first or last row."""
+    place = tl.program_id(0)
+    token = tl.minimum(tl.maximum(tl.load(tokens + place), 0), vocabulary - 1)
+    decode_row(weights, out, token.to(tl.int64), place.to(tl.int64), columns, row_bytes, FORMAT, BLOCKS, VALUES)
 
 
 @jit
@@ -95,3 +116,72 @@ def embedding_gradient_reference(d_out: np.ndarray, ids: np.ndarray, words: int)
     result = np.zeros((words, d_out.shape[-1]))
     np.add.at(result, ids.reshape(-1), d_out.reshape(-1, d_out.shape[-1]).astype(np.float64))
     return result
+
+
+# -------------------------------------------------------------------------------------------------- the operations
+
+
+def _embedding_rule(weights: Array, tokens: Array, dtype: DType) -> tuple[tuple[int, ...], DType]:
+    if weights.ndim != 2 or not (weights.is_quantized or weights.dtype.is_float):
+        raise ValueError(
+            f"embedding: the weights have shape {weights.shape} and type {weights.dtype}, expected [vocabulary, "
+            "columns] of floats or blocks"
+        )
+    if not tokens.dtype.is_int or tokens.dtype.kind == "bool":
+        raise TypeError(f"embedding: the tokens are of type {tokens.dtype}, expected integers")
+    return (*tokens.shape, weights.shape[1]), dtype
+
+
+def _embedding_lower(target: str, weights: Array, tokens: Array, dtype: DType) -> Array:
+    vocabulary, columns = weights.shape
+    if weights.format not in FORMATS:
+        return weights.take(_in_vocabulary(weights, tokens), 0).astype(dtype)
+    return launch(
+        embedding_kernel, (tokens.size,), weights=weights, tokens=tokens,
+        out=Output((*tokens.shape, columns), dtype), columns=columns,
+        row_bytes=FORMATS[weights.format].nbytes(columns), vocabulary=vocabulary,
+        **run_arguments(weights.format, columns),
+    )  # fmt: skip
+
+
+def _embedding_vjp(g: Array, out: Array, weights: Array, tokens: Array, dtype: DType) -> tuple[Array | None, None]:
+    if weights.is_quantized:
+        return None, None
+    rows = _in_vocabulary(weights, tokens)
+    if tl.float64 in (g.dtype, weights.dtype):  # the kernels add up in float32
+        return SCATTER_SUM(g, rows, axis=0, extent=weights.shape[0]).astype(weights.dtype), None
+    return EMBEDDING_GRADIENT(g, rows, words=weights.shape[0], dtype=weights.dtype), None
+
+
+def _in_vocabulary(weights: Array, tokens: Array) -> Array:
+    """Token ids, those outside the vocabulary moved to its first or last row."""
+    return minimum(maximum(tokens, 0), weights.shape[0] - 1)
+
+
+EMBEDDING = Operation(
+    "embedding", rule=_embedding_rule, lower=_embedding_lower,
+    reference=lambda weights, tokens, dtype: weights[np.clip(tokens, 0, len(weights) - 1)],
+    vjp=_embedding_vjp,
+)  # fmt: skip
+EMBEDDING_GRADIENT = Operation(
+    "embedding_gradient", lower=embedding_backward,
+    rule=lambda d_out, tokens, words, dtype: ((words, d_out.shape[-1]), dtype),
+    reference=lambda d_out, tokens, words, dtype: embedding_gradient_reference(d_out, tokens, words),
+    vjp=lambda g, out, d_out, tokens, words, dtype: (EMBEDDING(g, tokens, dtype=d_out.dtype), None),
+)  # fmt: skip
+
+
+def embedding(weights: Any, tokens: Any, dtype: Any = None) -> Array:
+    """Rows of weights [vocabulary, columns] by token ids of any shape: [*tokens.shape, columns], of type `dtype`, by
+    default the weights', or float32 where they are stored in blocks. Ids outside the vocabulary give its first or last
+    row, and so do their gradients."""
+    weights = as_operand(weights)
+    if weights.ndim != 2:
+        return weights.take(tokens, 0)
+    target = float32 if weights.is_quantized else weights.dtype
+    return EMBEDDING(weights, tokens, dtype=target if dtype is None else as_dtype(dtype))
+
+
+def embedding_reference(data: np.ndarray, format: str, shape: tuple[int, int], tokens: np.ndarray) -> np.ndarray:
+    """All rows decoded in NumPy, those of the tokens kept."""
+    return decode_in_numpy(data, format, shape)[np.clip(tokens, 0, shape[0] - 1)]

@@ -14,8 +14,11 @@ from typing import Any
 
 import nitinol.language as tl
 from nitinol.graph.array import Array
+from nitinol.graph.conversion import as_operand
 from nitinol.graph.launch import Output, Strided, launch
-from nitinol.language.types import bfloat16, float16, float32
+from nitinol.graph.operation import Operation
+from nitinol.language.types import DType, bfloat16, float16, float32, float64
+from nitinol.ops.attention_composed import composed_attention
 from nitinol.ops.attention_gradients import (
     add_parts_kernel,
     key_gradients_kernel,
@@ -87,15 +90,20 @@ def attention_forward(
     target: "cpu", "metal" or "cuda", for the sizes of blocks. Raises ValueError for operands that do not fit.
     """
     problem = checked(target, q, k, v, scale, causal, window, softcap, cu_seqlens_q, cu_seqlens_k)
+    out, lse = forward(problem)
+    return restored(out, problem.q, problem.packed), lse[0] if problem.packed else lse
+
+
+def forward(problem: Problem) -> tuple[Array, Array]:
+    """out, its axes in the order of `result_shape(q)`, and lse [batch, heads, T]."""
     batch, heads, tokens, _ = problem.q.shape
     block_m, block_n, warps = problem.blocks["forward"]
-    out, turned, out_strides = result_like("out", problem.q)
-    out, lse = launch(
+    out, out_strides = result_like("out", problem.q)
+    return launch(
         attention_kernel, (problem.row_blocks(tokens, block_m), heads, batch), out=out, **out_strides,
         lse=Output((batch, heads, tokens), "float32"), BLOCK_M=block_m, BLOCK_N=block_n, _warps=warps,
         _operations=operations(problem, 2), **problem.arguments(),
     )  # fmt: skip
-    return restored(problem, out, turned), lse[0] if problem.packed else lse
 
 
 def attention_backward(
@@ -109,12 +117,21 @@ def attention_backward(
     for name, given, like in (("out", out, q), ("d_out", d_out, q)):
         if tuple(given.shape) != tuple(like.shape):
             raise ValueError(f"attention_backward: {name} has shape {given.shape}, expected q's {like.shape}")
-    batch, heads, tokens, head_dim = problem.q.shape
-    _, kv_heads, context, _ = problem.k.shape
+    batch, heads, tokens, _ = problem.q.shape
     if tuple(lse.shape) != ((heads, tokens) if problem.packed else (batch, heads, tokens)):
         raise ValueError(f"attention_backward: lse has shape {lse.shape}, expected what attention_forward gave for q "
                          f"of shape {q.shape}: one number for each query of each head")  # fmt: skip
     out, d_out = (as_heads(x, problem.packed) for x in (out, d_out))
+    found = backward(problem, out, lse[None] if problem.packed else lse, d_out)
+    dq, dk, dv = (restored(x, like, problem.packed) for x, like in zip(found, (problem.q, problem.k, problem.v)))
+    return dq, dk, dv
+
+
+def backward(problem: Problem, out: Array, lse: Array, d_out: Array) -> tuple[Array, Array, Array]:
+    """dq, dk, dv, their axes in the order of `result_shape`, from [batch, heads, T, head_dim] views and lse [batch,
+    heads, T]."""
+    batch, heads, tokens, head_dim = problem.q.shape
+    _, kv_heads, context, _ = problem.k.shape
     rows = problem.blocks["rows"]
     delta = launch(
         row_products_kernel, (tl.cdiv(tokens, rows), heads, batch), out=Strided(out), d_out=Strided(d_out),
@@ -129,15 +146,13 @@ def attention_backward(
     if problem.blocks["dq in parts"]:
         programs = max(1, min(blocks, tl.cdiv(PROGRAMS, batch * kv_heads)))
         partial = Output((programs, batch, heads, tokens, head_dim), "float32")
-    (dk, k_turned, dk_strides), (dv, v_turned, dv_strides) = (
-        result_like(name, x) for name, x in (("dk", problem.k), ("dv", problem.v))
-    )
+    (dk, dk_strides), (dv, dv_strides) = (result_like(name, x) for name, x in (("dk", problem.k), ("dv", problem.v)))
     dk, dv, *parts = launch(
         key_gradients_kernel, (programs, kv_heads, batch), dk=dk, dv=dv, dq=partial, blocks=blocks, BLOCK_M=block_m,
         BLOCK_N=block_n, scale=problem.scale, _warps=warps, _operations=operations(problem, 5 if partial else 4),
         **dk_strides, **dv_strides, **shared,
     )  # fmt: skip
-    dq, q_turned, dq_strides = result_like("dq", problem.q)
+    dq, dq_strides = result_like("dq", problem.q)
     if parts:
         # with fp32 products the keys that ds was multiplied by had the factor in them
         scale = problem.scale / shared["factor"] if problem.blocks["DOT"] == float32 else problem.scale
@@ -151,7 +166,7 @@ def attention_backward(
             query_gradients_kernel, (problem.row_blocks(tokens, block_m), heads, batch), dq=dq, scale=problem.scale,
             BLOCK_M=block_m, BLOCK_N=block_n, _warps=warps, _operations=operations(problem, 3), **dq_strides, **shared,
         )  # fmt: skip
-    return restored(problem, dq, q_turned), restored(problem, dk, k_turned), restored(problem, dv, v_turned)
+    return dq, dk, dv
 
 
 def blocks(target: str, head_dim: int, dtype: Any) -> dict[str, Any]:
@@ -177,27 +192,40 @@ def checked(
     softcap: float | None, starts_q: Array | None, starts_k: Array | None,
 ) -> Problem:  # fmt: skip
     """The operands as the kernels take them, or a ValueError."""
+    starts_k = starts_q if starts_k is None else starts_k
+    check(q, k, v, window, softcap, starts_q, starts_k)
+    packed = starts_q is not None
+    q, k, v = (as_heads(x, packed) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Problem(q, k, v, packed, starts_q, starts_k, window, causal, scale, softcap,
+                   blocks(target, q.shape[-1], q.dtype))  # fmt: skip
+
+
+def check(
+    q: Array, k: Array, v: Array, window: int | None, softcap: float | None, starts_q: Array | None,
+    starts_k: Array | None,
+) -> None:  # fmt: skip
+    """ValueError for operands that do not fit."""
     packed = starts_q is not None
     shape = "q [total_q, heads, head_dim] and k, v [total_k, kv_heads, head_dim]"
     if not packed:
         shape = "q [batch, heads, T, head_dim] and k, v [batch, kv_heads, S, head_dim]"
+    found = f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected {shape}"
     if q.ndim != (3 if packed else 4) or k.ndim != q.ndim or tuple(k.shape) != tuple(v.shape):
-        raise ValueError(f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected {shape}")
-    heads_first = as_heads(q, packed), as_heads(k, packed), as_heads(v, packed)
-    (batch, heads, _, head_dim), (k_batch, kv_heads, _, k_head_dim) = (x.shape for x in heads_first[:2])
-    if (batch, head_dim) != (k_batch, k_head_dim) or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"attention: q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected {shape}, "
-                         "heads a multiple of kv_heads")  # fmt: skip
+        raise ValueError(found)
+    head_dim = q.shape[-1]
+    heads, kv_heads = q.shape[1], k.shape[1]
+    batches = q.shape[:-3] == k.shape[:-3]
+    if not batches or head_dim != k.shape[-1] or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{found}, heads a multiple of kv_heads")
     if not 0 < head_dim <= 256:
         raise ValueError(f"attention with a head_dim of {head_dim}: expected 1 to 256")
-    if q.dtype not in (float32, float16, bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
+    if q.dtype not in (float32, float16, bfloat16, float64) or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one of float32, "
-                         "float16 and bfloat16 for all three")  # fmt: skip
+                         "float16 and bfloat16 for all three, or float64, which is not fused")  # fmt: skip
     for name, value, least in (("window", window, 1), ("softcap", softcap, 0)):
         if value is not None and (value < least or value == 0):
             raise ValueError(f"attention: {name} is {value}, expected a positive number, or None for no {name}")
-    if starts_k is None:
-        starts_k = starts_q
     if starts_q is None and starts_k is not None:
         raise ValueError("attention: cu_seqlens_k without cu_seqlens_q; give both, or the latter if they are equal")
     for name, starts in (("cu_seqlens_q", starts_q), ("cu_seqlens_k", starts_k)):
@@ -205,9 +233,6 @@ def checked(
         if starts is not None and (tuple(starts.shape) != wanted or starts.dtype != tl.int32):
             raise ValueError(f"attention: {name} is {starts.dtype} of shape {starts.shape}; expected int32 [n + 1], "
                              "the first rows of n sequences and the end of the last, the same n for both")  # fmt: skip
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    return Problem(*heads_first, packed, starts_q, starts_k, window, causal, scale, softcap,
-                   blocks(target, head_dim, q.dtype))  # fmt: skip
 
 
 def as_heads(x: Array, packed: bool) -> Array:
@@ -217,20 +242,33 @@ def as_heads(x: Array, packed: bool) -> Array:
     return x[None].swapaxes(1, 2) if packed else x
 
 
-def result_like(name: str, x: Array) -> tuple[Output, bool, dict[str, int]]:
-    """A contiguous result for an operand's gradient or the output, whether its axes are [batch, rows, heads, head_dim],
-    as they are where the operand's heads lie next to each other, and its strides as arguments."""
+def turned(x: Array) -> bool:
+    """Whether an operand's heads lie next to each other, as projections give them; its results' heads then do too."""
+    return x.strides[1] < x.strides[2]
+
+
+def result_shape(x: Array) -> tuple[int, ...]:
+    """Of what has an operand's shape [batch, heads, rows, head_dim]: that, or [batch, rows, heads, head_dim]."""
     batch, heads, rows, head_dim = x.shape
-    if x.strides[1] < x.strides[2]:
-        steps = (rows * heads * head_dim, head_dim, heads * head_dim)
-        return Output((batch, rows, heads, head_dim), x.dtype), True, _named(name, steps)
-    return Output(x.shape, x.dtype), False, _named(name, (heads * rows * head_dim, rows * head_dim, head_dim))
+    return (batch, rows, heads, head_dim) if turned(x) else x.shape
 
 
-def restored(problem: Problem, result: Array, turned: bool) -> Array:
+def result_like(name: str, x: Array) -> tuple[Output, dict[str, int]]:
+    """A contiguous result for the output or an operand's gradient, and its strides as arguments."""
+    _, heads, rows, head_dim = x.shape
+    steps = (head_dim, heads * head_dim) if turned(x) else (rows * head_dim, head_dim)
+    return Output(result_shape(x), x.dtype), _named(name, (heads * rows * head_dim, *steps))
+
+
+def heads_first(result: Array, like: Array) -> Array:
+    """A result of shape `result_shape(like)` as [batch, heads, rows, head_dim]."""
+    return result.swapaxes(1, 2) if turned(like) else result
+
+
+def restored(result: Array, like: Array, packed: bool) -> Array:
     """A result in the order of axes that the operands came in."""
-    heads_first = result.swapaxes(1, 2) if turned else result
-    return heads_first[0].swapaxes(0, 1) if problem.packed else heads_first
+    result = heads_first(result, like)
+    return result[0].swapaxes(0, 1) if packed else result
 
 
 def strides(name: str, x: Array) -> dict[str, int]:
@@ -250,3 +288,81 @@ def operations(problem: Problem, products: int) -> int:
     batch, heads, tokens, head_dim = problem.q.shape
     every = 2 * products * batch * heads * tokens * problem.k.shape[2] * head_dim
     return every // 2 if problem.causal else every
+
+
+# -------------------------------------------------------------------------------------------------- the operations
+
+
+def _problem(
+    target: str, q: Array, k: Array, v: Array, starts_q: Array | None, starts_k: Array | None, options: dict[str, Any]
+) -> Problem:
+    """Of the operations' operands, [batch, heads, rows, head_dim] views whose last axis is contiguous."""
+    return Problem(q, k, v, starts_q is not None, starts_q, starts_k, **options,
+                   blocks=blocks(target, q.shape[-1], q.dtype))  # fmt: skip
+
+
+def _attention_lower(
+    target: str, q: Array, k: Array, v: Array, starts_q: Array | None, starts_k: Array | None, **options: Any
+) -> tuple[Array, Array]:
+    return forward(_problem(target, q, k, v, starts_q, starts_k, options))
+
+
+def _attention_vjp(
+    g: tuple[Array, Array], results: tuple[Array, Array], q: Array, k: Array, v: Array, starts_q: Array | None,
+    starts_k: Array | None, **options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of `out`; nobody sees lse."""
+    found = ATTENTION_GRADIENT(q, k, v, starts_q, starts_k, *results, g[0], **options)
+    return *[heads_first(x, like) for x, like in zip(found, (q, k, v))], None, None
+
+
+def _gradient_lower(
+    target: str, q: Array, k: Array, v: Array, starts_q: Array | None, starts_k: Array | None, out: Array, lse: Array,
+    d_out: Array, **options: Any,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    out, d_out = (as_heads(heads_first(x, q), False) for x in (out, d_out))
+    return backward(_problem(target, q, k, v, starts_q, starts_k, options), out, lse, d_out)
+
+
+def _attention_rule(q: Array, *others: Any, **options: Any) -> list[tuple[tuple[int, ...], DType]]:
+    return [(result_shape(q), q.dtype), (q.shape[:3], float32)]
+
+
+ATTENTION = Operation("attention", rule=_attention_rule, lower=_attention_lower, vjp=_attention_vjp)
+ATTENTION_GRADIENT = Operation(
+    "attention_gradient", lower=_gradient_lower,
+    rule=lambda q, k, v, *others, **options: [(result_shape(x), x.dtype) for x in (q, k, v)],
+    vjp="a second derivative of fused attention; float64 operands take a form that has one",
+)  # fmt: skip
+
+
+def attention(
+    q: Any, k: Any, v: Any, *, scale: float | None = None, causal: bool = False, window: int | None = None,
+    softcap: float | None = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+) -> Array:  # fmt: skip
+    """softmax(scale q k^T, masked) v, in q's shape and dtype, without the scores in memory (Dao, "FlashAttention-2",
+    2023); of float64 with them.
+
+    q [batch, heads, T, head_dim], k and v [batch, kv_heads, S, head_dim], heads a multiple of kv_heads, of one dtype;
+    they may be views with any order of the first three axes. The last query stands at the last key.
+    scale: 1 / sqrt(head_dim) unless given. causal: queries see keys up to their place. window: no more than the last
+    `window` of these; without `causal` also all later ones. softcap: scores x become softcap * tanh(x / softcap).
+    cu_seqlens_q: int32 [n + 1], where n packed sequences start and the last one ends: then q is [total_q, heads,
+    head_dim], k and v [total_k, kv_heads, head_dim]. cu_seqlens_k: the same for keys where it differs.
+
+    A query that sees no key gives zeros. Raises ValueError for operands that do not fit.
+    """
+    q, k, v, starts_q, starts_k = map(as_operand, (q, k, v, cu_seqlens_q, cu_seqlens_k))
+    starts_k = starts_q if starts_k is None else starts_k
+    check(q, k, v, window, softcap, starts_q, starts_k)
+    packed = starts_q is not None
+    q, k, v = (as_heads(x, packed) for x in (q, k, v))
+    options: dict[str, Any] = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale), "causal": bool(causal), "window": window,
+        "softcap": None if softcap is None else float(softcap),
+    }  # fmt: skip
+    if q.dtype == float64:
+        out = composed_attention(q, k, v, starts_q, starts_k, **options)
+        return out[0].swapaxes(0, 1) if packed else out
+    out, _ = ATTENTION(q, k, v, starts_q, starts_k, **options)
+    return restored(out, q, packed)

@@ -17,8 +17,12 @@ import numpy as np
 
 import nitinol.language as tl
 from nitinol.graph.array import Array
+from nitinol.graph.conversion import as_operand
 from nitinol.graph.launch import Output, Strided, launch
+from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
+from nitinol.ops import elementwise as e
+from nitinol.ops.reductions import floats
 from nitinol.ops.tiles import store_row
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -156,3 +160,45 @@ def glu_gradient_reference(
         2 * step
     )
     return d_out * up * derivative, d_out * activation_reference(gate, activation)
+
+
+# -------------------------------------------------------------------------------------------------- the operations
+
+
+def _gate_vjp(g: Array, out: Array, gate: Array, up: Array, activation: str) -> Any:
+    return GATE_GRADIENT(g, gate, up, activation=activation)
+
+
+GATE = Operation(
+    "gate", rule=lambda gate, up, activation: (gate.shape, gate.dtype), lower=glu_forward, reference=glu_reference,
+    vjp=_gate_vjp,
+)  # fmt: skip
+GATE_GRADIENT = Operation(
+    "gate_gradient", rule=lambda d_out, gate, up, activation: [(x.shape, x.dtype) for x in (gate, up)],
+    lower=glu_backward, reference=glu_gradient_reference,
+    vjp="a second derivative of a fused gate; nitinol.silu(gate) * up (or gelu) has one, and so have float64 operands",
+)  # fmt: skip
+
+
+def swiglu_gate(gate: Any, up: Any) -> Array:
+    """silu(gate) * up of two arrays of one shape, in gate's type, computed in fp32 (Shazeer, "GLU variants improve
+    transformer", 2020). They may be the halves of one product's rows. ValueError for shapes that differ."""
+    return _gated(gate, up, "silu")
+
+
+def geglu_gate(gate: Any, up: Any, approximate: str = "tanh") -> Array:
+    """gelu(gate) * up, otherwise as `swiglu_gate`. approximate: "tanh", or "none" for the error function's GELU."""
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"geglu_gate: approximate is {approximate!r:.40}, expected 'tanh' or 'none'")
+    return _gated(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+def _gated(gate: Any, up: Any, activation: str) -> Array:
+    gate, up = floats(as_operand(gate)), floats(as_operand(up))
+    if gate.shape != up.shape:
+        raise ValueError(f"a gate of shape {gate.shape} for values of shape {up.shape}, expected the same")
+    if tl.float64 not in (gate.dtype, up.dtype):
+        return GATE(gate, up, activation=activation)
+    if activation == "silu":
+        return (e.silu(gate) * up).astype(gate.dtype)
+    return (e.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up).astype(gate.dtype)

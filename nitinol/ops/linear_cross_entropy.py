@@ -25,23 +25,28 @@ import numpy as np
 
 import nitinol.language as tl
 from nitinol.graph.array import Array
-from nitinol.graph.conversion import empty
+from nitinol.graph.conversion import as_operand
 from nitinol.graph.launch import InPlace, Output, Strided, launch
+from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
 from nitinol.ops.cross_entropy import (
     IGNORE_INDEX,
-    add_exponentials,
     check_d_loss,
     check_targets,
+    check_tokens,
+    composed_cross_entropy,
     cross_entropy_gradient_reference,
     cross_entropy_reference,
     d_loss_of,
     gradient_of,
     load_targets,
     loss_of,
+    loss_results,
     reduce_losses,
 )
+from nitinol.ops.matmul import matmul
 from nitinol.ops.matmul_kernels import matmul_kernel
+from nitinol.ops.tiles import add_exponentials
 
 SHARES = 32  # of the vocabulary, backward: memory for two of them is in use at a time
 SMALLEST_SHARE = 512  # words: fewer make products too thin to be fast
@@ -213,7 +218,7 @@ def linear_cross_entropy_backward(
     columns = hidden.shape[1]
     constants = blocks(target, tokens, columns)
     share = max(SMALLEST_SHARE, tl.cdiv(tl.cdiv(words, SHARES), 128) * 128)
-    d_weight = empty(weight.shape, weight.dtype)
+    d_weight: Any = None
     d_hidden: Any = None
     for first in range(0, words, share):
         rows = weight[first : first + share]
@@ -226,7 +231,10 @@ def linear_cross_entropy_backward(
             SMOOTH=smoothing != 0, EACH=d_loss.size > 1,
             _operations=2 * tokens * count * columns, **constants,
         )  # fmt: skip
-        add_matmul(target, d_logits.T, hidden, None, InPlace(d_weight[first : first + share]))
+        # The first product makes memory for all rows and fills its own.
+        out = InPlace(d_weight[first : first + share]) if first else Output(weight.shape, weight.dtype)
+        product = add_matmul(target, d_logits.T, hidden, None, out)
+        d_weight = d_weight if first else product
         d_hidden = add_matmul(target, d_logits, rows, d_hidden, Output(hidden.shape, "float32"))
     return d_hidden.astype(hidden.dtype), d_weight
 
@@ -273,3 +281,57 @@ def linear_cross_entropy_gradient_reference(
     hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
     d_logits = cross_entropy_gradient_reference(d_loss, hidden @ weight.T, targets, **options)
     return d_logits @ weight, d_logits.T @ hidden
+
+
+# -------------------------------------------------------------------------------------------------- the operations
+
+
+def _rule(hidden: Array, weight: Array, targets: Array, **options: Any) -> list[tuple[tuple[int, ...], Any]]:
+    tokens, _ = check_operands(hidden, weight, targets, options["smoothing"], options["reduction"])
+    return loss_results(tokens, options["reduction"])
+
+
+def _lower(target: str, hidden: Array, weight: Array, targets: Array, **options: Any) -> list[Array]:
+    return [x for x in linear_cross_entropy_forward(target, hidden, weight, targets, **options) if x is not None]
+
+
+def _vjp(g: Any, results: Any, hidden: Array, weight: Array, targets: Array, reduction: str, **options: Any) -> Any:
+    """Of the loss; nobody sees the rest."""
+    _, lse, *scale = results
+    found = LINEAR_CROSS_ENTROPY_GRADIENT(
+        g[0], hidden, weight, targets, lse, scale[0] if scale else None, **options
+    )
+    return *found, None
+
+
+LINEAR_CROSS_ENTROPY = Operation("linear_cross_entropy", rule=_rule, lower=_lower, vjp=_vjp)
+LINEAR_CROSS_ENTROPY_GRADIENT = Operation(
+    "linear_cross_entropy_gradient", lower=linear_cross_entropy_backward,
+    rule=lambda d_loss, hidden, weight, *others, **options: [(x.shape, x.dtype) for x in (hidden, weight)],
+    vjp="a second derivative of the fused loss; float64 operands take a form that has one",
+)  # fmt: skip
+
+
+def linear_cross_entropy(
+    hidden: Any, weight: Any, targets: Any, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    ignore_index: int = IGNORE_INDEX, reduction: str = "mean",
+) -> Array:  # fmt: skip
+    """cross_entropy(hidden @ weight^T, targets), see there, without the logits in memory: they are computed in blocks,
+    forward and once more backward (Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024).
+
+    hidden [..., D] and weight [V, D] of floats, targets [...] of int32 or int64. Where one of the operands is float64,
+    the logits are in memory.
+    """
+    hidden, weight, targets = as_operand(hidden), as_operand(weight), as_operand(targets)
+    shape = check_tokens("linear_cross_entropy", hidden, targets)
+    options = {
+        "smoothing": float(label_smoothing), "z_loss": float(z_loss), "ignore_index": int(ignore_index),
+        "reduction": reduction,
+    }  # fmt: skip
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if tl.float64 in (hidden.dtype, weight.dtype):
+        check_operands(rows, weight, targets, options["smoothing"], reduction)
+        loss = composed_cross_entropy(matmul(rows, weight.T), targets, **options)
+    else:
+        loss = LINEAR_CROSS_ENTROPY(rows, weight, targets, **options)[0]
+    return loss.reshape(shape) if reduction == "none" else loss

@@ -14,11 +14,13 @@ from nitinol.graph.array import Array
 from nitinol.graph.launch import Output, launch
 from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
-from nitinol.ops import elementwise as e
+from nitinol.ops.norm_backward import norm_gradient, normal_form
+from nitinol.ops.norm_kernels import normal_rows
 from nitinol.ops.reductions import floats
 from nitinol.ops.tiles import load_row, store_row
 
-LARGEST_ROW = 1 << 20  # the most values of a tile
+LARGEST_ROW = 1 << 20  # values of a row
+LARGEST_TILE = 1 << 16  # values that a program keeps; longer rows are read block by block
 
 
 @jit
@@ -68,30 +70,18 @@ def load_sum(x, residual, row, at, columns, EVEN: tl.constexpr, ADD: tl.constexp
     return value
 
 
-@jit
-def layer_norm_kernel(x, weight, bias, out, columns, epsilon, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """One program per row; the variance is the mean of squared distances from the mean, in a second pass."""
-    row = tl.program_id(0).to(tl.int64) * columns
-    at = tl.arange(0, BLOCK)
-    value = load_row(x + row, at, columns, EVEN)
-    mean = tl.sum(value) / columns
-    distance = value - mean if EVEN else tl.where(at < columns, value - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(distance * distance) / columns + epsilon)
-    normal = distance * scale
-    if weight is not None:
-        normal *= load_row(weight, at, columns, EVEN)
-    if bias is not None:
-        normal += load_row(bias, at, columns, EVEN)
-    store_row(out + row, at, columns, normal, EVEN)
-
-
 def _rms_norm_lower(
     target: str, x: Array, weight: Array | None, residual: Array | None, epsilon: float
 ) -> Array | tuple[Array, Array]:
     if x.dtype == tl.float64:  # the kernel computes in float32
         return _composed_rms_norm(x, weight, residual, epsilon)
+    shape = x.shape
     columns = x.shape[-1] if weight is None else weight.shape[0]
     rows = x.size // columns
+    if columns > LARGEST_TILE:
+        x, residual = (a if a is None else a.reshape(rows, columns) for a in (x, residual))
+        found = normal_rows(target, x, weight, None, epsilon, layer=False, residual=residual)
+        return found.reshape(shape) if residual is None else (found[1].reshape(shape), found[0].reshape(shape))
     parts, warps = row_parts(target, rows, columns)
     arguments = {
         "x": x, "weight": weight, "residual": residual, "out": Output(x.shape, x.dtype), "columns": columns,
@@ -107,22 +97,17 @@ def _composed_rms_norm(x: Array, weight: Array | None, residual: Array | None, e
     """In elementwise operations and reductions."""
     total = x if residual is None else x + residual
     runs = total if weight is None else total.reshape(*x.shape[:-1], -1, weight.shape[0])
-    scale = e.rsqrt(e.square(runs.astype(_wide(x))).mean(-1, True) + epsilon)
-    normal = (runs * scale if weight is None else runs * scale * weight).astype(x.dtype).reshape(x.shape)
+    normal, _ = normal_form(runs, False, epsilon)
+    normal = (normal if weight is None else normal * weight).astype(x.dtype).reshape(x.shape)
     return normal if residual is None else (normal, total)
 
 
 def _layer_norm_lower(target: str, x: Array, weight: Array | None, bias: Array | None, epsilon: float) -> Array:
     if x.dtype == tl.float64:
-        distance = x - x.mean(-1, True)
-        normal = distance * e.rsqrt(e.square(distance).mean(-1, True) + epsilon)
+        normal, _ = normal_form(x, True, epsilon)
         normal = normal if weight is None else normal * weight
         return (normal if bias is None else normal + bias).astype(x.dtype)
-    columns = x.shape[-1]
-    return launch(
-        layer_norm_kernel, (x.size // columns,), x=x, weight=weight, bias=bias, out=Output(x.shape, x.dtype),
-        columns=columns, epsilon=epsilon, **_block(columns),
-    )  # fmt: skip
+    return normal_rows(target, x, weight, bias, epsilon, layer=True)
 
 
 def row_parts(target: str, rows: int, columns: int) -> tuple[int, int]:
@@ -140,10 +125,6 @@ def row_parts(target: str, rows: int, columns: int) -> tuple[int, int]:
 def _block(columns: int) -> dict[str, Any]:
     block = tl.next_power_of_2(columns)
     return {"BLOCK": block, "EVEN": block == columns}
-
-
-def _wide(x: Array) -> Any:
-    return tl.float64 if x.dtype == tl.float64 else tl.float32
 
 
 # -------------------------------------------------------------------------------------------------- the operations
@@ -177,36 +158,21 @@ def _check_columns(columns: int) -> None:
 
 
 def _rms_norm_vjp(g: Any, out: Any, x: Array, weight: Array | None, residual: Array | None, epsilon: float) -> Any:
-    """With n = x * scale, scale = rsqrt(mean(x^2) + epsilon): dx = scale * (gw - n * mean(gw * n)), gw = g * weight."""
-    g, g_total = g if residual is not None else (g, None)
-    total = (x if residual is None else x + residual).astype(_wide(x))
-    columns = x.shape[-1] if weight is None else weight.shape[0]
-    runs, gradient = total.reshape(-1, columns), g.astype(_wide(x)).reshape(-1, columns)
-    scale = e.rsqrt(e.square(runs).mean(-1, True) + epsilon)
-    normal = runs * scale
-    weighted = gradient if weight is None else gradient * weight
-    dx = (scale * (weighted - normal * (weighted * normal).mean(-1, True))).reshape(x.shape).astype(x.dtype)
-    if g_total is not None:
-        dx = dx + g_total
-    d_weight = None if weight is None else (gradient * normal).sum(0).astype(weight.dtype)
-    return dx, d_weight, None if residual is None else dx
+    g, d_total = g if residual is not None else (g, None)
+    rows = (-1, x.shape[-1] if weight is None else weight.shape[0])
+    d_x, d_weight, _ = norm_gradient(
+        g.reshape(*rows), (x if residual is None else out[1]).reshape(*rows), weight,
+        None if d_total is None else d_total.reshape(*rows), layer=False, bias=False, epsilon=epsilon,
+    )  # fmt: skip
+    d_x = d_x.reshape(x.shape)
+    return d_x, d_weight, None if residual is None else d_x
 
 
 def _layer_norm_vjp(
     g: Array, out: Array, x: Array, weight: Array | None, bias: Array | None, epsilon: float
 ) -> tuple[Any, ...]:
-    """With n = (x - mean) * scale: dx = scale * (gw - mean(gw) - n * mean(gw * n)), gw = g * weight."""
-    wide, gradient = x.astype(_wide(x)).reshape(-1, x.shape[-1]), g.astype(_wide(x)).reshape(-1, x.shape[-1])
-    distance = wide - wide.mean(-1, True)
-    scale = e.rsqrt(e.square(distance).mean(-1, True) + epsilon)
-    normal = distance * scale
-    weighted = gradient if weight is None else gradient * weight
-    dx = scale * (weighted - weighted.mean(-1, True) - normal * (weighted * normal).mean(-1, True))
-    return (
-        dx.reshape(x.shape).astype(x.dtype),
-        None if weight is None else (gradient * normal).sum(0).astype(weight.dtype),
-        None if bias is None else gradient.sum(0).astype(bias.dtype),
-    )
+    d_x, d_weight, d_bias = norm_gradient(g, x, weight, None, layer=True, bias=bias is not None, epsilon=epsilon)
+    return d_x, d_weight, d_bias if d_bias is None or bias is None else d_bias.astype(bias.dtype)
 
 
 def rms_norm_reference(

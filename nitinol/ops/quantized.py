@@ -1,4 +1,4 @@
-"""Arrays stored in blocks of a format: made, decoded whole, and row by row (the embedding)."""
+"""Arrays stored in blocks of a format: made, and decoded."""
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
 # mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
@@ -12,19 +12,15 @@ import numpy as np
 
 import nitinol.language as tl
 from nitinol.formats.blocks import FORMATS
-from nitinol.formats.quantization import dequantize as decode_in_numpy
 from nitinol.formats.quantization import quantize as encode_in_numpy
 from nitinol.graph.array import Array, whole_array
-from nitinol.graph.conversion import as_operand
 from nitinol.graph.dtypes import BLOCK_TYPES, PLAIN_FORMATS, BlockType, as_dtype
 from nitinol.graph.launch import Output, launch
 from nitinol.graph.nodes import Value
 from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
-from nitinol.language.types import DType, float32
+from nitinol.language.types import DType
 from nitinol.ops.decode import blocks_per_run, decode_values
-from nitinol.ops.elementwise import maximum, minimum
-from nitinol.ops.indexing import SCATTER_SUM
 from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer
 
@@ -36,17 +32,6 @@ def dequantize_kernel(
     """One program per row. VALUES: how many values BLOCKS blocks have."""
     row = tl.program_id(0).to(tl.int64)
     decode_row(weights, out, row, row, columns, row_bytes, FORMAT, BLOCKS, VALUES)
-
-
-@jit
-def embedding_kernel(
-    weights, tokens, out, columns, row_bytes, vocabulary,
-    FORMAT: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    """One program per token; token ids outside the vocabulary read its first or last row."""
-    place = tl.program_id(0)
-    token = tl.minimum(tl.maximum(tl.load(tokens + place), 0), vocabulary - 1)
-    decode_row(weights, out, token.to(tl.int64), place.to(tl.int64), columns, row_bytes, FORMAT, BLOCKS, VALUES)
 
 
 @jit
@@ -85,52 +70,10 @@ def _dequantize_lower(target: str, weights: Array, dtype: DType) -> Array:
     )  # fmt: skip
 
 
-def _embedding_rule(weights: Array, tokens: Array, dtype: DType) -> tuple[tuple[int, ...], DType]:
-    if weights.ndim != 2 or not (weights.is_quantized or weights.dtype.is_float):
-        raise ValueError(
-            f"embedding: the weights have shape {weights.shape} and type {weights.dtype}, expected [vocabulary, "
-            "columns] of floats or blocks"
-        )
-    if not tokens.dtype.is_int or tokens.dtype.kind == "bool":
-        raise TypeError(f"embedding: the tokens are of type {tokens.dtype}, expected integers")
-    return (*tokens.shape, weights.shape[1]), dtype
-
-
-def _embedding_lower(target: str, weights: Array, tokens: Array, dtype: DType) -> Array:
-    vocabulary, columns = weights.shape
-    if weights.format not in FORMATS:
-        return weights.take(_in_vocabulary(weights, tokens), 0).astype(dtype)
-    return launch(
-        embedding_kernel, (tokens.size,), weights=weights, tokens=tokens,
-        out=Output((*tokens.shape, columns), dtype), columns=columns,
-        row_bytes=FORMATS[weights.format].nbytes(columns), vocabulary=vocabulary,
-        **run_arguments(weights.format, columns),
-    )  # fmt: skip
-
-
-def _embedding_vjp(g: Array, out: Array, weights: Array, tokens: Array, dtype: DType) -> tuple[Array | None, None]:
-    if weights.is_quantized:
-        return None, None
-    rows = _in_vocabulary(weights, tokens)
-    return SCATTER_SUM(g, rows, axis=0, extent=weights.shape[0]).astype(weights.dtype), None
-
-
-def _in_vocabulary(weights: Array, tokens: Array) -> Array:
-    """Token ids, those outside the vocabulary moved to its first or last row."""
-    return minimum(maximum(tokens, 0), weights.shape[0] - 1)
-
-
 DEQUANTIZE = Operation(
     "dequantize", rule=lambda weights, dtype: (weights.shape, dtype), lower=_dequantize_lower,
     reference=lambda weights, dtype: weights, vjp="its operand is stored in blocks, which have no small changes",
 )  # fmt: skip
-EMBEDDING = Operation(
-    "embedding", rule=_embedding_rule, lower=_embedding_lower,
-    reference=lambda weights, tokens, dtype: weights[np.clip(tokens, 0, len(weights) - 1)],
-    vjp=_embedding_vjp,
-)  # fmt: skip
-
-
 def dequantize(weights: Array, dtype: Any = "float32") -> Array:
     """An array that is stored in blocks as one of float32, exactly as ggml's reference decodes them: one product and
     one sum per value, rounded each; or of another float type, rounded once more. A plain array is converted."""
@@ -169,19 +112,3 @@ def stored_array(buffer: Buffer, format: str, shape: tuple[int, ...]) -> Array:
             f"{value.nbytes} bytes and rows of whole blocks"
         )
     return whole_array(value)
-
-
-def embedding(weights: Any, tokens: Any, dtype: Any = None) -> Array:
-    """Rows of weights [vocabulary, columns] by token ids of any shape: [*tokens.shape, columns], of type `dtype`, by
-    default the weights', or float32 where they are stored in blocks. Ids outside the vocabulary give its first or last
-    row."""
-    weights = as_operand(weights)
-    if weights.ndim != 2:
-        return weights.take(tokens, 0)
-    target = float32 if weights.is_quantized else weights.dtype
-    return EMBEDDING(weights, tokens, dtype=target if dtype is None else as_dtype(dtype))
-
-
-def embedding_reference(data: np.ndarray, format: str, shape: tuple[int, int], tokens: np.ndarray) -> np.ndarray:
-    """All rows decoded in NumPy, those of the tokens kept."""
-    return decode_in_numpy(data, format, shape)[np.clip(tokens, 0, shape[0] - 1)]

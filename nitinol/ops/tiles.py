@@ -1,4 +1,5 @@
-"""Small @jit functions that several kernels share: rows with ragged ends, tiles side by side, parts of tiles."""
+"""Small @jit functions that several kernels share: rows with ragged ends, sums of exponentials, tiles side by side and
+their parts."""
 
 # Kernels follow the tile language's types, which are not those that mypy sees in their Python.
 # mypy: disable-error-code="attr-defined,arg-type,operator,assignment,misc"
@@ -24,6 +25,15 @@ def store_row(pointer, at, count, value, EVEN: tl.constexpr):
         tl.store(pointer + at, value)
     else:
         tl.store(pointer + at, value, mask=at < count)
+
+
+@jit
+def add_exponentials(value, top, total, axis: tl.constexpr):
+    """The maximum, and the sum of exp(x - maximum), of what was summed before and the values along an axis."""
+    highest = tl.maximum(top, tl.max(value, axis))
+    shift = tl.where(highest == float("-inf"), 0.0, highest)  # of nothing but -inf so far: no -inf - -inf
+    weights = tl.exp(value - (shift if len(value.shape) == 1 else tl.expand_dims(shift, axis)))
+    return highest, total * tl.exp(top - shift) + tl.sum(weights, axis)
 
 
 @jit

@@ -8,10 +8,8 @@ from kernel_runner import ENGINES
 from operands import DTYPES, assert_close, engine_of, numerical_gradient, operand
 
 import nitinol as na
-from nitinol.ops import embedding, glu, norm_backward
-from nitinol.ops import norm_training as norm
-from nitinol.ops import rope_training as rope
-from nitinol.ops import softmax_training as softmax
+from nitinol.ops import embedding, glu, norm_backward, rope, softmax
+from nitinol.ops import norm_kernels as norm
 from nitinol.runtime.device import DeviceError
 
 # fp32 sums of some thousand values of size 1 in vector chains, and exp, erf, tanh: tens of units in the last place.
@@ -40,7 +38,7 @@ def test_softmax(rng, device_name, engine, dtype, log, columns, long_rows):
     with engine_of(engine):
         y = softmax.softmax_forward(device_name, x, log)
         # A difference of x from its maximum, at 100, is exact; the log-sum and exp are good to units of the last place.
-        assert_close(y, softmax.softmax_reference(values, log), 2e-6, dtype)
+        assert_close(y, softmax.softmax_reference(values, log=log), 2e-6, dtype)
         d_y, slopes = operand(rng.normal(size=shape), dtype)
         found = softmax.softmax_backward(device_name, d_y, y, log)
         expected = softmax.softmax_gradient_reference(slopes, y.numpy(), log)
@@ -69,8 +67,8 @@ def test_softmax_of_masked_rows(rng, device_name, long_rows):
 @pytest.mark.parametrize("log", [False, True])
 def test_the_reference_gradient_of_softmax(rng, log):
     x, d_y = rng.normal(size=(2, 2, 5))
-    expected = numerical_gradient(lambda x: (softmax.softmax_reference(x, log) * d_y).sum(), x)
-    found = softmax.softmax_gradient_reference(d_y, softmax.softmax_reference(x, log), log)
+    expected = numerical_gradient(lambda x: (softmax.softmax_reference(x, log=log) * d_y).sum(), x)
+    found = softmax.softmax_gradient_reference(d_y, softmax.softmax_reference(x, log=log), log)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
 
 

@@ -1,5 +1,5 @@
-"""RMSNorm (Zhang and Sennrich, 2019) and layer norm (Ba, Kiros and Hinton, 2016) for training: results in x's dtype,
-and what the gradients need of each row, in fp32: scale = 1 / sqrt(variance + epsilon), and the mean.
+"""RMSNorm and layer norm of rows, each in one program: results in x's dtype, and the statistics of each row in fp32:
+scale = 1 / sqrt(variance + epsilon), and the mean.
 
 RMSNorm: y = x scale weight, with mean(x^2) as the variance. Layer norm: y = (x - mean) scale weight + bias.
 """
@@ -27,7 +27,7 @@ def norm_kernel(
     LAYER: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program per row; BLOCK is at least `columns`, with EVEN equal. With a residual, the row is x + residual,
-    rounded to x's dtype, which `total` keeps."""
+    rounded to x's dtype, which `total` keeps. Of out, means and scales, what is None is not wanted."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     value = load_row(x + row * columns, at, columns, EVEN)
@@ -39,10 +39,13 @@ def norm_kernel(
     if LAYER:
         mean = tl.sum(value) / columns
         distance = value - mean if EVEN else tl.where(at < columns, value - mean, 0.0)
-        tl.store(means + row, mean)
+        if means is not None:
+            tl.store(means + row, mean)
     scale = tl.rsqrt(tl.sum(distance * distance) / columns + epsilon)
-    tl.store(scales + row, scale)
-    store_row(out + row * columns, at, columns, affine(distance * scale, weight, bias, at, columns, EVEN), EVEN)
+    if scales is not None:
+        tl.store(scales + row, scale)
+    if out is not None:
+        store_row(out + row * columns, at, columns, affine(distance * scale, weight, bias, at, columns, EVEN), EVEN)
 
 
 @jit
@@ -67,18 +70,21 @@ def long_norm_kernel(
         for start in range(0, columns, BLOCK):
             sums += load_row(x + start, at, columns - start, False)
         mean = tl.sum(sums) / columns
-        tl.store(means + row, mean)
+        if means is not None:
+            tl.store(means + row, mean)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         value = load_row(x + start, at, columns - start, False)
         distance = tl.where(at < columns - start, value - mean, 0.0) if LAYER else value
         squares += distance * distance
     scale = tl.rsqrt(tl.sum(squares) / columns + epsilon)
-    tl.store(scales + row, scale)
-    for start in range(0, columns, BLOCK):
-        normal = (load_row(x + start, at, columns - start, False) - mean) * scale
-        normal = affine(normal, weight, bias, start + at, columns, False)
-        store_row(out + row * columns + start, at, columns - start, normal, False)
+    if scales is not None:
+        tl.store(scales + row, scale)
+    if out is not None:
+        for start in range(0, columns, BLOCK):
+            normal = (load_row(x + start, at, columns - start, False) - mean) * scale
+            normal = affine(normal, weight, bias, start + at, columns, False)
+            store_row(out + row * columns + start, at, columns - start, normal, False)
 
 
 @jit
@@ -126,6 +132,33 @@ def norm_forward(
     )  # fmt: skip
     total, (out, *mean, scale) = (x, found) if residual is None else (found[0], found[1:])
     return out, mean[0] if layer else None, scale, total
+
+
+def normal_rows(
+    target: str, x: Array, weight: Array | None, bias: Array | None, epsilon: float, *, layer: bool,
+    residual: Array | None = None,
+) -> Any:  # fmt: skip
+    """y of `norm_forward` without the statistics; with a residual total and y."""
+    rows, columns = check(x, weight, bias)
+    kernel, constants = kernel_and_blocks(target, columns, norm_kernel, long_norm_kernel)
+    like_x = Output(x.shape, x.dtype)
+    return launch(
+        kernel, (rows,), x=x, residual=residual, weight=weight, bias=bias, total=None if residual is None else like_x,
+        out=like_x, means=None, scales=None, columns=columns, epsilon=float(epsilon), LAYER=layer, **constants,
+    )  # fmt: skip
+
+
+def row_statistics(target: str, x: Array, epsilon: float, *, layer: bool) -> tuple[Array, Array | None]:
+    """scale and mean (None for RMSNorm) of the rows of x, float32 [rows]."""
+    rows, columns = check(x, None, None)
+    kernel, constants = kernel_and_blocks(target, columns, norm_kernel, long_norm_kernel)
+    per_row = Output((rows,), "float32")
+    found = launch(
+        kernel, (rows,), x=x, residual=None, weight=None, bias=None, total=None, out=None,
+        means=per_row if layer else None, scales=per_row, columns=columns, epsilon=float(epsilon), LAYER=layer,
+        **constants,
+    )  # fmt: skip
+    return (found[1], found[0]) if layer else (found, None)
 
 
 def kernel_and_blocks(target: str, columns: int, kernel: Any, long_kernel: Any) -> tuple[Any, dict[str, Any]]:
