@@ -64,7 +64,7 @@ _PLACES = {
     ),
 }  # fmt: skip
 _PLACE = {name: place for place, names in _PLACES.items() for name in names.split()}
-_ROOMS = frozenset("language formats compiler runtime graph ops transform models generate".split())
+_ROOMS = frozenset("language formats compiler runtime graph ops transform nn models generate".split())
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -308,7 +308,7 @@ def record(form: Form, operands: tuple[Any, ...]) -> tuple[Value, ...]:
     return values
 
 
-_LIBRARY = tuple(str(Path(__file__).resolve().parent.parent / part) for part in ("graph", "ops", "transform"))
+_LIBRARY = tuple(str(Path(__file__).resolve().parent.parent / part) for part in ("graph", "ops", "transform", "nn"))
 _ours: set[CodeType] = set()
 _theirs: set[CodeType] = set()
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nitinol.graph.array import Array, whole_array
 from nitinol.graph.nodes import Call, Override, Value, View, alias_of, recording, whole
-from nitinol.graph.views import layout_of, row_major, whole_layout
+from nitinol.graph.views import Layout, layout_of, row_major
 from nitinol.ops.creation import as_array, ones, zeros
 from nitinol.ops.indexing import SCATTER_VIEW
 from nitinol.transform.trees import flatten, rebuild
@@ -198,9 +198,11 @@ def backward(
 ) -> list[Array]:
     """The gradients of the arrays `wanted` from those of the results, which the calls have computed."""
     makers: dict[Value, Call] = {value: call for call in calls for value in call.outputs}
-    ends = {a.value for a in wanted}
+    # Of an argument that is a part of a larger piece of memory, such as one of all parameters, only that part counts.
+    ends = {a.value: a.layout for a in wanted if a.layout.contiguous}
+    ends |= {a.value: whole(a.value).layout for a in wanted if not a.layout.contiguous}
     active = _depending(ends, calls, makers)
-    sums: dict[Value, Array] = {}  # gradients of whole values so far
+    sums: dict[Value, Array] = {}  # gradients of whole values, or of the arguments' parts, so far
     due: list[tuple[int, Any]] = []  # a heap by descending number, so that all users of a value come first
     found: set[Call | Override] = set()
 
@@ -209,7 +211,7 @@ def backward(
         value = view.value
         if gradient is None or not view.dtype.is_float or not _is_active(value, active, makers):
             return
-        total = _adjoint(view, gradient)
+        total = _adjoint(view, gradient, ends.get(value) or whole(value).layout)
         sums[value] = total if value not in sums else sums[value] + total
         producer = value.gradient or makers.get(value)
         if value not in ends and producer is not None and producer not in found:
@@ -249,7 +251,7 @@ def _pull(call: Call, gradients: list[Array]) -> Sequence[Array | None]:
     )  # fmt: skip
 
 
-def _depending(ends: set[Value], calls: Sequence[Call], makers: dict[Value, Call]) -> dict[Value, bool]:
+def _depending(ends: Iterable[Value], calls: Sequence[Call], makers: dict[Value, Call]) -> dict[Value, bool]:
     """Which values depend on those in `ends`. GradientError where such a value is updated in place."""
     active = dict.fromkeys(ends, True)
     for call in calls:
@@ -273,8 +275,9 @@ def _is_active(value: Value, active: dict[Value, bool], makers: dict[Value, Call
     return known
 
 
-def _adjoint(view: View, gradient: Array) -> Array:
-    """The gradient of a view's whole value: what the view repeats is summed, the rest is put in its place."""
+def _adjoint(view: View, gradient: Array, part: Layout) -> Array:
+    """The gradient of a contiguous part of a view's value: what the view repeats is summed, the rest is put in its
+    place."""
     value, layout = view
     if layout.dtype != value.dtype:
         raise GradientError(f"a bitcast from {value.dtype} to {layout.dtype} has no gradient; convert with astype")
@@ -289,13 +292,14 @@ def _adjoint(view: View, gradient: Array) -> Array:
             layout.dtype, tuple([layout.shape[a] for a in kept]), tuple([layout.strides[a] for a in kept]),
             layout.offset,
         )  # fmt: skip
-    if layout.size == value.size and layout.offset == 0:  # all elements, perhaps in another order of axes
+    layout = layout_of(layout.dtype, layout.shape, layout.strides, layout.offset - part.offset)
+    if layout.size == part.size and layout.offset == 0:  # all elements, perhaps in another order of axes
         order = sorted(range(len(layout.shape)), key=lambda a: (-layout.strides[a], layout.shape[a]))
         shape = tuple([layout.shape[a] for a in order])
         strides = [layout.strides[a] for a in order]
         if all(n == 1 or s == t for n, s, t in zip(shape, strides, row_major(shape))):
-            return gradient.permute(order).reshape(value.shape)
-    return SCATTER_VIEW(gradient, shape=value.shape, layout=layout)
+            return gradient.permute(order).reshape(part.shape)
+    return SCATTER_VIEW(gradient, shape=part.shape, layout=layout)
 
 
 def _of_argument(total: Array | None, argument: Array) -> Array:
@@ -303,6 +307,6 @@ def _of_argument(total: Array | None, argument: Array) -> Array:
     layout = argument.layout
     if total is None:
         return zeros(layout.shape, layout.dtype)
-    if layout == whole_layout(layout.dtype, argument.value.shape):
+    if layout.contiguous:
         return total
     return total.contiguous().looking(layout.shape, layout.strides, layout.offset)
