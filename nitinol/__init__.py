@@ -49,10 +49,16 @@ _PLACES = {
         "not_equal power reciprocal relu right_shift rsqrt sigmoid sign silu sin sqrt square subtract tanh where"
     ),
     "nitinol.ops.indexing": "concatenate outer repeat stack take update_slice",
+    "nitinol.ops.adapters": "lora_linear",
     "nitinol.ops.attention": "cached_attention causal_attention",
+    "nitinol.ops.delta_layer": (
+        "gated_delta_rule gated_delta_rule_step short_convolution short_convolution_step"
+    ),
+    "nitinol.ops.gated_norm": "gated_norm",
     "nitinol.ops.linear": "geglu linear swiglu",
     "nitinol.ops.rope": "rope_and_cache rope_frequencies",
     "nitinol.ops.matmul": "matmul",
+    "nitinol.ops.mixture": "combine dispatch expert_linear mixture_of_experts route",
     "nitinol.ops.norm": "layer_norm rms_norm",
     "nitinol.ops.quantized": "dequantize embedding quantize",
     "nitinol.ops.reductions": "all any argmax argmin cumsum logsumexp max mean min prod std sum var",

@@ -163,10 +163,11 @@ def make_plan(
     wanted = {stand_ins[v] for v in targets if v in stand_ins}
     kept_ways = {stand_ins[v] for v in lasting if v in stand_ins}
     effects = [c for c in recorded if any(v.value.buffer is THERE or v.value in wanted for v in c.updates)]
-    run = needed([v for v in wanted if v.pending], effects)
-    alive = [call.outputs for call in run]  # so that they are the same objects throughout
     lowered = [call for call in calls if call.form.operation.lower is not None]
+    # A call has run as a whole: what may still be asked of its results is computed, also by a launch of its own.
     stored = wanted | {stand_ins[v] for call in lowered for v in call.outputs if v in lasting}
+    run = needed([v for v in stored if v.pending], effects)
+    alive = [call.outputs for call in run]  # so that they are the same objects throughout
     steps, fused = make_steps(run, stored)
     computed = {a.value for step in steps for a in step.arguments if isinstance(a, View) and a.value.buffer is None}
     kept = [v for v in stand_ins.values() if v in stored or (v in computed and v in kept_ways)]
