@@ -170,7 +170,7 @@ def test_two_hundred_steps(rng):
     """A compiled step against PyTorch's AdamW, and what it does to the device.
 
     Both curves are float32 and part slowly: an error of one rounding grows with each step. PyTorch's own float32 curve
-    against its float64 one shows by how much; the tolerance is ten times that, and at least 1e-4.
+    against its float64 one shows by how much; the tolerance is ten times that, and at least 1e-4, of losses from 8 on.
     """
     torch = pytest.importorskip("torch")
     weights, data = parameters(rng), [batch(rng) for _ in range(4)]
@@ -208,11 +208,11 @@ def test_two_hundred_steps(rng):
     plain, weights_32 = torch_curve(torch.float32)
     wide, weights_64 = torch_curve(torch.float64)
     assert plain[-1] < 0.5 * plain[0], "nothing was learned"
-    allowed = max(1e-4, 10 * np.abs(plain / wide - 1).max())
+    allowed = max(1e-4, 10 * np.abs(plain - wide).max())
     assert allowed < 1e-2, "the curves of PyTorch part so far that nothing is compared"
     found = np.array(losses)
-    print(f"loss {found[0]:.4f} to {found[-1]:.4f}; from float64: {np.abs(found / wide - 1).max():.1e}, "
-          f"PyTorch's float32: {np.abs(plain / wide - 1).max():.1e}")  # fmt: skip
-    np.testing.assert_allclose(found, wide, rtol=allowed)
+    print(f"loss {found[0]:.4f} to {found[-1]:.4f}; from float64: {np.abs(found - wide).max():.1e}, "
+          f"PyTorch's float32: {np.abs(plain - wide).max():.1e}")  # fmt: skip
+    np.testing.assert_allclose(found, wide, rtol=0, atol=allowed)
     for mine, theirs, wanted in zip(flatten(optimiser.parameters)[0], weights_32, weights_64):
         assert distance(mine.numpy(), wanted) <= max(1e-4, 10 * distance(theirs, wanted))
