@@ -162,10 +162,10 @@ def make_plan(
             origins.append(recorded[before:])
     wanted = {stand_ins[v] for v in targets if v in stand_ins}
     kept_ways = {stand_ins[v] for v in lasting if v in stand_ins}
-    effects = [c for c in recorded if any(v.value.buffer is THERE or v.value in wanted for v in c.updates)]
+    # What is lowered runs once: with one of its results, all that somebody holds, also those of kernels of their own.
     lowered = [call for call in calls if call.form.operation.lower is not None]
-    # A call has run as a whole: what may still be asked of its results is computed, also by a launch of its own.
     stored = wanted | {stand_ins[v] for call in lowered for v in call.outputs if v in lasting}
+    effects = [c for c in recorded if any(v.value.buffer is THERE or v.value in stored for v in c.updates)]
     run = needed([v for v in stored if v.pending], effects)
     alive = [call.outputs for call in run]  # so that they are the same objects throughout
     steps, fused = make_steps(run, stored)
