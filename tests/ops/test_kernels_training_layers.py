@@ -252,7 +252,7 @@ def test_states_in_place(rng):
     parts = [na.short_convolution_step(x[:, a:b], weight, bias, window) for a, b in ((0, 1), (1, 5), (5, 7))]
     np.testing.assert_allclose(na.concatenate(parts, 1).numpy(), out, rtol=0, atol=CLOSE)
     np.testing.assert_array_equal(window.numpy(), final)
-    with pytest.raises(na.GradientError, match="updates an array in place"):
+    with pytest.raises(na.GradientError, match="in place"):
         na.grad(lambda x: na.short_convolution_step(x, weight, bias, window).sum())(x)
 
 
