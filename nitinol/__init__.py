@@ -49,16 +49,22 @@ _PLACES = {
         "not_equal power reciprocal relu right_shift rsqrt sigmoid sign silu sin sqrt square subtract tanh where"
     ),
     "nitinol.ops.indexing": "concatenate outer repeat stack take update_slice",
+    "nitinol.ops.adapters": "lora_linear",
     "nitinol.ops.attention": "cached_attention causal_attention",
     "nitinol.ops.cross_entropy": "cross_entropy",
     "nitinol.ops.embedding": "embedding",
     "nitinol.ops.flash_attention": "attention",
     "nitinol.ops.glu": "geglu_gate swiglu_gate",
+    "nitinol.ops.delta_layer": (
+        "gated_delta_rule gated_delta_rule_step short_convolution short_convolution_step"
+    ),
+    "nitinol.ops.gated_norm": "gated_norm",
     "nitinol.ops.linear": "geglu linear swiglu",
     "nitinol.ops.linear_cross_entropy": "linear_cross_entropy",
     "nitinol.ops.rope": "rope rope_frequencies",
     "nitinol.ops.rope_and_cache": "rope_and_cache",
     "nitinol.ops.matmul": "matmul",
+    "nitinol.ops.mixture": "combine dispatch expert_linear mixture_of_experts route",
     "nitinol.ops.norm": "layer_norm rms_norm",
     "nitinol.ops.quantized": "dequantize quantize",
     "nitinol.ops.reductions": "all any argmax argmin cumsum logsumexp max mean min prod std sum var",
@@ -70,7 +76,7 @@ _PLACES = {
     ),
 }  # fmt: skip
 _PLACE = {name: place for place, names in _PLACES.items() for name in names.split()}
-_ROOMS = frozenset("language formats compiler runtime graph ops transform models generate".split())
+_ROOMS = frozenset("language formats compiler runtime graph ops transform nn models generate".split())
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -340,7 +340,7 @@ def forget_readers(value: Value) -> None:
 
 _forgetting = threading.Lock()
 _ROOT = Path(__file__).resolve().parent.parent
-_LIBRARY = tuple(str(_ROOT / part) for part in ("graph", "ops", "runtime", "transform"))
+_LIBRARY = tuple(str(_ROOT / part) for part in ("graph", "ops", "runtime", "transform", "nn"))
 _ours: dict[int, bool] = {}  # by the code object's id, as its hash takes long
 _known: list[CodeType] = []  # so that their ids stay theirs
 

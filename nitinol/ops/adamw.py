@@ -31,6 +31,7 @@ import nitinol.language as tl
 from nitinol.graph.array import Array
 from nitinol.graph.conversion import array
 from nitinol.graph.launch import InPlace, Output, launch
+from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
 from nitinol.ops.dynamic_bytes import (
     BLOCK,
@@ -164,12 +165,16 @@ def adamw_state(size: int, eight_bit: bool = False, master: Array | None = None)
 
 def gradient_squares(target: str, gradients: Array) -> Array:
     """The sum of squares of a flat buffer in up to 256 parts, float32; parts of several buffers may be concatenated."""
-    block = blocks(target, False)["squares"]
-    parts = min(PARTS, tl.cdiv(gradients.size, block))
+    parts = square_parts(gradients)
     return launch(
         squares_kernel, (parts,), gradients=gradients, partial=Output((parts,), "float32"), size=gradients.size,
-        BLOCK=block,
+        BLOCK=blocks(target, False)["squares"],
     )  # fmt: skip
+
+
+def square_parts(gradients: Array) -> int:
+    """Into how many parts their sum of squares is split, on all targets."""
+    return min(PARTS, tl.cdiv(gradients.size, 1024))
 
 
 def adamw_step(
@@ -202,6 +207,26 @@ def adamw_step(
         parts=parts, limit=float(limit or 0), epsilon=float(epsilon), GROUPS=programs,
         PARTS=tl.next_power_of_2(max(1, parts)), BYTES=state.mean_scales is not None, **_constants(betas), **held,
     )  # fmt: skip
+
+
+def _adamw_lower(
+    target: str, parameters: Array, gradients: Array, mean: Array, variance: Array, mean_scales: Array | None,
+    variance_scales: Array | None, steps: Array, master: Array | None, rate: Array, decay: Array,
+    squares: Array | None, betas: tuple[float, float], epsilon: float, limit: float | None,
+) -> Array | None:  # fmt: skip
+    state = AdamWState(mean, variance, mean_scales, variance_scales, steps, master)
+    return adamw_step(target, parameters, gradients, state, rate, decay, betas, epsilon, squares, limit)
+
+
+SQUARES = Operation(
+    "gradient_squares", lower=gradient_squares, vjp="a step of an optimiser is no part of a loss",
+    rule=lambda gradients: ((square_parts(gradients),), tl.float32),
+)  # fmt: skip
+# Operands: parameters, gradients, the fields of AdamWState, rate, decay, squares; see adamw_step.
+ADAMW = Operation(
+    "adamw", lower=_adamw_lower, updates=(0, 2, 3, 4, 5, 6, 7), vjp="a step of an optimiser is no part of a loss",
+    rule=lambda *operands, **attributes: [] if operands[-1] is None else [((1,), tl.float32)],
+)  # fmt: skip
 
 
 def _constants(betas: tuple[float, float]) -> dict[str, float]:

@@ -266,6 +266,25 @@ def describe(
     normalise: bool, starts: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the kernels take of these arguments, by the names of their parameters; ValueError if they do not fit."""
+    sequences, v_heads, dim_k, dim_v = check(name, q, k, v, g, beta, initial, starts)
+    batch, tokens, heads, _ = q.shape
+    constants = blocks(target, dim_k, dim_v, v.dtype.nbytes == 2)
+    constants["CHUNK"] = min(constants["CHUNK"], max(16, tl.next_power_of_2(tokens)))
+    chunks = tl.cdiv(tokens, constants["CHUNK"])
+    return constants | {
+        "q": q, "k": k, "v": v, "g": g, "beta": beta,
+        "initial": initial, "starts": starts, "tokens": tokens, "chunks": chunks, "sequences": sequences,
+        "slots": batch * chunks if starts is None else tokens // constants["CHUNK"] + sequences,
+        "scale": float(dim_k**-0.5 if scale is None else scale), "GROUP": v_heads // heads, "DIM_K": dim_k,
+        "DIM_V": dim_v, "BLOCK_K": tl.next_power_of_2(dim_k), "NORMALISE": normalise,
+        "SEQUENCES": 1 if starts is None else tl.next_power_of_2(sequences),
+    }  # fmt: skip
+
+
+def check(
+    name: str, q: Any, k: Any, v: Any, g: Any, beta: Any, initial: Any, starts: Any
+) -> tuple[int, int, int, int]:
+    """The shape of a state [sequences, v_heads, D_k, D_v]; ValueError for operands that do not fit together."""
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     fits = len(q.shape) == len(v.shape) == 4 and tuple(q.shape) == tuple(k.shape) and 0 not in (*q.shape, *v.shape)
     fits = fits and tuple(q.shape[:2]) == tuple(v.shape[:2]) and v.shape[2] % q.shape[2] == 0
@@ -275,7 +294,7 @@ def describe(
             f"{name}: found {found}; expected q and k [batch, T, heads, D_k], v [batch, T, v_heads, D_v] with v_heads "
             "a multiple of heads, g and beta [batch, T, v_heads], and no extent of 0"
         )
-    batch, tokens, heads, dim_k = q.shape
+    batch, _, _, dim_k = q.shape
     v_heads, dim_v = v.shape[2:]
     if dim_k > LARGEST_KEY:
         raise ValueError(f"{name}: keys have {dim_k} values, expected {LARGEST_KEY} at most; use more heads")
@@ -288,16 +307,7 @@ def describe(
     expected = (sequences, v_heads, dim_k, dim_v)
     if initial is not None and (tuple(initial.shape) != expected or str(initial.dtype) != "fp32"):
         raise ValueError(f"{name}: the state is {initial.dtype} {tuple(initial.shape)}, expected fp32 {expected}")
-    constants = blocks(target, dim_k, dim_v, v.dtype.nbytes == 2)
-    constants["CHUNK"] = min(constants["CHUNK"], max(16, tl.next_power_of_2(tokens)))
-    chunks = tl.cdiv(tokens, constants["CHUNK"])
-    return inputs | constants | {
-        "initial": initial, "starts": starts, "tokens": tokens, "chunks": chunks, "sequences": sequences,
-        "slots": batch * chunks if starts is None else tokens // constants["CHUNK"] + sequences,
-        "scale": float(dim_k**-0.5 if scale is None else scale), "GROUP": v_heads // heads, "DIM_K": dim_k,
-        "DIM_V": dim_v, "BLOCK_K": tl.next_power_of_2(dim_k), "NORMALISE": normalise,
-        "SEQUENCES": 1 if starts is None else tl.next_power_of_2(sequences),
-    }  # fmt: skip
+    return expected
 
 
 def delta_rule_reference(

@@ -177,7 +177,7 @@ def expert_linear_forward(target: str, x: Array, weights: Any, dispatch: Dispatc
     weights [E, M, K]: an Array, or a quantised array of any block format. With `gather` x [N, K] are tokens, each read
     by its k pairs; else x [N * k, K] are rows in the order of experts. ValueError for shapes that do not fit.
     """
-    rows, columns, pairs = _extents(x, weights, dispatch, gather)
+    rows, columns, pairs = extents(x, weights, dispatch, gather)
     format = format_of(weights)
     sizes = blocks(target, dispatch.block, columns, format)
     tiles, product = dispatch.table.shape[1], sizes["product"]
@@ -197,7 +197,7 @@ def expert_linear_backward(
     dy [N * k, M] in the order of experts; the other arguments as forwards. An expert without tokens has a gradient of
     zeros. ValueError for shapes that do not fit and for a gradient of weights in blocks.
     """
-    rows, columns, pairs = _extents(x, weights, dispatch, gather)
+    rows, columns, pairs = extents(x, weights, dispatch, gather)
     format = format_of(weights)
     if tuple(dy.shape) != (pairs, rows):
         raise ValueError(f"expert_linear: dy has shape {dy.shape}, expected {(pairs, rows)}")
@@ -231,7 +231,7 @@ def combine_forward(target: str, y: Array, weights: Array | None, dispatch: Disp
 
     y [N * k, M] in the order of experts. ValueError for shapes that do not fit.
     """
-    tokens, columns = _combined_extents(y, weights, dispatch)
+    tokens, columns = combined_extents(y, weights, dispatch)
     block = min(blocks(target, dispatch.block, columns, "F32")["combine"], tl.next_power_of_2(columns))
     return launch(
         combine_kernel, (tokens, tl.cdiv(columns, block)), y=y, place=dispatch.place, weights=weights,
@@ -241,7 +241,7 @@ def combine_forward(target: str, y: Array, weights: Array | None, dispatch: Disp
 
 def combine_backward(target: str, d_out: Array, y: Array, weights: Array, dispatch: Dispatch) -> tuple[Array, Array]:
     """Gradients to y, of its shape and type, and to weights, float32 [N, k]; d_out [N, M]."""
-    tokens, columns = _combined_extents(y, weights, dispatch)
+    tokens, columns = combined_extents(y, weights, dispatch)
     if tuple(d_out.shape) != (tokens, columns):
         raise ValueError(f"combine: d_out has shape {d_out.shape}, expected {(tokens, columns)}")
     block = min(blocks(target, dispatch.block, columns, "F32")["combine"], tl.next_power_of_2(columns))
@@ -257,7 +257,7 @@ def _element(weights: Any) -> Any:
     return FLOAT_FORMATS[format_of(weights)]
 
 
-def _extents(x: Array, weights: Any, dispatch: Dispatch, gather: bool) -> tuple[int, int, int]:
+def extents(x: Array, weights: Any, dispatch: Dispatch, gather: bool) -> tuple[int, int, int]:
     """M, K and N * k, or ValueError."""
     pairs, experts = dispatch.source.shape[0], dispatch.offsets.shape[0] - 1
     if len(weights.shape) != 3 or weights.shape[0] != experts:
@@ -268,7 +268,7 @@ def _extents(x: Array, weights: Any, dispatch: Dispatch, gather: bool) -> tuple[
     return weights.shape[1], weights.shape[2], pairs
 
 
-def _combined_extents(y: Array, weights: Array | None, dispatch: Dispatch) -> tuple[int, int]:
+def combined_extents(y: Array, weights: Array | None, dispatch: Dispatch) -> tuple[int, int]:
     """N and M, or ValueError."""
     pairs = dispatch.source.shape[0]
     shape = (pairs // dispatch.chosen, dispatch.chosen)

@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 
 import nitinol.language as tl
+from nitinol.graph.array import Array
 from nitinol.graph.launch import Output
+from nitinol.graph.operation import Operation
 from nitinol.language.jit import jit
+from nitinol.ops import elementwise as e
 from nitinol.ops.arguments import launch_on
 from nitinol.ops.epilogue import silu
+from nitinol.ops.reductions import floats
 
 LARGEST_ROW = 1 << 14  # values that a program keeps as one tile, several times in the backward pass
 
@@ -134,6 +138,17 @@ def gated_norm_backward(
 
 def describe(name: str, target: str, x: Any, gate: Any, weight: Any, epsilon: float) -> dict[str, Any]:
     """What the kernels take of these arguments, by the names of their parameters, and the blocks of rows."""
+    columns = check(name, x, gate, weight)
+    rows = math.prod(x.shape[:-1])
+    constants = blocks(target, columns)
+    return constants | {
+        "x": x, "gate": gate, "weight": weight, "epsilon": float(epsilon), "rows": rows, "columns": columns,
+        "blocks": tl.cdiv(rows, constants["BLOCK_ROWS"]),
+    }  # fmt: skip
+
+
+def check(name: str, x: Any, gate: Any, weight: Any) -> int:
+    """The columns; ValueError for shapes that do not fit."""
     columns = x.shape[-1] if len(x.shape) else 0
     if not 0 < columns <= LARGEST_ROW or 0 in x.shape:
         raise ValueError(
@@ -143,12 +158,7 @@ def describe(name: str, target: str, x: Any, gate: Any, weight: Any, epsilon: fl
     for what, found, expected in (("gate", gate, tuple(x.shape)), ("weight", weight, (columns,))):
         if tuple(found.shape) != expected:
             raise ValueError(f"{name}: {what} has shape {tuple(found.shape)}, expected {expected}")
-    rows = math.prod(x.shape[:-1])
-    constants = blocks(target, columns)
-    return constants | {
-        "x": x, "gate": gate, "weight": weight, "epsilon": float(epsilon), "rows": rows, "columns": columns,
-        "blocks": tl.cdiv(rows, constants["BLOCK_ROWS"]),
-    }  # fmt: skip
+    return columns
 
 
 def gated_norm_reference(x: np.ndarray, gate: np.ndarray, weight: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
@@ -156,3 +166,34 @@ def gated_norm_reference(x: np.ndarray, gate: np.ndarray, weight: np.ndarray, ep
     wide, door = x.astype(np.float64), gate.astype(np.float64)
     normal = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + epsilon)
     return normal * weight * door / (1 + np.exp(-door))
+
+
+def _rule(x: Array, gate: Array, weight: Array, epsilon: float) -> Any:
+    check("gated_norm", x, gate, weight)
+    return x.shape, x.dtype
+
+
+def _vjp(g: Array, out: Array, x: Array, gate: Array, weight: Array, epsilon: float) -> Any:
+    return GATED_NORM_GRADIENTS(g, x, gate, weight, epsilon=epsilon)
+
+
+GATED_NORM = Operation(
+    "gated_norm", rule=_rule, lower=gated_norm_forward, reference=gated_norm_reference, vjp=_vjp
+)
+GATED_NORM_GRADIENTS = Operation(
+    "gated_norm_gradients", lower=gated_norm_backward, vjp="a second derivative needs float64 operands",
+    rule=lambda d_out, *operands, epsilon: [(operand.shape, operand.dtype) for operand in operands],
+)  # fmt: skip
+
+
+def gated_norm(x: Any, gate: Any, weight: Any, epsilon: float = 1e-6) -> Array:
+    """x / sqrt(mean(x ** 2) + epsilon) * weight * silu(gate) along the last axis, of x's shape and type.
+
+    x and gate [..., columns] and weight [columns], float16, bfloat16 or float32, computed in float32; with float64
+    operands composed of elementwise operations. ValueError for other shapes.
+    """
+    x, gate, weight = floats(x), floats(gate), floats(weight)
+    if tl.float64 not in (x.dtype, gate.dtype, weight.dtype):
+        return GATED_NORM(x, gate, weight, epsilon=float(epsilon))
+    check("gated_norm", x, gate, weight)
+    return (x * e.rsqrt(e.square(x).mean(-1, True) + epsilon) * weight * e.silu(gate)).astype(x.dtype)

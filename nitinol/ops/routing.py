@@ -195,14 +195,18 @@ def place_kernel(
 
 
 def blocks(target: str, pairs: int, experts: int) -> dict[str, int]:
-    """Tokens of a program that routes; pairs of a chunk and of a step of the sort; rows of a tile of the products."""
-    mean = max(1, pairs // experts)
+    """Tokens of a program that routes; pairs of a chunk and of a step of the sort."""
     lanes = tl.next_power_of_2(experts)
     step = max(1, min(16, 4096 // lanes))  # 4096 comparisons at a time: 32 registers of 128 threads
     return {
         "tokens": 1 if target != "cpu" else 8, "chunk": 1024 if target == "cpu" else 256, "step": step,
-        "rows": tl.next_power_of_2(mean) if mean <= 4 else min(64, max(16, tl.next_power_of_2(mean))),
     }  # fmt: skip
+
+
+def tile_rows(pairs: int, experts: int) -> int:
+    """Rows of a tile of the products."""
+    mean = max(1, pairs // experts)
+    return tl.next_power_of_2(mean) if mean <= 4 else min(64, max(16, tl.next_power_of_2(mean)))
 
 
 def route_forward(target: str, logits: Array, chosen: int, scores: str = "softmax", normalise: bool = True) -> Routing:
@@ -211,7 +215,7 @@ def route_forward(target: str, logits: Array, chosen: int, scores: str = "softma
     logits [N, E] float32, float16 or bfloat16, E up to 256; scores: "softmax" over the experts, or "sigmoid" of each;
     normalise: the weights of a token are divided by their sum. ValueError for other scores and sizes.
     """
-    tokens, experts = _routing_extents(logits, chosen, scores)
+    tokens, experts = extents(logits, chosen, scores)
     size = blocks(target, tokens * chosen, experts)["tokens"]
     weights, places = launch(
         route_kernel, (tl.cdiv(tokens, size),), logits=logits, weights=Output((tokens, chosen), "float32"),
@@ -226,7 +230,7 @@ def route_backward(
 ) -> Array:
     """The gradient to logits, of their shape and type, from d_weights [N, k]; the other arguments as forwards."""
     chosen = routing.experts.shape[1]
-    tokens, experts = _routing_extents(logits, chosen, scores)
+    tokens, experts = extents(logits, chosen, scores)
     if tuple(d_weights.shape) != (tokens, chosen):
         raise ValueError(f"route: d_weights has shape {d_weights.shape}, expected {(tokens, chosen)}")
     size = blocks(target, tokens * chosen, experts)["tokens"]
@@ -240,12 +244,10 @@ def route_backward(
 def dispatch_forward(target: str, chosen: Array, experts: int) -> Dispatch:
     """The pairs of `chosen` int32 [N, k] in the order of their experts (each 0 .. experts - 1), and the tiles of the
     products; see Dispatch. One launch for up to 256 pairs (1024 on a CPU), else two."""
-    if chosen.ndim != 2 or not 1 <= experts <= MOST_EXPERTS:
-        raise ValueError(f"dispatch: chosen has shape {chosen.shape} of {experts} experts, expected [N, k] of 1 to 256")
+    tiles = dispatch_results(chosen, experts)[3][0][1]
     pairs = chosen.size
     sizes = blocks(target, pairs, experts)
-    block = sizes["rows"]
-    tiles = (pairs + (block - 1) * min(experts, pairs)) // block  # every expert's last tile may be short
+    block = tile_rows(pairs, experts)
     chunks = tl.cdiv(pairs, sizes["chunk"])
     constants = {"CHUNK": sizes["chunk"], "EXPERTS": tl.next_power_of_2(experts), "STEP": sizes["step"]}
     counts = None
@@ -262,7 +264,17 @@ def dispatch_forward(target: str, chosen: Array, experts: int) -> Dispatch:
     return Dispatch(offsets, source, place, table, block, chosen.shape[1])
 
 
-def _routing_extents(logits: Array, chosen: int, scores: str) -> tuple[int, int]:
+def dispatch_results(chosen: Array, experts: int) -> list[tuple[tuple[int, ...], Any]]:
+    """Shapes and types of offsets, source, place and table; ValueError for a choice that does not fit."""
+    if chosen.ndim != 2 or not 1 <= experts <= MOST_EXPERTS:
+        raise ValueError(f"dispatch: chosen has shape {chosen.shape} of {experts} experts, expected [N, k] of 1 to 256")
+    pairs = chosen.size
+    block = tile_rows(pairs, experts)
+    tiles = (pairs + (block - 1) * min(experts, pairs)) // block  # every expert's last tile may be short
+    return [(shape, tl.int32) for shape in ((experts + 1,), (pairs,), (pairs,), (3, tiles))]
+
+
+def extents(logits: Array, chosen: int, scores: str) -> tuple[int, int]:
     """N and E, or ValueError."""
     if scores not in ("softmax", "sigmoid"):
         raise ValueError(f'route: scores are {scores!r}, expected "softmax" or "sigmoid"')

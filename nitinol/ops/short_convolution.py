@@ -148,13 +148,8 @@ def short_convolution_step(
     """The results for up to 64 tokens [batch, T, channels] that follow `state` [batch, width - 1, channels], which is
     updated in place; one launch. The other arguments as in `short_convolution_forward`."""
     problem = describe("short_convolution_step", target, x, weight, bias, state, None, activation)
-    tokens = problem["tokens"]
-    if tokens > MOST_TOKENS:
-        raise ValueError(
-            f"short_convolution_step: found {tokens} tokens, expected {MOST_TOKENS} at most; short_convolution_forward "
-            "takes any number"
-        )
-    problem |= {"state": InPlace(state), "BLOCK_T": tl.next_power_of_2(tokens)}
+    check_step(x)
+    problem |= {"state": InPlace(state), "BLOCK_T": tl.next_power_of_2(problem["tokens"])}
     (out,) = launch_on(
         problem, convolution_kernel, (problem["columns"], problem["sequences"]), {"out": Output(x.shape, x.dtype)},
         UPDATE=True,
@@ -162,14 +157,36 @@ def short_convolution_step(
     return out
 
 
+def check_step(x: Any) -> None:
+    """ValueError for more tokens than one program has whole."""
+    if x.shape[1] > MOST_TOKENS:
+        raise ValueError(
+            f"short_convolution_step: found {x.shape[1]} tokens, expected {MOST_TOKENS} at most; short_convolution "
+            "takes any number"
+        )
+
+
 def describe(
     name: str, target: str, x: Any, weight: Any, bias: Any, state: Any, starts: Any, activation: bool
 ) -> dict[str, Any]:
     """What the kernels take of these arguments, by the names of their parameters, and the extents of grids (columns of
     programs for the channels, rows for the tokens) and of a state; ValueError if they do not fit."""
+    (batch, tokens, channels), window = x.shape, check(name, x, weight, bias, state, starts)
+    sequences = window[0]
+    constants = blocks(target, channels)
+    return constants | {
+        "x": x, "weight": weight, "bias": bias, "state": state, "starts": starts, "total": batch * tokens,
+        "tokens": tokens, "sequences": sequences, "channels": channels, "WIDTH": weight.shape[1], "SILU": activation,
+        "SEQUENCES": 1 if starts is None else tl.next_power_of_2(sequences), "window": window,
+        "columns": tl.cdiv(channels, constants["BLOCK_C"]), "rows": tl.cdiv(batch * tokens, constants["BLOCK_T"]),
+    }  # fmt: skip
+
+
+def check(name: str, x: Any, weight: Any, bias: Any, state: Any, starts: Any) -> tuple[int, int, int]:
+    """The shape of a state; ValueError for shapes that do not fit together."""
     if len(x.shape) != 3 or 0 in x.shape:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected [batch, T, channels] and no extent of 0")
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     if len(weight.shape) != 2 or weight.shape[0] != channels or not 2 <= weight.shape[1] <= 4:
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}, expected ({channels}, width) with a width of 2 to 4"
@@ -184,13 +201,7 @@ def describe(
     for what, found, expected in (("bias", bias, (channels,)), ("state", state, window)):
         if found is not None and tuple(found.shape) != expected:
             raise ValueError(f"{name}: {what} has shape {tuple(found.shape)}, expected {expected}")
-    constants = blocks(target, channels)
-    return constants | {
-        "x": x, "weight": weight, "bias": bias, "state": state, "starts": starts, "total": batch * tokens,
-        "tokens": tokens, "sequences": sequences, "channels": channels, "WIDTH": weight.shape[1], "SILU": activation,
-        "SEQUENCES": 1 if starts is None else tl.next_power_of_2(sequences), "window": window,
-        "columns": tl.cdiv(channels, constants["BLOCK_C"]), "rows": tl.cdiv(batch * tokens, constants["BLOCK_T"]),
-    }  # fmt: skip
+    return window
 
 
 def short_convolution_reference(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from nitinol.graph.array import Array, whole_array
-from nitinol.graph.nodes import Call, Override, Place, Value, View, recording, root
-from nitinol.graph.views import layout_of, row_major, whole_layout
+from nitinol.graph.nodes import Call, Override, Place, Value, View, recording, root, whole
+from nitinol.graph.views import Layout, layout_of, row_major
 from nitinol.ops.creation import zeros
 from nitinol.ops.indexing import SCATTER_VIEW
 
@@ -33,7 +33,8 @@ def backward(
 ) -> list[Array]:
     """The gradients of the arrays `wanted` from those of the results, which the calls have computed."""
     makers: dict[Value, Call] = {value: call for call in calls for value in call.outputs}
-    ends = {a.value for a in wanted}
+    # Of an argument that is a part of a larger piece of memory, such as one of all parameters, only that part counts.
+    ends = {a.value: a.layout if a.layout.contiguous else whole(a.value).layout for a in wanted}
     active, broken = _depending(ends, calls, makers)
     writes = [call for call in calls if call.form.updates]
     sums: dict[Value, Array] = {}  # gradients of whole values so far
@@ -54,7 +55,7 @@ def backward(
             )
         if not _is_active(value, active, makers):
             return
-        total = _adjoint(view, gradient, reader)
+        total = _adjoint(view, gradient, ends.get(value) or whole(value).layout, reader)
         sums[value] = total if value not in sums else sums[value] + total
         producer = value.gradient or makers.get(value)
         if value not in ends and producer is not None and producer not in found:
@@ -124,7 +125,7 @@ def _check_unchanged(reader: _Reader, made: Sequence[Call], writes: Sequence[Cal
 
 
 def _depending(
-    ends: set[Value], calls: Sequence[Call], makers: dict[Value, Call]
+    ends: Iterable[Value], calls: Sequence[Call], makers: dict[Value, Call]
 ) -> tuple[dict[Value, bool], dict[Value, list[Call]]]:
     """Which values depend on those in `ends`; and the memory that is updated in place although it depends on them, or
     from what does, with these updates."""
@@ -157,8 +158,9 @@ def _is_active(value: Value, active: dict[Value, bool], makers: dict[Value, Call
     return known
 
 
-def _adjoint(view: View, gradient: Array, reader: _Reader) -> Array:
-    """The gradient of a view's whole value: what the view repeats is summed, the rest is put in its place."""
+def _adjoint(view: View, gradient: Array, part: Layout, reader: _Reader) -> Array:
+    """The gradient of a contiguous part of a view's value: what the view repeats is summed, the rest is put in its
+    place."""
     value, layout = view
     if layout.dtype != value.dtype:
         raise GradientError(
@@ -179,13 +181,14 @@ def _adjoint(view: View, gradient: Array, reader: _Reader) -> Array:
             layout.dtype, tuple([layout.shape[a] for a in kept]), tuple([layout.strides[a] for a in kept]),
             layout.offset,
         )  # fmt: skip
-    if layout.size == value.size and layout.offset == 0:  # all elements, perhaps in another order of axes
+    layout = layout_of(layout.dtype, layout.shape, layout.strides, layout.offset - part.offset)
+    if layout.size == part.size and layout.offset == 0:  # all elements, perhaps in another order of axes
         order = sorted(range(len(layout.shape)), key=lambda a: (-layout.strides[a], layout.shape[a]))
         shape = tuple([layout.shape[a] for a in order])
         strides = [layout.strides[a] for a in order]
         if all(n == 1 or s == t for n, s, t in zip(shape, strides, row_major(shape))):
-            return gradient.permute(order).reshape(value.shape)
-    return SCATTER_VIEW(gradient, shape=value.shape, layout=layout)
+            return gradient.permute(order).reshape(part.shape)
+    return SCATTER_VIEW(gradient, shape=part.shape, layout=layout)
 
 
 def _of_argument(total: Array | None, argument: Array) -> Array:
@@ -193,6 +196,6 @@ def _of_argument(total: Array | None, argument: Array) -> Array:
     layout = argument.layout
     if total is None:
         return zeros(layout.shape, layout.dtype)
-    if layout == whole_layout(layout.dtype, argument.value.shape):
+    if layout.contiguous:
         return total
     return total.contiguous().looking(layout.shape, layout.strides, layout.offset)
