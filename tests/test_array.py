@@ -97,6 +97,11 @@ def test_bfloat16_goes_to_numpy_as_float32() -> None:
     np.testing.assert_array_equal((x * x).numpy(), (expected * expected).float().numpy())
 
 
+def test_one_bfloat16_has_no_axes() -> None:
+    x = nn.array(1.5, "bfloat16")
+    assert x.shape == () and x.item() == 1.5
+
+
 def test_python_values() -> None:
     assert nn.array([1, 2]).dtype == int32 and nn.array([1.5]).dtype == float32 and nn.array(True).dtype == int1
     assert nn.array(2**40).dtype.name == "int64"

@@ -40,7 +40,7 @@ def numpy_dtype(dtype: DType) -> np.dtype:
 
 def to_bfloat16_bits(values: np.ndarray) -> np.ndarray:
     """float32 values rounded to bfloat16 (to nearest, ties to even), as uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = np.ascontiguousarray(values, np.float32).reshape(np.shape(values)).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 

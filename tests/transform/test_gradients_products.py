@@ -142,9 +142,9 @@ def test_weights_in_blocks(rng, format, dtype):
     values = [rng.standard_normal((12, 64)).astype(np.float32) for _ in range(2)]
     blocks = [na.quantize(v, format) for v in values]
     first, second = (torch.tensor(na.dequantize(b).numpy().astype(np.float64)) for b in blocks)
-    x = na.array(rng.standard_normal((6, 64))).astype(dtype)
+    x = na.array(rng.standard_normal((6, 64)), dtype)
     t = torch.tensor(x.numpy().astype(np.float64), requires_grad=True)
-    bias = na.array(rng.standard_normal(12)).astype(dtype)
+    bias = na.array(rng.standard_normal(12), dtype)
 
     def loss(x, bias):
         return (na.linear(x, blocks[0], bias) + na.swiglu(x, *blocks)).astype("float32").sum()
@@ -165,7 +165,7 @@ def test_an_embedding_in_blocks_has_no_gradient_and_takes_part():
 
 def test_mixed_types(rng):
     """Each gradient has its operand's type."""
-    x, w = na.array(rng.standard_normal((3, 4))).astype("bfloat16"), na.array(rng.standard_normal((5, 4)), "float32")
+    x, w = na.array(rng.standard_normal((3, 4)), "bfloat16"), na.array(rng.standard_normal((5, 4)), "float32")
     for function in (lambda a, b: a @ b.T, na.linear, lambda a, b: na.concatenate([a, b]), lambda a, b: a[0] * b):
         found = na.grad(lambda a, b, f=function: f(a, b).astype("float32").sum(), argnums=(0, 1))(x, w)
         assert [g.dtype.name for g in found] == ["bf16", "fp32"]
