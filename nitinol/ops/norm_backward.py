@@ -228,11 +228,11 @@ def _vjp(
     With c = x - mean (RMSNorm: x) and s = 1 / sqrt(mean(c^2) + epsilon), n = c s, and v = d_y weight, the first is N s
     (mean(h v) - mean(h) mean(v) - mean(h n) mean(v n)), whose derivative by c follows from that of s, -s^2 n / N.
     """
-    h, *sums = g if isinstance(g, tuple) else (g,)
+    given, *sums = g if isinstance(g, tuple) else (g,)
     k = sums[0] if weight is not None else None
     shift = sums[-1] if bias else None
     normal, scale = normal_form(x, layer, epsilon)
-    slope, h = d_y.astype(normal.dtype), h.astype(normal.dtype)
+    slope, h = d_y.astype(normal.dtype), given.astype(normal.dtype)
     v = slope if weight is None else slope * weight
     along_h, along_v = (h * normal).mean(-1, True), (v * normal).mean(-1, True)
     to_v = scale * (centred(h, layer) - normal * along_h)
@@ -248,10 +248,11 @@ def _vjp(
         to_slope = to_slope + shift
     axes = tuple(range(x.ndim - 1))
     return (
-        to_slope.astype(d_y.dtype), to_x.astype(x.dtype),
-        None if weight is None else (slope * to_v).sum(axes).astype(weight.dtype), None if d_total is None else g[0]
-        if isinstance(g, tuple) else g,
-    )  # fmt: skip
+        to_slope.astype(d_y.dtype),
+        to_x.astype(x.dtype),
+        None if weight is None else (slope * to_v).sum(axes).astype(weight.dtype),
+        None if d_total is None else given,
+    )
 
 
 NORM_GRADIENT = Operation("norm_gradient", rule=_rule, lower=_lower, vjp=_vjp)

@@ -120,16 +120,9 @@ def norm_forward(
 
     Raises ValueError for shapes that do not fit.
     """
-    rows, columns = check(x, weight, bias)
     if residual is not None and tuple(residual.shape) != tuple(x.shape):
         raise ValueError(f"norm: residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}")
-    like_x, per_row = Output(x.shape, x.dtype), Output((rows,), "float32")
-    kernel, constants = kernel_and_blocks(target, columns, norm_kernel, long_norm_kernel)
-    found = launch(
-        kernel, (rows,), x=x, residual=residual, weight=weight, bias=bias,
-        total=None if residual is None else like_x, out=like_x, means=per_row if layer else None, scales=per_row,
-        columns=columns, epsilon=float(epsilon), LAYER=layer, **constants,
-    )  # fmt: skip
+    found = launch_rows(target, x, weight, bias, epsilon, layer, residual)
     total, (out, *mean, scale) = (x, found) if residual is None else (found[0], found[1:])
     return out, mean[0] if layer else None, scale, total
 
@@ -139,26 +132,28 @@ def normal_rows(
     residual: Array | None = None,
 ) -> Any:  # fmt: skip
     """y of `norm_forward` without the statistics; with a residual total and y."""
-    rows, columns = check(x, weight, bias)
-    kernel, constants = kernel_and_blocks(target, columns, norm_kernel, long_norm_kernel)
-    like_x = Output(x.shape, x.dtype)
-    return launch(
-        kernel, (rows,), x=x, residual=residual, weight=weight, bias=bias, total=None if residual is None else like_x,
-        out=like_x, means=None, scales=None, columns=columns, epsilon=float(epsilon), LAYER=layer, **constants,
-    )  # fmt: skip
+    return launch_rows(target, x, weight, bias, epsilon, layer, residual, statistics=False)
 
 
 def row_statistics(target: str, x: Array, epsilon: float, *, layer: bool) -> tuple[Array, Array | None]:
     """scale and mean (None for RMSNorm) of the rows of x, float32 [rows]."""
-    rows, columns = check(x, None, None)
-    kernel, constants = kernel_and_blocks(target, columns, norm_kernel, long_norm_kernel)
-    per_row = Output((rows,), "float32")
-    found = launch(
-        kernel, (rows,), x=x, residual=None, weight=None, bias=None, total=None, out=None,
-        means=per_row if layer else None, scales=per_row, columns=columns, epsilon=float(epsilon), LAYER=layer,
-        **constants,
-    )  # fmt: skip
+    found = launch_rows(target, x, None, None, epsilon, layer, None, result=False)
     return (found[1], found[0]) if layer else (found, None)
+
+
+def launch_rows(
+    target: str, x: Array, weight: Array | None, bias: Array | None, epsilon: float, layer: bool,
+    residual: Array | None, *, result: bool = True, statistics: bool = True,
+) -> Any:  # fmt: skip
+    """Of total, y, means and scales, those that are wanted."""
+    rows, columns = check(x, weight, bias)
+    kernel, constants = kernel_and_blocks(target, columns, norm_kernel, long_norm_kernel)
+    like_x, per_row = Output(x.shape, x.dtype), Output((rows,), "float32")
+    return launch(
+        kernel, (rows,), x=x, residual=residual, weight=weight, bias=bias, total=None if residual is None else like_x,
+        out=like_x if result else None, means=per_row if layer and statistics else None,
+        scales=per_row if statistics else None, columns=columns, epsilon=float(epsilon), LAYER=layer, **constants,
+    )  # fmt: skip
 
 
 def kernel_and_blocks(target: str, columns: int, kernel: Any, long_kernel: Any) -> tuple[Any, dict[str, Any]]:

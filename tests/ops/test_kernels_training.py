@@ -33,7 +33,7 @@ def compare(ours, theirs, shapes, dtype, rng, weighted=True):
     """ours(*arrays) with theirs(*tensors) at float64, and the gradients of the sum of the result times random numbers
     by all arrays of those shapes."""
     arrays = [na.array(rng.normal(size=shape), dtype).evaluate() for shape in shapes]
-    tensors = [torch.tensor(a.astype("float64").numpy(), requires_grad=True) for a in arrays]
+    tensors = [torch.tensor(a.numpy().astype(np.float64), requires_grad=True) for a in arrays]
     expected = theirs(*tensors)
     weights = rng.normal(size=expected.shape) if weighted else np.ones(expected.shape)
     factors = na.array(weights, "float64" if dtype == "float64" else "float32")
@@ -44,13 +44,13 @@ def compare(ours, theirs, shapes, dtype, rng, weighted=True):
 
     places = tuple(range(len(arrays)))
     (_, result), gradients = na.value_and_grad(loss, places, has_aux=True)(*arrays)
-    wanted = torch.autograd.grad((expected * torch.tensor(factors.astype("float64").numpy())).sum(), tensors)
+    wanted = torch.autograd.grad((expected * torch.tensor(factors.numpy().astype(np.float64))).sum(), tensors)
     for name, found, value, kind in [("value", result, expected, None), *(
         (f"gradient {i}", g, w, a.dtype) for i, (g, w, a) in enumerate(zip(gradients, wanted, arrays))
     )]:  # fmt: skip
         assert found.shape == tuple(value.shape), name
         assert kind is None or found.dtype == kind, name
-        difference = np.abs(found.astype("float64").numpy() - value.detach().numpy()).max(initial=0.0)
+        difference = np.abs(found.numpy().astype(np.float64) - value.detach().numpy()).max(initial=0.0)
         assert difference <= ERROR[dtype] * max(1.0, value.detach().abs().max().item()), f"{name}: off by {difference}"
 
 
@@ -159,7 +159,7 @@ def test_attention_never_has_all_scores(rng):
     compiled = one_submission(
         na.value_and_grad(lambda q, k, v: na.attention(q, k, v, causal=True).sum(), (0, 1, 2)), *arrays
     )
-    assert 0 < compiled._latest.program.arena.nbytes + sum(3 * a.nbytes for a in arrays) < tokens * tokens * 4
+    assert 0 < compiled.program.arena.nbytes + sum(3 * a.nbytes for a in arrays) < tokens * tokens * 4
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
