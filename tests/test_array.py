@@ -662,3 +662,13 @@ def test_import_is_light() -> None:
             "print(sorted(heavy & set(sys.modules)))")  # fmt: skip
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split("\n")[:2] == ["[] False", "[]"]
+
+
+def test_no_kernel_has_more_than_65535_programs_along_the_second_extent() -> None:
+    """CUDA has no more there; rows then come first."""
+    a = floats(70_000, 131)
+    x = nn.array(a)[:, :129]  # rows that are not one, and of more values than a tile of several rows has
+    line = nitinol.compile(lambda x: x * 2.0 + 1.0)
+    np.testing.assert_array_equal(line(x).numpy(), a[:, :129] * np.float32(2) + np.float32(1))
+    assert line.records[0].grid == (70_000, 1, 1)
+    np.testing.assert_array_equal(x.max(1).numpy(), a[:, :129].max(1))

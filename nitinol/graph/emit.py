@@ -69,6 +69,7 @@ class Plan:
     reduce: Operation | None = None
     over_tile: bool = False  # the tile's axis is reduced
     blocks: bool = False  # ... in several steps
+    rows_first: bool = False  # the first extent of the grid is that of rows, else that of tiles of a row
 
 
 # -------------------------------------------------------------------------------------------------- making a kernel
@@ -121,7 +122,7 @@ class _Kernel:
         inner = self.integer("n")
 
         # Where this program is: row coordinates (a scalar or [R, 1] each), lanes ([B] or [1, B]).
-        row = semantic.cast(tl.program_id(1), plan.index)
+        row = semantic.cast(tl.program_id(0 if plan.rows_first else 1), plan.index)
         row_mask = None
         if plan.tile_rows > 1:
             row = (row * plan.tile_rows + tl.arange(0, plan.tile_rows))[:, None]
@@ -132,7 +133,7 @@ class _Kernel:
             lanes = lanes[None, :]
         lane_mask = None
         if lanes is not None and not plan.over_tile:
-            lanes = semantic.cast(tl.program_id(0), plan.index) * plan.tile + lanes
+            lanes = semantic.cast(tl.program_id(1 if plan.rows_first else 0), plan.index) * plan.tile + lanes
             lane_mask = lanes < inner
 
         # Offsets: the part that depends on the row and the strides of the rest.

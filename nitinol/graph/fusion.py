@@ -19,6 +19,7 @@ from nitinol.graph.views import Shape, Strides, collapse
 from nitinol.language.types import int32, int64
 
 TILE = 1024  # elements of one tile: 4 KiB of float32, a few tiles fit the first-level cache
+MOST_SECOND = 65535  # programs along the second and third extent of a grid, on CUDA
 CROSSED = 16  # lanes of a tile when an operand runs across it: whole cache lines of what it reads and of what it writes
 
 
@@ -91,6 +92,7 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
     wide = any(max(abs(low), abs(high)) + TILE >= 2**31 for low, high in (view.layout.span() for view in all_views))
     wide = wide or math.prod(group.shape) + TILE >= 2**31
 
+    row_programs = -(-row_count // tile_rows)
     described: dict[int, Leaf] = {}
     for i, view in enumerate(all_views):
         kind = "index" if view.value is INDEX else "load"
@@ -106,7 +108,7 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
     plan = Plan(
         leaves, tuple((element.key, refs) for element, refs in group.steps), group.result, described[len(views)],
         len(rows), len(loops), tile, tile_rows, int64 if wide else int32,
-        group.reduce, over_tile, over_tile and inner > tile,
+        group.reduce, over_tile, over_tile and inner > tile, row_programs > MOST_SECOND,
     )  # fmt: skip
     function = _kernels.get(plan)
     if function is None:
@@ -120,5 +122,6 @@ def lower(group: Group) -> tuple[Function, tuple[int, ...], list[View | Scalar],
         integers += [stride for stride in (*row_strides[i], *loop_strides[i]) if stride]
         if described[i].inner == 2:
             integers.append(inner_strides[i])
-    grid = (-(-inner // tile) if tile and not over_tile else 1, -(-row_count // tile_rows), 1)
+    tiles = -(-inner // tile) if tile and not over_tile else 1
+    grid = (row_programs, tiles, 1) if plan.rows_first else (tiles, row_programs, 1)
     return function, grid, [*operands, group.output], integers

@@ -189,7 +189,10 @@ def _again(call: Call, stand_ins: dict[Value, Value], numbers: Any, target: str)
     if operation.lower is None:
         return record(form, operands)
     arrays = [Array(cast(Value, o), layout) for o, layout in zip(operands, form.layouts)]
-    results = operation.lower(target, *form.spread(arrays), **form.attributes)
+    try:
+        results = operation.lower(target, *form.spread(arrays), **form.attributes)
+    except (ValueError, TypeError) as error:  # long after the line that asked for it
+        raise type(error)(f"{error} ({operation.name} in {call.place.file}:{call.place.line})") from error
     results = () if results is None else (results,) if isinstance(results, Array) else tuple(results)
     found = []
     for result, wanted in zip(results, form.outputs):

@@ -17,6 +17,7 @@ import nitinol.language as tl
 from nitinol.graph.array import Array, method
 from nitinol.graph.launch import Output, launch
 from nitinol.graph.operation import Operation, Reduction
+from nitinol.graph.views import reshape_layout
 from nitinol.language import semantic
 from nitinol.language.core import tensor
 from nitinol.language.jit import jit
@@ -27,8 +28,9 @@ from nitinol.ops.creation import as_array, full
 
 Axis = int | Sequence[int] | None
 
-# One program reduces one row. A long reduction to few results is cut, so that all workers have something to do.
-PIECES, LONG, FEW = 64, 1 << 16, 64
+# One program reduces a row, or, where the last axis is kept, TILE columns. A long reduction in few programs is cut into
+# PIECES, so that all workers have something to do: 4096 x 2048 over the rows took an H200 6.5 ms in two programs.
+PIECES, LONG, FEW, TILE = 64, 1024, 64, 1024
 
 
 def accumulator(dtype: DType) -> DType:
@@ -127,12 +129,9 @@ def reduce(operation: Operation, x: Any, axis: Axis, keepdims: bool, dtype: DTyp
             raise ValueError(f"{operation.name}: an array of shape {x.shape} has no elements along axis {axis}")
         assert operation.reduction is not None
         result = full(kept, operation.reduction.identity(dtype), dtype)
-    elif operation in (SUM, MAX, MIN) and count >= LONG and math.prod(kept) < FEW and count % PIECES == 0:
-        order = [a for a in range(x.ndim) if a not in axes] + list(axes)
-        pieces = x.permute(order).reshape(*kept, PIECES, count // PIECES)
-        wide = dtype if operation is not SUM else accumulator(dtype)
-        partial = operation(pieces, axes=(len(kept) + 1,), dtype=wide)
-        result = operation(partial, axes=(len(kept),), dtype=dtype)
+    elif (pieces := _pieces(operation, x, axes, kept, count)) is not None:
+        partial = operation(pieces, axes=(1,), dtype=accumulator(dtype) if operation is SUM else dtype)
+        result = operation(partial, axes=(0,), dtype=dtype)
     elif not axes:
         result = full(kept, 0, dtype) if operation in (ARGMAX, ARGMIN) else x.astype(dtype)
     else:
@@ -140,6 +139,21 @@ def reduce(operation: Operation, x: Any, axis: Axis, keepdims: bool, dtype: DTyp
     if keepdims:
         result = result.reshape(tuple([1 if a in axes else n for a, n in enumerate(x.shape)]))
     return result
+
+
+def _pieces(
+    operation: Operation, x: Array, axes: tuple[int, ...], kept: tuple[int, ...], count: int
+) -> Array | None:
+    """x as [PIECES, elements of a piece, *kept], a view, where the reduction is to be cut."""
+    if operation not in (SUM, MAX, MIN) or count < LONG or count % PIECES or count * math.prod(kept) < 64 * LONG:
+        return None
+    by_columns = bool(kept) and x.ndim - 1 not in axes
+    programs = math.prod(kept[:-1]) * -(-kept[-1] // TILE) if by_columns else math.prod(kept)
+    if programs >= FEW:
+        return None
+    turned = x.permute([*axes, *(a for a in range(x.ndim) if a not in axes)])
+    layout = reshape_layout(turned.layout, (PIECES, count // PIECES, *kept))
+    return None if layout is None else Array(x.value, layout)
 
 
 def _sum_dtype(x: Array) -> DType:
