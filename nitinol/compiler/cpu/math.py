@@ -4,7 +4,7 @@ LLVM has no vector `exp`: it would call libm once per lane. So every function he
 multiply-adds with an exact argument reduction, the same formula for any lane count. Compensation relies on
 the order of operations: no fast-math flags are set, and a caller must not add `reassoc` to these instructions.
 
-Largest errors found, in units in the last place (tests/test_cpu_math.py samples them again):
+Largest errors found, in units in the last place (tests/compiler/test_cpu_math.py samples them again):
 
 =================  ======  ======  =================================================================
 function           float   double  note
