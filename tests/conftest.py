@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import random
 import signal
 import sys
 from importlib import metadata
@@ -22,6 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="of sampled tests all cases, not some for each run")
     parser.addoption("--device", default="cpu", choices=NAMES, help="where kernels, arrays and models run")
 
 
@@ -35,6 +38,7 @@ collect_ignore = SOFTWARE if sys.platform == "darwin" else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sampled(n): of the test's cases so many, others in each run (see --all-cases)")
     config.addinivalue_line("markers", "cpu: about the CPU target or driver itself; skipped with another --device")
     config.addinivalue_line("markers", "float64: needs 64-bit floats, which Apple GPUs do not have")
     config.addinivalue_line("markers", "metal: about the Metal target, driver or software device (set by file name)")
@@ -67,9 +71,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="Apple GPUs have no 64-bit floats"))
         if MISSING in config.stash:
             item.add_marker(pytest.mark.skip(reason=config.stash[MISSING]))
+    if not config.getoption("all_cases"):
+        left = sampled_out(chosen)
+        chosen, others = [i for i in chosen if i not in left], [*others, *left]
     items[:] = chosen
     if others:
         config.hook.pytest_deselected(items=others)
+
+
+def sampled_out(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases of tests marked `sampled` that this run leaves out: large kernels compile for seconds each. All workers
+    of a run choose the same ones."""
+    choose = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left: set[pytest.Item] = set()
+    for cases in tests.values():
+        (count,) = cases[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        left.update(choose.sample(cases, max(0, len(cases) - count)))
+    return left
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

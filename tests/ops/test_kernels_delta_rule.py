@@ -56,6 +56,7 @@ def assert_close(found, expected, tolerance, what=""):
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 5, 1, 3, 8, 5), (1, 70, 2, 4, 20, 24), (2, 33, 1, 1, 33, 70), (1, 130, 1, 2, 64, 64)]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalise", [False, True])
@@ -208,6 +209,7 @@ def torch_gradients(values, d_out, d_final, normalise, scale):
     return [x.numpy() for x in torch.autograd.grad(loss, leaves)]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalise", [False, True])

@@ -155,6 +155,7 @@ def test_products(rng, device_name, tokens, count, chosen, gather):
         close(gradient.numpy(), wanted)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "F32"])
 def test_weights_of_every_format(rng, device_name, format):
     rows, columns, count = 11, 256, 3

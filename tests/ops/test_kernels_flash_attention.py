@@ -100,6 +100,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("tokens", "context"), [(1, 1), (37, 37), (70, 133), (133, 70)])
 def test_masks(rng, options, tokens, context, device_name):
@@ -107,6 +108,7 @@ def test_masks(rng, options, tokens, context, device_name):
     compare(both_passes(device_name, arrays, **options), expected_of(values, **options), "float32")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 def test_head_dims_and_types(rng, head_dim, dtype, device_name):

@@ -71,6 +71,7 @@ def test_adapter_and_gradients(rng, device_name, tokens, with_norm, adapter):
           normal(rng, rows, rank), float(rng.normal()), gain, adapter, normal(rng, tokens, rows))  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "F32"])
 def test_weights_of_every_format(rng, device_name, format):
     rows, columns, rank = 21, 256, 4
