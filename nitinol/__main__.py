@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-STOPPED = 130  # exit code after Ctrl-C
+from nitinol.commands import STOPPED
 
 
 class Stopped(KeyboardInterrupt):

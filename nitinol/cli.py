@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nitinol.__main__ import STOPPED
+from nitinol.commands import STOPPED
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
                                       help="Path of a GGUF file, or 'demo' for the small model that comes along.")]

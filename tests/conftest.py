@@ -32,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 ANY_DEVICE = ("test_array.py", "test_compile.py", "test_frontend.py", "test_kernels_*.py", "test_training.py",
               "test_triton_kernels.py", "transform/test_*.py")  # fmt: skip
 # On a Mac `import Metal` is the real thing, so what tests the software device itself is left out.
-SOFTWARE = ["softmetal", "test_metal_driver.py", "test_metal_target.py", "test_metal_traffic.py",
-            "test_metal_validation.py"]  # fmt: skip
+SOFTWARE = ["softmetal", "runtime/test_metal_driver.py", "compiler/test_metal_target.py",
+            "models/test_metal_traffic.py", "compiler/test_metal_validation.py"]  # fmt: skip
 MISSING = pytest.StashKey[str]()  # why the device is not there; all tests are skipped then
 collect_ignore = SOFTWARE if sys.platform == "darwin" else []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cuda_driver import use_fake
+from fake_cuda import use_fake
 
 import nitinol
 from nitinol.runtime import cuda_transfer, open_device

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nitinol.commands.trace import Limits, Phase, Row, shorten
+from nitinol.commands.rows import Limits, Phase, Row, shorten
 from nitinol.models.memory import gigabytes
 
 WIDTH, MARGIN, BAR, STEP = 960, 40, 24, 42

@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import json
-import linecache
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nitinol.commands.output import Progress, print_json, print_table
+from nitinol.commands.rows import Limits, Phase, rows_of, shorten
 from nitinol.commands.run import Settings
-from nitinol.generate.profile import Run, profile
+from nitinol.commands.svg import draw
+from nitinol.generate.profile import profile
 from nitinol.models.memory import gigabytes
 from nitinol.runtime.bandwidth import measure_read_bandwidth
 from nitinol.runtime.peak import measure_peak_rates
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the device was measured to do: bytes read a second, operations a second on float32 and int8 (10⁹)."""
-
-    bandwidth_gb_s: float
-    float32_gop_s: float
-    int8_gop_s: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel launch. `line` is the model's source line, `operation` its text; times in microseconds, `start_us`
-    from the start of the list; `percent`: of the device's limit, bandwidth or arithmetic, whichever is nearer."""
-
-    line: str
-    operation: str
-    kernel: str
-    grid: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    bytes: int
-    operations: int
-    start_us: float
-    time_us: float
-    gb_s: float
-    gflop_s: float
-    percent: float
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The launches of one command list, and what the device's counters say about running it."""
-
-    name: str
-    tokens: int
-    rows: list[Row]
-    wall_us: float  # from the submission to the end of the wait
-    counters: dict[str, int]  # submits, waits, allocations, dispatches
-
-    @property
-    def bytes(self) -> int:
-        return sum(row.bytes for row in self.rows)
-
-    @property
-    def operations(self) -> int:
-        return sum(row.operations for row in self.rows)
 
 
 def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None, svg: Path | None,
@@ -81,8 +34,6 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
     if chrome is not None:
         chrome.write_text(json.dumps(chrome_trace(phases)))
     if svg is not None:
-        from nitinol.commands.svg import draw
-
         svg.write_text(draw(phases[-1], limits, model.config.name, device.description))
     if as_json:
         print_json({"model": model.config.name, "device": device.name, "description": device.description,
@@ -92,23 +43,6 @@ def trace_model(path: str, prompt: str, settings: Settings, chrome: Path | None,
         return
     for phase in phases:
         print_phase(phase, limits, device.description)
-
-
-def rows_of(run: Run, limits: Limits) -> list[Row]:
-    """A row for each entry of a command list."""
-    start = min((stamp.start for stamp in run.timestamps), default=0)
-    rows = []
-    for record, nbytes, stamp in zip(run.records, run.nbytes, run.timestamps):
-        file, number, _ = record.place
-        seconds = max(stamp.end - stamp.start, 1) / 1e9
-        operations = record.operations or 0
-        gb_s, gop_s = nbytes / seconds / 1e9, operations / seconds / 1e9
-        peak = limits.int8_gop_s if "int8" in record.dtypes else limits.float32_gop_s
-        rows.append(Row(
-            f"{Path(file).name}:{number}", linecache.getline(file, number).strip(), record.name, tuple(record.grid),
-            tuple(record.shapes), tuple(record.dtypes), nbytes, operations, (stamp.start - start) / 1e3,
-            seconds * 1e6, gb_s, gop_s, 100 * max(gb_s / limits.bandwidth_gb_s, gop_s / peak)))
-    return rows
 
 
 def print_phase(phase: Phase, limits: Limits, description: str) -> None:
@@ -133,10 +67,6 @@ def print_phase(phase: Phase, limits: Limits, description: str) -> None:
 
 def shapes(found: Sequence[tuple[int, ...]]) -> str:
     return " ".join("x".join(map(str, shape)) or "1" for shape in found)
-
-
-def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[:width - 1] + "…"
 
 
 def count(number: float) -> str:

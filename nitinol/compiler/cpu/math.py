@@ -4,18 +4,16 @@ LLVM has no vector `exp`: it would call libm once per lane. So every function he
 multiply-adds with an exact argument reduction, the same formula for any lane count. Compensation relies on
 the order of operations: no fast-math flags are set, and a caller must not add `reassoc` to these instructions.
 
-Largest errors found, in units in the last place (tests/test_cpu_math.py samples them again):
+Largest errors found, in units in the last place (tests/compiler/test_cpu_math.py samples them again):
 
 =================  ======  ======  =================================================================
 function           float   double  note
 =================  ======  ======  =================================================================
 exp, exp2          0.92    0.90    subnormal results included; exp2 is exact at integers
-expm1, log1p       1.6     1.8
 log                0.94    1.2     subnormal arguments included
 log2               1.8     1.6     exact at powers of two
 tanh               1.96    1.92
 erf                1.82    1.6
-sigmoid            2.5     1.8     subnormal results included
 sin, cos           1.6     1.5     float: every argument (cos(7.729179e28), the worst: 2.7);
                                    double: up to 2^40; from about 2^50 on only within [-1, 1]
 rsqrt              1.5     1.5     sqrt, then division
@@ -243,18 +241,6 @@ def _expm1_parts(b: Builder, x: Value) -> tuple[Value, Value]:
     return _expm1_of_reduced(b, r), _power_of_two(b, biased, x)
 
 
-def _expm1(b: Builder, x: Value) -> Value:
-    format_ = _format(x)
-    clamped = _at_most(b, _at_least(b, x, -50.0), format_.exp_range[1])
-    r, biased = _reduce_exp(b, clamped, format_.bias - 1)
-    half = _power_of_two(b, biased, x)  # of 2^n, which may be 2^128
-    result = _fma(b, _expm1_of_reduced(b, r), half, b.fsub(half, _constant(x.type, 0.5)))
-    result = b.fadd(result, result)
-    # Halving a subnormal would lose its last bit, and -0 would become 0.
-    tiny = b.fcmp_ordered("<", _call(b, "fabs", x), _constant(x.type, 2.0 ** -(format_.mantissa + 2)))
-    return b.select(tiny, x, result)
-
-
 def _tanh(b: Builder, x: Value) -> Value:
     """(1 - e) / (1 + e) with e = exp(-2 |x|) = 2^n (1 + p): for small x that is -p / (2 + p), without
     cancellation. Both terms come from p directly; the sum (e - 1) + 2 would double a rounding error."""
@@ -273,18 +259,6 @@ def _erf(b: Builder, x: Value) -> Value:
     q = _polynomial(b, t, [-c for c in format_.erf])
     p, scale = _expm1_parts(b, _fma(b, q, t, b.fneg(t)))
     return _call(b, "copysign", _fma(b, p, scale, b.fsub(scale, _constant(x.type, 1.0))), x)
-
-
-def _sigmoid(b: Builder, x: Value) -> Value:
-    """e^min(x, 0) / (1 + e^-|x|). The exponential is kept times 2^64, and so is the 1: then the division
-    itself makes the subnormal results, with one rounding."""
-    format_ = _format(x)
-    one = _constant(x.type, 2.0**64)
-    negative = _at_least(b, b.fneg(_call(b, "fabs", x)), format_.exp_range[0])
-    r, biased = _reduce_exp(b, negative, format_.bias + 64)
-    e = b.fmul(_exp_of_reduced(b, r), _power_of_two(b, biased, x))
-    is_negative = b.icmp_signed("<", _to_bits(b, x), _constant(_bits_type(x), 0))
-    return b.fdiv(b.select(is_negative, e, one), b.fadd(e, one))
 
 
 # --- Logarithms -------------------------------------------------------------------------------------------
@@ -325,34 +299,22 @@ def _log_parts(b: Builder, x: Value) -> tuple[Value, Value]:
     return k, _log_of_reduced(b, b.fsub(m, _constant(x.type, 1.0)))
 
 
-def _log_specials(b: Builder, x: Value, result: Value, pole: float) -> Value:
-    """-inf at the pole, NaN below it, x itself for infinity and NaN."""
-    edge, inf = _constant(x.type, pole), float("inf")
-    outside = b.select(b.fcmp_ordered("==", x, edge), _constant(x.type, -inf), _constant(x.type, float("nan")))
+def _log_specials(b: Builder, x: Value, result: Value) -> Value:
+    """-inf at 0, NaN below it, x itself for infinity and NaN."""
+    zero, inf = _constant(x.type, 0.0), float("inf")
+    outside = b.select(b.fcmp_ordered("==", x, zero), _constant(x.type, -inf), _constant(x.type, float("nan")))
     result = b.select(b.fcmp_ordered("<", x, _constant(x.type, inf)), result, x)
-    return b.select(b.fcmp_ordered("<=", x, edge), outside, result)
+    return b.select(b.fcmp_ordered("<=", x, zero), outside, result)
 
 
 def _log(b: Builder, x: Value) -> Value:
     k, fraction = _log_parts(b, x)
-    return _log_specials(b, x, _fma(b, k, _format(x).ln2[0], fraction), 0.0)
+    return _log_specials(b, x, _fma(b, k, _format(x).ln2[0], fraction))
 
 
 def _log2(b: Builder, x: Value) -> Value:
     k, fraction = _log_parts(b, x)
-    return _log_specials(b, x, _fma(b, fraction, LOG2_E, k), 0.0)
-
-
-def _log1p(b: Builder, x: Value) -> Value:
-    """ln(1 + x) = k ln 2 + ln(1 + f): the rounded 1 + x chooses k, and f = (1 + x) 2^-k - 1 takes x itself."""
-    one = _constant(x.type, 1.0)
-    k, placed = _exponent(b, b.fadd(one, x))
-    # 2^-k by way of 2^(2 - k): for k = bias + 1 it is subnormal.
-    four = _to_bits(b, _constant(x.type, 4.0))
-    scale = b.fmul(b.bitcast(b.sub(four, placed), x.type), _constant(x.type, 0.25))
-    fraction = _log_of_reduced(b, _fma(b, x, scale, b.fsub(scale, one)))
-    result = _log_specials(b, x, _fma(b, k, _format(x).ln2[0], fraction), -1.0)
-    return _call(b, "copysign", result, x)  # for -0
+    return _log_specials(b, x, _fma(b, fraction, LOG2_E, k))
 
 
 # --- Sine and cosine --------------------------------------------------------------------------------------
@@ -410,15 +372,12 @@ def _intrinsic(name: str, *flags: str) -> Callable[..., Value]:
 _FUNCTIONS: dict[str, tuple[int, Callable[..., Value]]] = {
     "exp": (1, _exp),
     "exp2": (1, _exp2),
-    "expm1": (1, _expm1),
     "log": (1, _log),
     "log2": (1, _log2),
-    "log1p": (1, _log1p),
     "sin": (1, partial(_sin_or_cos, 0)),
     "cos": (1, partial(_sin_or_cos, 1)),
     "tanh": (1, _tanh),
     "erf": (1, _erf),
-    "sigmoid": (1, _sigmoid),
     "sqrt": (1, _intrinsic("sqrt")),
     "rsqrt": (1, _rsqrt),
     "floor": (1, _intrinsic("floor")),
@@ -436,7 +395,7 @@ _FUNCTIONS: dict[str, tuple[int, Callable[..., Value]]] = {
 def emit_math(builder: ir.IRBuilder, name: str, args: Sequence[ir.Value]) -> ir.Value:
     """Emit the mathematical function `name` of `args` at the builder's position and return its value.
 
-    name: exp exp2 expm1 log log2 log1p sin cos tanh erf sigmoid sqrt rsqrt floor ceil abs (one argument),
+    name: exp exp2 log log2 sin cos tanh erf sqrt rsqrt floor ceil abs (one argument),
         min max (a NaN beside a number is ignored), min_nan max_nan (a NaN wins), fma (three arguments).
     args: values of one type, float or double or a vector of them with any number of lanes. The result has
         the same type. The target should have fused multiply-add (AVX2 or NEON): without it LLVM calls libm.

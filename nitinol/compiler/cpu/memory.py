@@ -11,6 +11,7 @@ from llvmlite import ir
 from nitinol.compiler.cpu import streaming
 from nitinol.compiler.cpu.arithmetic import I1, I8, I32, I64, llvm_type, mangle, memory_type
 from nitinol.compiler.cpu.lanes import Affine, Lanes, Uniform, Vector
+from nitinol.compiler.cpu.views import linear_index, pieces
 from nitinol.compiler.ir import Op
 from nitinol.language.types import DType, PointerType, float32, int1
 
@@ -25,8 +26,6 @@ def load(g: Generator, op: Op, index: Index, axis: int, width: int) -> Lanes:
     if width > 1 and width > pointer.shape[axis]:  # the run goes on in the next row
         strides = g.plan.strides.of(pointer)
         if len(op.operands) > 1 or not _one_run(strides, pointer.shape, width):
-            from nitinol.compiler.cpu.views import pieces
-
             return pieces(g, op.result, index, width)
         first = g.request(pointer, index, axis, 1)
         address: Lanes = Affine(g.scalar(first, pointer.element), element.nbytes, 1)
@@ -274,13 +273,6 @@ def _opaque(g: Generator, value: ir.Value) -> ir.Value:
 # ------------------------------------------------------------------------------------------------- tiles in scratch
 
 
-def linear_index(g: Generator, shape: tuple[int, ...], index: Index) -> Any:
-    total: Any = 0
-    for extent, position in zip(shape, index):
-        total = g.add(g.mul(total, extent), position)
-    return total
-
-
 def stored_address(g: Generator, stored: Stored, index: Index, axis: int, width: int) -> Lanes:
     size = stored.element.nbytes
     if stored.group > 1:
@@ -325,8 +317,6 @@ def copy_stored(g: Generator, source: Stored, place: Stored) -> None:
 def gather(g: Generator, op: Op, index: Index, axis: int, width: int) -> Lanes:
     """Elements of a stored tile at positions that another tile holds, along one axis."""
     if width > op.result.shape[axis]:  # the run goes on in the next row
-        from nitinol.compiler.cpu.views import pieces
-
         return pieces(g, op.result, index, width)
     source, positions = op.operands
     stored = g.tiles[source]

@@ -10,12 +10,19 @@ from llvmlite import ir
 from nitinol.compiler.analysis import axis_groups
 from nitinol.compiler.cpu.arithmetic import I32, I64, llvm_type
 from nitinol.compiler.cpu.lanes import Lanes, Uniform, Vector
-from nitinol.compiler.cpu.memory import linear_index
 from nitinol.compiler.ir import Op, Value
 from nitinol.language.types import DType, PointerType
 
 if TYPE_CHECKING:
     from nitinol.compiler.cpu.generator import Generator, Index
+
+
+def linear_index(g: Generator, shape: tuple[int, ...], index: Index) -> Any:
+    """The number of an element in row-major order."""
+    total: Any = 0
+    for extent, position in zip(shape, index):
+        total = g.add(g.mul(total, extent), position)
+    return total
 
 
 def request(g: Generator, op: Op, value: Value, index: Index, axis: int, width: int) -> Lanes:

@@ -89,10 +89,6 @@ def dot(e: Emitter, op: Op) -> None:
     layouts = e.assignment.fragments[op]
     if layouts is None:
         return outer.outer_products(e, op) if op.attributes.get("outer") else by_elements(e, op)
-    if e.dialect.ASYNCHRONOUS and len(op.result.shape) == 2:
-        from nitinol.compiler.gpu import mma
-
-        return mma.product(e, op)
     instruction: Instruction = e.dialect.matrix_instruction(op)
     parts = (instruction.a, instruction.b, instruction.c)
     name = op.result.name or "product"

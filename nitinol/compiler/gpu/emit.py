@@ -254,6 +254,12 @@ class SharedPointer(Statement):
         self.lines = [self.dialect.shared_pointer(self.element, self.name, self.piece.offset)]
 
 
+def _dot(e: Emitter, op: Op) -> None:
+    """A product goes through mma.sync where the dialect has it and fragments were chosen; batches do not."""
+    by_mma = e.dialect.ASYNCHRONOUS and e.assignment.fragments[op] is not None and len(op.result.shape) == 2
+    (mma.product if by_mma else dot.dot)(e, op)
+
+
 HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "arange": views.arange,
     "load": memory.load,
@@ -263,7 +269,7 @@ HANDLERS: dict[str, Callable[[Emitter, Op], None]] = {
     "reduce": reduction.reduce,
     "scan": reduction.scan,
     "gather": convert.gather,
-    "dot": dot.dot,
+    "dot": _dot,
     "for": control.for_loop,
     "while": control.while_loop,
     "if": control.branch,

@@ -117,14 +117,6 @@ class Layout:
                     seen.append(column)
         return masks[0], masks[1]
 
-    def same_threads(self, other: Layout) -> bool:
-        """Whether corresponding elements are in the same threads, whatever the order of registers."""
-        return (
-            self.lanes == other.lanes
-            and self.warps == other.warps
-            and all(solve(self.registers, column) is not None for column in other.registers)
-        )
-
 
 def independent(columns: Sequence[int]) -> Map:
     """The columns that are not combinations of earlier ones."""

@@ -51,7 +51,7 @@ class Access:
 
 @dataclass
 class Statement:
-    """Lines of text. With `count`, they stand in a loop over registers r = 0, step, ... below count."""
+    """Lines of text, and what they touch."""
 
     lines: list[str]
     line: int | None = None

@@ -495,7 +495,7 @@ def test_random_models(tmp_path, monkeypatch, arch, format):
     import runpy
     from pathlib import Path
 
-    tool = Path(__file__).parent.parent / "tools" / "make_random_model.py"
+    tool = Path(__file__).parents[2] / "tools" / "make_random_model.py"
     for name in ("a", "b"):
         argv = [str(tool), "--arch", arch, "--format", format, "--layers", "1", "--seed", "5", str(tmp_path / name)]
         monkeypatch.setattr("sys.argv", argv)

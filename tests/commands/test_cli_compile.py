@@ -115,7 +115,7 @@ def test_a_file_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_pointers_of_the_library_are_recognised() -> None:
-    folder = Path(__file__).parents[1] / "nitinol" / "ops"
+    folder = Path(__file__).parents[2] / "nitinol" / "ops"
     for place, others in (
         ("matmul_kernels.py:quantized_matmul_kernel", {"tokens", "rows", "columns", "row_bytes"}),
         ("attention.py:decode_attention_kernel", {"context", "scale"}),

@@ -13,7 +13,7 @@ from nitinol.formats.blocks import FORMATS
 from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.formats.quantization import dequantize
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import make_random_model as random_model
 
 NAMES = {

@@ -17,6 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+
+from nitinol import runtime
+from nitinol.runtime import cuda, cuda_driver
 
 
 class CUresult(enum.IntEnum):
@@ -306,3 +310,28 @@ class Missing:
             raise RuntimeError(f"{name} was not found")
 
         return function
+
+
+def open_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = None) -> tuple[cuda.CudaDevice, Any]:
+    driver = driver or Driver()
+    for module in (cuda, cuda_driver):
+        monkeypatch.setattr(module, "bindings", lambda: (driver, nvrtc or Nvrtc()))
+    monkeypatch.setattr(cuda, "compile_cubin", lambda name, *_: name.encode())
+    return cuda.CudaDevice(), driver
+
+
+def use_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = None) -> Any:
+    """From now on "cuda" is the stand-in, as `open_device` sees it."""
+    opened: list[cuda.CudaDevice] = []
+    real = runtime._opened
+
+    def open_device(name: str) -> Any:
+        if name != "cuda":
+            return real(name)
+        if not opened:
+            opened.append(open_fake(monkeypatch, driver, nvrtc)[0])
+        return opened[0]
+
+    driver = driver or Driver()
+    monkeypatch.setattr(runtime, "_opened", open_device)
+    return driver

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Library
 from nitinol.formats.gguf import FormatError
 from nitinol.generate.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CORPUS = [path.read_text() for path in [ROOT / "LICENSE", *sorted((ROOT / "nitinol/generate").glob("*.py"))]]
 CORPUS += ["Straße, naïve café; 你好，世界！ 12345 67 890 👍🏽 we'll DON'T I'M\r\n\r\n\tx  =  y   \n"] * 3
 

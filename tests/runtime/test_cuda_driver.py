@@ -19,6 +19,7 @@ from typing import Any
 import fake_cuda
 import numpy as np
 import pytest
+from fake_cuda import open_fake, use_fake
 from model_files import random_file
 
 from nitinol import runtime
@@ -32,7 +33,7 @@ from nitinol.formats.gguf_writer import TensorSource, write_gguf
 from nitinol.generate.model import load
 from nitinol.generate.options import Options
 from nitinol.language.types import float32, int32
-from nitinol.runtime import cuda, cuda_driver, cuda_transfer
+from nitinol.runtime import cuda_driver, cuda_transfer
 from nitinol.runtime.cuda import CudaDevice
 from nitinol.runtime.device import DeviceError, slot
 
@@ -67,31 +68,6 @@ def executable(name: str, source: str, pointers: tuple[int, ...] = (), scalars: 
 
 def adding() -> Executable:
     return executable("add", ADD, (0, 1), ((2, float32), (3, int32)))
-
-
-def open_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = None) -> tuple[CudaDevice, Any]:
-    driver = driver or fake_cuda.Driver()
-    for module in (cuda, cuda_driver):
-        monkeypatch.setattr(module, "bindings", lambda: (driver, nvrtc or fake_cuda.Nvrtc()))
-    monkeypatch.setattr(cuda, "compile_cubin", lambda name, *_: name.encode())
-    return CudaDevice(), driver
-
-
-def use_fake(monkeypatch: pytest.MonkeyPatch, driver: Any = None, nvrtc: Any = None) -> Any:
-    """From now on "cuda" is the stand-in, as `open_device` sees it."""
-    opened: list[CudaDevice] = []
-    real = runtime._opened
-
-    def open_device(name: str) -> Any:
-        if name != "cuda":
-            return real(name)
-        if not opened:
-            opened.append(open_fake(monkeypatch, driver, nvrtc)[0])
-        return opened[0]
-
-    driver = driver or fake_cuda.Driver()
-    monkeypatch.setattr(runtime, "_opened", open_device)
-    return driver
 
 
 # ------------------------------------------------------------------------------------------------- what may be missing
@@ -905,7 +881,7 @@ def test_a_fault_ends_the_command(monkeypatch: Any, capsys: Any, path: str) -> N
 
 def test_the_suite_is_skipped_with_the_reason_where_there_is_no_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-n0", "--device", "cuda", f"{__file__}::test_architecture"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout
     assert done.stdout.count("no test has run") == 1
@@ -1041,7 +1017,7 @@ def test_gpu_command_line(gpu: CudaDevice, capsys: Any) -> None:
 def test_gpu_fault(gpu: CudaDevice, blocking: str) -> None:
     program = f"""
         import sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.path.dirname(fake_cuda.__file__)!r}]
         from test_cuda_driver import ADD, WILD, CudaDevice, DeviceError, adding, executable, slot
         device = CudaDevice()
         buffer = device.allocate(64)

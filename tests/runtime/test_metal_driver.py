@@ -650,7 +650,7 @@ def test_close_waits_for_work_in_flight():
 def script(text: str, **environment: str) -> subprocess.Popen[str]:
     head = "import numpy as np\nfrom nitinol.runtime.metal import MetalDevice\nfrom nitinol.runtime.device import *\n"
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(text)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, **environment}, cwd=Path(__file__).parents[1])
+                            stderr=subprocess.PIPE, env={**os.environ, **environment}, cwd=Path(__file__).parents[2])
 
 
 def test_exit_with_work_in_flight_and_a_forked_child():
