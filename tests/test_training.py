@@ -57,23 +57,18 @@ def angles() -> tuple[np.ndarray, np.ndarray]:
 
 
 def rope(x):
-    """x [BATCH, HEADS, LENGTH, head]: halves of a head turned against each other (Su et al., 2021)."""
-    cosine, sine = (na.array(a) for a in angles())
-    left, right = na.split(x, 2, axis=-1)
-    return na.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1)
+    """x [BATCH, HEADS, LENGTH, head]."""
+    return na.rope(x.swapaxes(1, 2), na.rope_frequencies(WIDTH // HEADS)).swapaxes(1, 2)
 
 
 def attention(q, k, v):
-    """Causal; all [BATCH, HEADS, LENGTH, head]."""
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
-    later = na.triu(na.ones((LENGTH, LENGTH)), 1) > 0
-    return na.softmax(na.where(later, -1e30, scores)) @ v
+    """All [BATCH, HEADS, LENGTH, head]."""
+    return na.attention(q, k, v, causal=True)
 
 
 def cross_entropy(logits, targets):
-    """The mean over tokens [N] of -log softmax(logits [N, VOCABULARY]) at the target."""
-    hit = na.arange(VOCABULARY) == targets.reshape(-1, 1)
-    return -na.where(hit, na.log_softmax(logits), 0.0).sum() / targets.size
+    """The mean over tokens."""
+    return na.cross_entropy(logits, targets.reshape(-1))
 
 
 def heads(x):
@@ -81,7 +76,7 @@ def heads(x):
 
 
 def loss_of(parameters, tokens, targets):
-    x = na.take(parameters["embedding"], tokens.reshape(-1))
+    x = na.embedding(parameters["embedding"], tokens.reshape(-1))
     for layer in parameters["layers"]:
         n = na.rms_norm(x, layer["attention_norm"], EPSILON)
         q, k, v = (heads(na.linear(n, layer[name])) for name in "qkv")
