@@ -3,7 +3,9 @@ kernels; 10^5 operations in all."""
 
 from __future__ import annotations
 
+import os
 import queue
+import subprocess
 import sys
 import threading
 import time
@@ -231,3 +233,41 @@ def test_kernels_of_all_threads() -> None:
         assert np.array_equal(mine.numpy(), expected)
 
     in_threads(work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_fork_beside_busy_threads_can_compute() -> None:
+    """The locks of evaluation and of compiled functions may be held by threads that the child does not have."""
+    script = """
+import os, threading, numpy as np, nitinol
+x = nitinol.array(np.arange(1000, dtype=np.float32))
+double = nitinol.compile(lambda x: x * 2)
+double(x)
+stop = False
+
+def work():
+    while not stop:
+        (x + 1).evaluate()
+        double(x)
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+bad = 0
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        try:
+            right = (x * 3 + 1).numpy()[7] == 22 and double(x).numpy()[5] == 10
+        except BaseException as error:
+            print(repr(error), flush=True)
+            right = False
+        os._exit(0 if right else 1)
+    bad += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+stop = True
+for thread in threads:
+    thread.join()
+print("bad", bad)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "bad 0\n", done.stdout + done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -21,6 +22,17 @@ MOST_PLANS = 1 << 12  # structures that are remembered
 _plans: dict[Any, Plan] = {}
 # Whoever evaluates looks at calls, runs them and notes it: one thread at a time, or an update could run twice.
 _lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """In a forked child: whoever held the lock is not here, and what it ran has not happened here."""
+    global _lock
+    _lock = threading.RLock()
+    _runs.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def evaluate(*arrays: Array) -> None:

@@ -66,7 +66,9 @@ def map_memory(nbytes: int) -> np.ndarray:
         raise DeviceError(f"{nbytes / 1e6:.0f} MB are needed, but only {available / 1e6:.0f} MB of memory are "
                           "available; use a smaller model, context or batch, or close other programs")
     try:
-        mapping = mmap.mmap(-1, nbytes)
+        # Private: Python's default would share it with forked children, who would write into each other's arrays.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        mapping = mmap.mmap(-1, nbytes, **private)
     except (OSError, OverflowError) as error:
         raise DeviceError(f"the operating system refused {nbytes / 1e6:.0f} MB of memory ({error})") from None
     if nbytes >= 2 * HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):

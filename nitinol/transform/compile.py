@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -38,6 +39,19 @@ SPARE = 2  # sets of output buffers that are kept: in `y = step(x)` the last y i
 MOST_TRACES = 256  # the oldest goes then: a constant argument that always changes must not fill the memory
 
 
+_all: weakref.WeakSet[Compiled] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked child: whoever held a function's lock is not here."""
+    for compiled in list(_all):
+        compiled._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Compiled:
     """A function of arrays that runs as one command list: one submission, one wait, no allocation.
 
@@ -58,6 +72,7 @@ class Compiled:
         self._traces: dict[Any, list[_Trace]] = {}
         self._latest: _Trace | None = None
         self._lock = threading.RLock()
+        _all.add(self)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if state.recorders:  # somebody else traces it, or takes its gradient: then its calls are a part of that
