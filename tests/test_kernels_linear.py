@@ -114,6 +114,7 @@ MATMUL_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(("engine", "format", "rows", "columns", "tokens"), MATMUL_CASES)
 def test_quantized_matmul(rng, engine, format, rows, columns, tokens):
     x = rng.normal(size=(tokens, columns)).astype(np.float32)

@@ -155,6 +155,7 @@ def packed(rng, lengths, *sizes):
     return each, [na.array(x) for x in inputs], na.array(np.concatenate([x[5] for x in each])), na.array(starts)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", [[7], [1, 64, 3, 33], [16, 16, 47, 1, 1]])
 def test_sequences_of_different_lengths(rng, device_name, lengths):
     each, arrays, initial, starts = packed(rng, lengths, 1, 2, 12, 20)

@@ -139,6 +139,7 @@ def test_engines(rng, engine, parts, monkeypatch):
         compare(found, expected_of(values, **options), "float32", str(options))
 
 
+@pytest.mark.sampled(1)
 def test_any_lengths_and_windows(rng, target, device_name):
     """Which blocks are skipped, which go under masks and which without: lengths and windows about the block sizes."""
     for _ in range(40 if device_name == "cpu" else 4):
@@ -150,6 +151,7 @@ def test_any_lengths_and_windows(rng, target, device_name):
         compare(both_passes(target, arrays, **options), expected_of(values, **options), "float32", told)
 
 
+@pytest.mark.sampled(2)
 def test_packed_sequences(rng, target):
     """Lengths of none, one and several blocks, more sequences than are searched at once, T and S apart."""
     causal = bool(rng.integers(2))

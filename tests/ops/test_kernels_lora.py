@@ -81,6 +81,7 @@ def test_weights_of_every_format(rng, device_name, format):
               normal(rng, rows, rank), 0.5, gain, None, normal(rng, tokens, rows))  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("format", ["same", "Q4_0"])
 def test_half_types(rng, device_name, dtype, format):
