@@ -121,6 +121,10 @@ def reduce(operation: Operation, x: Any, axis: Axis, keepdims: bool, dtype: DTyp
     x = as_array(x)
     if x.is_quantized:
         raise TypeError(f"{operation.name} of an array that is stored as {x.dtype}; use nitinol.dequantize(x) first")
+    if operation in (ANY, ALL):
+        x = x.astype(int1)
+    elif operation in (SUM, PROD) and not x.dtype.is_float:
+        x = x.astype(_sum_dtype(x))
     axes = _axes(x, axis, operation.name)
     kept = tuple([n for a, n in enumerate(x.shape) if a not in axes])
     count = math.prod(x.shape[a] for a in axes)
@@ -167,15 +171,13 @@ def _sum_dtype(x: Array) -> DType:
 @method
 def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Array:
     """The sum over axes (None: all). Integers and booleans sum as int64 or uint64."""
-    x = as_array(x)
-    return reduce(SUM, x if x.dtype.is_float else x.astype(_sum_dtype(x)), axis, keepdims)
+    return reduce(SUM, x, axis, keepdims)
 
 
 @method
 def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Array:
     """The product over axes (None: all). Integers and booleans multiply as int64 or uint64."""
-    x = as_array(x)
-    return reduce(PROD, x if x.dtype.is_float else x.astype(_sum_dtype(x)), axis, keepdims)
+    return reduce(PROD, x, axis, keepdims)
 
 
 @method
@@ -193,13 +195,13 @@ def min(x: Any, axis: Axis = None, keepdims: bool = False) -> Array:
 @method
 def any(x: Any, axis: Axis = None, keepdims: bool = False) -> Array:
     """Whether one element over axes (None: all) is not 0."""
-    return reduce(ANY, as_array(x).astype(int1), axis, keepdims)
+    return reduce(ANY, x, axis, keepdims)
 
 
 @method
 def all(x: Any, axis: Axis = None, keepdims: bool = False) -> Array:
     """Whether every element over axes (None: all) is not 0."""
-    return reduce(ALL, as_array(x).astype(int1), axis, keepdims)
+    return reduce(ALL, x, axis, keepdims)
 
 
 @method
