@@ -18,7 +18,7 @@ from nitinol.graph.schedule import is_map, needed
 from nitinol.runtime import get_device
 from nitinol.runtime.device import Buffer, DeviceError
 
-MOST_PLANS = 1 << 12  # structures that are remembered
+MOST_PLANS, MOST_STEPS = 1 << 12, 1 << 15  # structures that are remembered, and launches in all of them: some 4 KB each
 _plans: dict[Any, Plan] = {}
 # Whoever evaluates looks at calls, runs them and notes it: one thread at a time, or an update could run twice.
 _lock = threading.RLock()
@@ -92,7 +92,7 @@ def _evaluate(values: list[Value], calls: Sequence[Call], before: int) -> None:
     plan = _plans.get(key)
     if plan is None:
         plan = make_plan(run, outside, facts, targets, lasting, device.target)
-        if len(_plans) >= MOST_PLANS:
+        if len(_plans) >= MOST_PLANS or sum([len(p.steps) for p in _plans.values()]) >= MOST_STEPS:
             _plans.clear()
         _plans[key] = plan
     program = plan.idle.pop() if plan.idle else None
