@@ -239,7 +239,7 @@ def test_decode_attention(rng):
           totals=None, **common, **{**constants, "SPLITS": 1})  # fmt: skip
     part, tops, totals = poisoned((heads, splits, head_dim)), poisoned((heads, splits)), poisoned((heads, splits))
     softmetal.set_seed(1)
-    attention.decode_attention_kernel[kv_heads, splits](
+    jit(attention.decode_attention_kernel)[kv_heads, splits](
         out=None, part=part, tops=tops, totals=totals, **common, **{**constants, "SPLITS": splits})  # fmt: skip
     check(attention.combine_kernel, (heads, 2), {"out": expected}, CLOSE * 2, part=part, tops=tops, totals=totals,
           SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=32)  # fmt: skip

@@ -364,3 +364,22 @@ def test_cross_entropy(run, rng):
     d = logits.astype(np.float64)
     expected = np.log(np.exp(d).sum(1)) - d[np.arange(rows), np.maximum(labels, 0)]
     np.testing.assert_allclose(loss, np.where(labels >= 0, expected, 0), rtol=1e-5, atol=1e-5)
+
+
+@jit
+def places_kernel(out, x, n, rows: tl.constexpr, columns: tl.constexpr):
+    row = tl.arange(0, rows)
+    inside = tl.minimum(row, n)
+    values = tl.load(x + inside[:, None] * columns + tl.arange(0, columns)[None, :])
+    tl.store(out + row, tl.sum(values, axis=1) + tl.abs(row) + tl.maximum(n, row))
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 32])
+@pytest.mark.parametrize("warps", [1, 4, 8])
+def test_a_place_that_is_a_threads_own_number_is_an_int32_like_any_other(rows, warps):
+    """Metal's thread numbers are 16 bits wide: `min(lane, n)` of one and an int names no function."""
+    x, out = np.random.default_rng().normal(size=(rows, 128)).astype(np.float32), np.full(rows, np.nan, np.float32)
+    places_kernel[1,](out, x, 3, rows=rows, columns=128, num_warps=warps)
+    row = np.arange(rows)
+    expected = x[np.minimum(row, 3)].sum(axis=1, dtype=np.float64) + row + np.maximum(row, 3)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)

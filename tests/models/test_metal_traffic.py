@@ -7,8 +7,6 @@ what programs share, such as the activations of a matrix-vector product, counts 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from software_metal import Library
@@ -27,9 +25,7 @@ from nitinol.runtime.kernel import jit
 
 
 @pytest.fixture(autouse=True)
-def on_metal(monkeypatch):
-    for module in (linear, attention):
-        monkeypatch.setattr(module, "get_device", lambda: SimpleNamespace(name="metal", target="metal"))
+def counting():
     softmetal.set_counting(True)
     yield
     softmetal.set_counting(False)
@@ -69,7 +65,7 @@ def product(format, rows, columns, block_rows=0):
         inputs = {"x": given.values, "x_scales": given.scales, "x_sums": given.sums}
         minimum = format in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # needs the activations' sums
         used = list(given if minimum else given[:2])
-    chosen, run, warps = linear.matvec_blocks(format, columns)
+    chosen, run, warps = linear.matvec_blocks("metal", format, columns)
     block_rows = block_rows or chosen
     out = np.full((1, rows), np.nan, np.float32)
     programs = -(-rows // block_rows)
@@ -115,7 +111,7 @@ def test_decode_attention_loads_keys_and_values_once_for_all_heads_that_share_th
     heads = kv_heads * group
     q = rng.normal(size=(1, heads * head_dim)).astype(np.float32)
     k, v = rng.normal(size=(2, kv_heads, context, head_dim)).astype(dtype)
-    constants = attention.decode_constants(group, head_dim, kv_heads) | {"SPLITS": 2}
+    constants = attention.decode_constants(group, head_dim, kv_heads, "metal") | {"SPLITS": 2}
     loads = []
     for length in (192, 512):
         part = np.zeros((heads, 2, head_dim), np.float32)

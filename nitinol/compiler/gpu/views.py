@@ -60,8 +60,11 @@ def numbered(layout: Layout, start: int) -> Form:
 
     def text(index: Index) -> str:
         place = place_of(layout, index)
+        if place.isidentifier():  # Metal's lane and warp are ushort: alone they would choose another overload
+            place = f"int({place})"
         if not start:
             return place
-        return f"{start} + {place if place.isidentifier() or place.isdigit() else f'({place})'}"
+        return f"{start} + {place if place.isdigit() or place.startswith('int(') else f'({place})'}"
 
-    return Form(text, lambda i: set(), not start and not layout.registers and text(fixed(0)).isalnum())
+    alone = not start and not layout.registers and place_of(layout, fixed(0)).isalnum()
+    return Form(text, lambda i: set(), alone)
