@@ -55,6 +55,15 @@ def test_training_kernels_agree_and_are_timed(tmp_path: Path) -> None:
         assert result["name"] in text and {"fused", "torch"} <= set(result["median_s"])
 
 
+@pytest.mark.slow
+def test_the_sampler_draws_what_pytorch_keeps_and_is_timed(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    text, document = results(tmp_path, "sampling.py", "--quick", "--rounds", "2", "--threads", "1")
+    assert len(document["results"]) == 3
+    for result in document["results"]:
+        assert result["name"] in text and set(result["median_s"]) == {"nitinol", "torch"}
+
+
 def test_a_wrong_kernel_is_not_timed() -> None:
     torch = pytest.importorskip("torch")
     import numpy as np
