@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,13 @@ from llvmlite import ir
 I1, I32, I64, VOID = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.VoidType()
 Value = Any  # ir.Value; llvmlite has no stubs
 PREFIX = "nitinol_"  # of our functions' symbols; `wait` and `stop` could be the C library's
+
+if hasattr(os, "register_at_fork"):
+    # LLVM is used by one thread at a time, under llvmlite's lock. A child forked in the middle of another thread's use
+    # would wait for that lock for ever, and find LLVM's own data half changed: so forking waits for the use to end.
+    _llvm_in_use = llvm.ffi.lib._lock
+    os.register_at_fork(before=_llvm_in_use.__enter__, after_in_parent=_llvm_in_use.__exit__,
+                        after_in_child=_llvm_in_use.__exit__)  # fmt: skip
 
 
 def constant(value: int) -> Value:

@@ -71,7 +71,8 @@ class Program:
         elif kind == 3:
             self.computed(nn.maximum(x, y), np.maximum(a, b))
         elif kind == 4:
-            self.computed(nn.where(x > y, x, 0.25), np.where(a > b, a, np.float32(0.25)))
+            # Where x and y are equal but for their rounding, both choices are.
+            self.computed(nn.where(x > y, x - y, 0.0), np.where(a > b, a - b, np.float32(0)))
         else:
             self.computed(x * 2.0 - 1, a * np.float32(2) - np.float32(1))
 
