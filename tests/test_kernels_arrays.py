@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from stored_weights import weights_of
 
 import nitinol as na
 from nitinol.formats.blocks import FORMATS
-from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import activations, attention, linear, norm, quantized, rope, rope_and_cache, sampling
-from nitinol.ops.quantized import stored_array
 from nitinol.ops.rope_and_cache import rope_reference
 
 
@@ -20,13 +19,6 @@ def rng():
 
 def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
-
-
-def weights_of(values, format):
-    """An Array and the float32 values that it stands for."""
-    data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    buffer = na.get_device().wrap(data)
-    return stored_array(buffer, format, values.shape), dequantize(data, format, values.shape)
 
 
 def test_norms(rng):

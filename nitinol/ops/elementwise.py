@@ -283,19 +283,25 @@ def where(condition: Any, x: Any, y: Any) -> Array:
     return WHERE(condition, x, y)
 
 
+def _of_two(operation: Operation, name: str, doc: str) -> Callable[[Any, Any], Array]:
+    """The public function of an operation of two operands."""
+
+    def function(x: Any, y: Any) -> Array:
+        return operation(x, y)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc
+    function.operation = operation  # type: ignore[attr-defined]
+    return function
+
+
 def _comparison(kind: str, name: str, symbol: str) -> Callable[[Any, Any], Array]:
     def compared(x: tensor, y: tensor) -> tensor:
         return semantic.compare(kind, x, y)
 
     operation = Operation(kind, tile=compared, reference=getattr(np, name), vjp=constant_pieces, symbol=symbol)
 
-    def compare(x: Any, y: Any) -> Array:
-        return operation(x, y)
-
-    compare.__name__ = compare.__qualname__ = name
-    compare.__doc__ = f"x {symbol} y as booleans."
-    compare.operation = operation  # type: ignore[attr-defined]
-    return compare
+    return _of_two(operation, name, f"x {symbol} y as booleans.")
 
 
 equal, not_equal = _comparison("eq", "equal", "=="), _comparison("ne", "not_equal", "!=")
@@ -309,13 +315,7 @@ def _bitwise(kind: str, name: str, symbol: str) -> Callable[[Any, Any], Array]:
 
     operation = Operation(name, tile=combined, reference=getattr(np, name), vjp=constant_pieces, symbol=symbol)
 
-    def function(x: Any, y: Any) -> Array:
-        return operation(x, y)
-
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"x {symbol} y; integers and booleans."
-    function.operation = operation  # type: ignore[attr-defined]
-    return function
+    return _of_two(operation, name, f"x {symbol} y; integers and booleans.")
 
 
 bitwise_and, bitwise_or = _bitwise("and", "bitwise_and", "&"), _bitwise("or", "bitwise_or", "|")

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
 from kernel_runner import BFloat16, poisoned
+from validated_metal import validated_metal
 
-import nitinol
 import nitinol as na
 import nitinol.language as tl
 import softmetal
@@ -32,7 +32,6 @@ from nitinol.ops import (
 )
 from nitinol.runtime.device import DeviceError
 from nitinol.runtime.kernel import jit
-from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 6)
 BLOCK_FORMATS = [name for name, format in FORMATS.items() if format.values > 1]
@@ -47,15 +46,8 @@ def rng():
 
 @pytest.fixture(autouse=True)
 def device():
-    """A device of its own: new buffers have exactly the arrays' lengths, so that bounds are exact."""
-    before, opened = nitinol.get_device(), MetalDevice()
-    nitinol.set_device(opened)
-    softmetal.set_validation(True)
-    yield opened
-    softmetal.set_validation(False)
-    softmetal.set_seed(0)
-    nitinol.set_device(before)
-    opened.close()
+    with validated_metal() as opened:
+        yield opened
 
 
 def check(kernel, grid, expected, tolerance=CLOSE, **arguments):

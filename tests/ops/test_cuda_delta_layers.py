@@ -19,11 +19,6 @@ CLOSE = 5e-6  # fp32 sums of some hundred products, in another order
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
-@pytest.fixture
 def gpu(monkeypatch):
     device = open_gpu(monkeypatch, Gpu())
     yield device

@@ -5,17 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from software_cuda import Gpu, open_gpu
+from stored_weights import weights_of
 
 import nitinol as na
-from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import adamw, experts, lora, lora_gradients, routing
-from nitinol.ops.quantized import stored_array
 from nitinol.runtime import using_device
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +22,6 @@ def gpu(monkeypatch):
 
 def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
-
-
-def weights_of(values, format):
-    """An Array and the float32 values that it stands for."""
-    data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def close(found, expected, tolerance=1e-5):

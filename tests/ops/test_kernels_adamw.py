@@ -13,11 +13,6 @@ from nitinol.language.jit import jit
 from nitinol.ops import adamw, dynamic_bytes
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @jit
 def bytes_kernel(values, codes, scales, out, back, GROUPS: tl.constexpr, SIGNED: tl.constexpr):
     """Values to bytes, and those bytes back."""

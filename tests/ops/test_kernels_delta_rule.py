@@ -23,11 +23,6 @@ NAMES = ("q", "k", "v", "g", "beta", "initial")
 CLOSE = 5e-6
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def problem(rng, batch, tokens, heads, v_heads, dim_k, dim_v, decay=0.3):
     """q, k, v, g, beta and the initial state; keys of length 1 without normalisation."""
     q, k = rng.normal(size=(2, batch, tokens, heads, dim_k))

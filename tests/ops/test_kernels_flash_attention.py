@@ -19,11 +19,6 @@ EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # hal
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.fixture(params=["cpu", "metal", "cuda"])
 def target(request, device_name):
     """The blocks of each target: the CPU runs those of all."""

@@ -19,11 +19,6 @@ CLOSE = {"rtol": 2e-6, "atol": 5e-6}  # an fp32 sum of a row's squares, rsqrt, e
 SHAPES = [(1, 1), (3, 5, 7), (2, 9, 128), (5, 100), (3, 1500)]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def problem(rng, *shape):
     return [rng.normal(size=size).astype(np.float32) for size in (shape, shape, shape[-1:])]
 

@@ -6,28 +6,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_runner import ENGINES, padded, poisoned, run
+from stored_weights import weights_of
 
 import nitinol as na
 from nitinol.formats.blocks import FORMATS
-from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import lora, lora_gradients
 from nitinol.ops.activations import quantize_activations_reference
-from nitinol.ops.quantized import stored_array
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
 
 
 def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
-
-
-def weights_of(values, format):
-    """An Array and the float32 values that it stands for."""
-    data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def close(found, expected, tolerance=5e-6):

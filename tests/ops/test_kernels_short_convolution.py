@@ -25,11 +25,6 @@ CLOSE = {"rtol": 2e-6, "atol": 2e-6}  # five fp32 products of size 1 and SiLU
 SUMS = {"rtol": 1e-5, "atol": 1e-5}  # over some hundred tokens
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def problem(rng, batch, tokens, channels, width):
     """x, weight, bias, state."""
     shapes = (batch, tokens, channels), (channels, width), (channels,), (batch, width - 1, channels)

@@ -12,7 +12,8 @@ if sys.platform == "darwin":
     pytest.skip("about the software Metal device; `import Metal` is the real one here", allow_module_level=True)
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
-import nitinol
+from validated_metal import validated_metal
+
 import nitinol as na
 import softmetal
 from nitinol.ops.delta_rule import delta_rule_forward, delta_rule_recurrent, delta_rule_reference
@@ -24,28 +25,15 @@ from nitinol.ops.short_convolution import (
     short_convolution_step,
 )
 from nitinol.ops.short_convolution_backward import short_convolution_backward
-from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 4)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32 sums of up to some hundred products, in any order
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.fixture(autouse=True)
 def device():
-    """A device of its own: new buffers have exactly the arrays' lengths, so that bounds are exact."""
-    before, opened = nitinol.get_device(), MetalDevice()
-    nitinol.set_device(opened)
-    softmetal.set_validation(True)
-    yield opened
-    softmetal.set_validation(False)
-    softmetal.set_seed(0)
-    nitinol.set_device(before)
-    opened.close()
+    with validated_metal() as opened:
+        yield opened
 
 
 def under_all_seeds(function):

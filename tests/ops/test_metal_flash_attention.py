@@ -8,27 +8,20 @@ import pytest
 
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
-import nitinol
+from validated_metal import validated_metal
+
 import nitinol as na
 import softmetal
 from nitinol.ops import flash_attention as flash
 from nitinol.ops.attention_reference import attention_gradients_reference, attention_reference
-from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 4)
 
 
 @pytest.fixture(autouse=True)
 def device():
-    """A device of its own: new buffers have exactly the arrays' lengths, so that bounds are exact."""
-    before, opened = nitinol.get_device(), MetalDevice()
-    nitinol.set_device(opened)
-    softmetal.set_validation(True)
-    yield opened
-    softmetal.set_validation(False)
-    softmetal.set_seed(0)
-    nitinol.set_device(before)
-    opened.close()
+    with validated_metal() as opened:
+        yield opened
 
 
 CASES = {

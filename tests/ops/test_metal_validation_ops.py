@@ -8,43 +8,24 @@ import pytest
 
 pytest.importorskip("ziglang", reason="softmetal needs clang: pip install ziglang")
 
-import nitinol
+from stored_weights import weights_of
+from validated_metal import validated_metal
+
 import nitinol as na
 import softmetal
-from nitinol.formats.quantization import dequantize, quantize
 from nitinol.ops import adamw, experts, lora, lora_gradients, routing
-from nitinol.ops.quantized import stored_array
-from nitinol.runtime.metal import MetalDevice
 
 SEEDS = range(1, 4)
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.fixture(autouse=True)
 def device():
-    """A device of its own: new buffers have exactly the arrays' lengths, so that bounds are exact."""
-    before, opened = nitinol.get_device(), MetalDevice()
-    nitinol.set_device(opened)
-    softmetal.set_validation(True)
-    yield opened
-    softmetal.set_validation(False)
-    softmetal.set_seed(0)
-    nitinol.set_device(before)
-    opened.close()
+    with validated_metal() as opened:
+        yield opened
 
 
 def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
-
-
-def weights_of(values, format):
-    """An Array and the float32 values that it stands for."""
-    data = np.ascontiguousarray(quantize(values, format)).reshape(-1).view(np.uint8)
-    return stored_array(na.get_device().wrap(data), format, values.shape), dequantize(data, format, values.shape)
 
 
 def check(compute, expected, tolerance=1e-5):

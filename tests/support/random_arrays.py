@@ -34,7 +34,7 @@ class Program:
 
     def pick(self, shape: tuple[int, ...] | None = None) -> tuple[Any, np.ndarray]:
         """A pair; with `shape` one that broadcasts with it."""
-        fitting = [pair for pair in self.pool if shape is None or _broadcasts(pair[1].shape, shape)]
+        fitting = [pair for pair in self.pool if shape is None or broadcasts(pair[1].shape, shape)]
         return fitting[self.random.integers(len(fitting))]
 
     def add(self, x: Any, a: Any) -> None:
@@ -165,7 +165,7 @@ def check(x: Any, a: np.ndarray) -> None:
     np.testing.assert_allclose(x.numpy(), a, **TOLERANCE)
 
 
-def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     try:
         np.broadcast_shapes(a, b)
     except ValueError:

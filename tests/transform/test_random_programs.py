@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_arrays import broadcasts
 
 import nitinol as na
 
@@ -63,7 +64,7 @@ class Program:
 
     def binary(self) -> None:
         a = self.pick()
-        fitting = [p for p, shape in enumerate(self.shapes) if _broadcasts(shape, self.shapes[a])]
+        fitting = [p for p, shape in enumerate(self.shapes) if broadcasts(shape, self.shapes[a])]
         b = int(self.random.choice(fitting))
         kind = self.random.integers(6)
         if kind == 0:
@@ -191,14 +192,6 @@ class Program:
             assert gradient.shape == a.shape
             values = np.zeros(a.shape) if slope is None else slope.numpy()
             np.testing.assert_allclose(gradient.numpy(), values, rtol=1e-3, atol=TOLERANCE * top)
-
-
-def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    try:
-        np.broadcast_shapes(a, b)
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("number", range(12))
