@@ -18,7 +18,7 @@ from nitinol.graph.array import Array
 from nitinol.graph.dtypes import BlockType, bytes_of
 from nitinol.graph.nodes import INDEX, Call, Number, Place, Value, View, lowering, record, recording, state
 from nitinol.graph.operation import Launch
-from nitinol.graph.schedule import Step, make_steps, needed
+from nitinol.graph.schedule import Step, is_map, make_steps, needed
 from nitinol.language.jit import specialise
 from nitinol.language.types import uint8
 from nitinol.runtime.device import Buffer
@@ -162,9 +162,10 @@ def make_plan(
             origins.append(recorded[before:])
     wanted = {stand_ins[v] for v in targets if v in stand_ins}
     kept_ways = {stand_ins[v] for v in lasting if v in stand_ins}
-    # What is lowered runs once: with one of its results, all that somebody holds, also those of kernels of their own.
-    lowered = [call for call in calls if call.form.operation.lower is not None]
-    stored = wanted | {stand_ins[v] for call in lowered for v in call.outputs if v in lasting}
+    # What is not elementwise runs once, now: all of its results that somebody holds are stored, also those that a
+    # lowering which reads them has left out because it has no elements.
+    once = [call for call in calls if not is_map(call)]
+    stored = wanted | {stand_ins[v] for call in once for v in call.outputs if v in lasting}
     effects = [c for c in recorded if any(v.value.buffer is THERE or v.value in stored for v in c.updates)]
     run = needed([v for v in stored if v.pending], effects)
     alive = [call.outputs for call in run]  # so that they are the same objects throughout
@@ -177,8 +178,8 @@ def make_plan(
         (i, j): stand_ins[value]
         for i, call in enumerate(calls) for j, value in enumerate(call.outputs) if stand_ins[value] in kept
     }  # fmt: skip
-    done = [not any(c in fused for c in made) or call.form.operation.lower is not None
-            for call, made in zip(calls, origins)]  # fmt: skip
+    later = {call for call in recorded if is_map(call) and not call.form.updates} - (set(run) - fused)
+    done = [call.form.operation.lower is not None or later.isdisjoint(made) for call, made in zip(calls, origins)]
     del alive
     return Plan(steps, [stand_ins[v] for v in outside], list(facts), kept, results, done, target)
 

@@ -704,3 +704,19 @@ def test_what_starts_from_nothing_lands_where_it_was_asked_for() -> None:
     nn.evaluate(beside, later, sums)
     assert [array.buffer.device for array in (beside, later, sums)] == [other, here, here]
     assert (beside.tolist(), later.tolist(), sums.tolist()) == ([1, 1], [2, 2], [6, 7])
+
+
+@pytest.mark.parametrize("updated", [False, True])
+def test_what_only_an_empty_result_reads_is_not_lost(updated: bool) -> None:
+    """A lowering reads nothing of operands without elements: what they depend on has not run then."""
+    for order in itertools.permutations("tsyz"):
+        t = nitinol.tanh(nitinol.array(np.full((1, 1), 0.5, np.float32)))
+        s = nitinol.sum(t)
+        y = t[0:0] * s
+        z = nitinol.concatenate([y, -y, y], 1)
+        if updated:
+            s.assign(nitinol.sum(t) + 1)
+        found = {"t": t, "s": s, "y": y, "z": z}
+        expected = {"t": [[np.tanh(0.5)]], "s": np.tanh(0.5) + updated, "y": np.empty((0, 1)), "z": np.empty((0, 3))}
+        for name in order:
+            np.testing.assert_allclose(found[name].numpy(), expected[name], rtol=1e-6, err_msg=f"{name} of {order}")
